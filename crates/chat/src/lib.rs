@@ -1,0 +1,1 @@
+//! Messages, chat templates, tokenizers and loss spans, exactly as transformers does them.

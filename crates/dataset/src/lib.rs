@@ -1,0 +1,1 @@
+//! From any conversations to committed Parquet shards and back, larger than memory.

@@ -1,0 +1,1 @@
+//! Fused training and decoding operations on plain buffers.

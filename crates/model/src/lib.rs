@@ -1,0 +1,1 @@
+//! One decoder for training, prefill and decode, with LoRA adapters and PEFT files.

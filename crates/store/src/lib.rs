@@ -1,0 +1,1 @@
+//! Content-addressed stages, manifests and commits over any object store.

@@ -1,0 +1,1 @@
+//! LoRA fine-tuning with Hugging Face's numbers, packed and resumable to the bit.
