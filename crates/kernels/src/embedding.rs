@@ -1,0 +1,39 @@
+//! Rows of the embedding table, and their gradient.
+
+use crate::{Float, Mat, MatMut, Threads};
+
+/// `out_t = table[ids_t]`.
+///
+/// # Shapes
+/// `table: [V, C]`, `ids: [T]` → `out: [T, C]`
+///
+/// # Panics
+/// If the shapes do not agree or an id is not in the table.
+pub fn forward<F: Float>(threads: &Threads, table: Mat<'_, F>, ids: &[u32], out: &mut [F]) {
+    let out = MatMut::new(out, ids.len(), table.num_cols());
+    threads.split((ids, out), 256, |(ids, mut out)| {
+        for (row, &id) in ids.iter().enumerate() {
+            out.row_mut(row).copy_from_slice(table.row(id as usize));
+        }
+    });
+}
+
+/// `dtable[ids_t] += dout_t`, in the order of the tokens; for full fine-tuning.
+///
+/// # Shapes
+/// `dout: [T, C]`, `ids: [T]` → `dtable: [V, C]`
+///
+/// # Panics
+/// If the shapes do not agree or an id is not in the table.
+pub fn backward<F: Float>(ids: &[u32], dout: Mat<'_, F>, mut dtable: MatMut<'_, F>) {
+    assert_eq!(
+        (ids.len(), dtable.num_cols()),
+        (dout.num_rows(), dout.num_cols()),
+        "dout's shape"
+    );
+    for (row, &id) in ids.iter().enumerate() {
+        for (sum, &d) in dtable.row_mut(id as usize).iter_mut().zip(dout.row(row)) {
+            *sum += d;
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The gated activation of the MLP.
+//!
+//! # Source
+//! Shazeer 2020, <https://arxiv.org/abs/2002.05202>
+
+use crate::simd::{Op, dispatch};
+use crate::{Float, Mat, MatMut, Threads};
+
+/// Rows that a thread takes at least.
+const MIN_ROWS: usize = 32;
+
+/// `h = silu(gate) ⊙ up` with `silu(g) = g · σ(g) = g / (1 + e^−g)`.
+///
+/// # Shapes
+/// `gate`, `up: [T, I]` → `h: [T, I]`
+///
+/// # Panics
+/// If the shapes do not agree.
+pub fn forward<F: Float>(threads: &Threads, gate: Mat<'_, F>, up: Mat<'_, F>, h: MatMut<'_, F>) {
+    let shape = (h.num_rows(), h.num_cols());
+    assert_eq!((gate.num_rows(), gate.num_cols()), shape, "gate's shape");
+    assert_eq!((up.num_rows(), up.num_cols()), shape, "up's shape");
+    threads.split((gate, up, h), MIN_ROWS, |(gate, up, h)| {
+        dispatch(Forward { gate, up, h })
+    });
+}
+
+/// `dgate = dh ⊙ up ⊙ σ·(1 + g·(1 − σ))` and `dup = dh ⊙ silu(gate)`, with `σ = σ(gate)`.
+///
+/// # Shapes
+/// `gate`, `up`, `dh: [T, I]` → `dgate`, `dup: [T, I]`
+///
+/// # Panics
+/// If the shapes do not agree.
+pub fn backward<F: Float>(
+    threads: &Threads,
+    gate: Mat<'_, F>,
+    up: Mat<'_, F>,
+    dh: Mat<'_, F>,
+    dgate: MatMut<'_, F>,
+    dup: MatMut<'_, F>,
+) {
+    let shape = (dh.num_rows(), dh.num_cols());
+    assert_eq!((gate.num_rows(), gate.num_cols()), shape, "gate's shape");
+    assert_eq!((up.num_rows(), up.num_cols()), shape, "up's shape");
+    assert_eq!((dgate.num_rows(), dgate.num_cols()), shape, "dgate's shape");
+    assert_eq!((dup.num_rows(), dup.num_cols()), shape, "dup's shape");
+    threads.split(
+        (gate, up, dh, dgate, dup),
+        MIN_ROWS,
+        |(gate, up, dh, dgate, dup)| {
+            dispatch(Backward {
+                gate,
+                up,
+                dh,
+                dgate,
+                dup,
+            });
+        },
+    );
+}
+
+/// [`backward`] that also computes [`forward`]'s `h` again, so that it need not be saved, and writes both gradients in
+/// place: afterwards `gate` holds `dgate`, `up` holds `dup`, and `dh` holds `h`.
+///
+/// # Shapes
+/// `gate`, `up`, `dh: [T, I]`
+///
+/// # Panics
+/// If the shapes do not agree.
+pub fn backward_recompute<F: Float>(
+    threads: &Threads,
+    gate: MatMut<'_, F>,
+    up: MatMut<'_, F>,
+    dh: MatMut<'_, F>,
+) {
+    let shape = (dh.num_rows(), dh.num_cols());
+    assert_eq!((gate.num_rows(), gate.num_cols()), shape, "gate's shape");
+    assert_eq!((up.num_rows(), up.num_cols()), shape, "up's shape");
+    threads.split((gate, up, dh), MIN_ROWS, |(gate, up, dh)| {
+        dispatch(BackwardRecompute { gate, up, dh })
+    });
+}
+
+/// The gradients of one element, and its output: `(dgate, dup, h)`.
+#[inline(always)]
+fn element<F: Float>(gate: F, up: F, dh: F) -> (F, F, F) {
+    let sigmoid = F::ONE / (F::ONE + (-gate).exp());
+    let silu = gate * sigmoid;
+    // σ·(1 + g·(1 − σ)) = σ + silu·(1 − σ)
+    (
+        dh * up * (sigmoid + silu * (F::ONE - sigmoid)),
+        dh * silu,
+        silu * up,
+    )
+}
+
+struct Forward<'a, F> {
+    gate: Mat<'a, F>,
+    up: Mat<'a, F>,
+    h: MatMut<'a, F>,
+}
+
+impl<F: Float> Op for Forward<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        for row in 0..self.h.num_rows() {
+            for ((h, &gate), &up) in self
+                .h
+                .row_mut(row)
+                .iter_mut()
+                .zip(self.gate.row(row))
+                .zip(self.up.row(row))
+            {
+                *h = gate / (F::ONE + (-gate).exp()) * up;
+            }
+        }
+    }
+}
+
+struct Backward<'a, F> {
+    gate: Mat<'a, F>,
+    up: Mat<'a, F>,
+    dh: Mat<'a, F>,
+    dgate: MatMut<'a, F>,
+    dup: MatMut<'a, F>,
+}
+
+impl<F: Float> Op for Backward<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        for row in 0..self.dh.num_rows() {
+            let inputs = self
+                .gate
+                .row(row)
+                .iter()
+                .zip(self.up.row(row))
+                .zip(self.dh.row(row));
+            let outputs = self
+                .dgate
+                .row_mut(row)
+                .iter_mut()
+                .zip(self.dup.row_mut(row));
+            for ((dgate, dup), ((&gate, &up), &dh)) in outputs.zip(inputs) {
+                (*dgate, *dup, _) = element(gate, up, dh);
+            }
+        }
+    }
+}
+
+struct BackwardRecompute<'a, F> {
+    gate: MatMut<'a, F>,
+    up: MatMut<'a, F>,
+    dh: MatMut<'a, F>,
+}
+
+impl<F: Float> Op for BackwardRecompute<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        for row in 0..self.dh.num_rows() {
+            let gate_up = self.gate.row_mut(row).iter_mut().zip(self.up.row_mut(row));
+            for ((gate, up), dh) in gate_up.zip(self.dh.row_mut(row)) {
+                (*gate, *up, *dh) = element(*gate, *up, *dh);
+            }
+        }
+    }
+}
