@@ -1,1 +1,38 @@
-//! SkyPilot's task files, planned and launched on any machine.
+#![doc = include_str!("../README.md")]
+
+mod budget;
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
+mod error;
+mod fake;
+mod launch;
+mod offer;
+mod planner;
+mod provider;
+pub mod providers;
+mod resources;
+mod retry;
+mod secret;
+mod service;
+mod task;
+mod transport;
+
+pub use budget::Budget;
+pub use error::{BoxError, Error, Result};
+pub use fake::{Fake, Fault};
+pub use launch::{Cluster, Job, JobStatus, LaunchOptions, Phase, launch};
+pub use offer::Offer;
+pub use planner::{Plan, Skipped, plan};
+pub use provider::{
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Lease, Provider,
+};
+pub use resources::{Accelerator, Accelerators, Amount, Resources};
+pub use retry::{Backoff, Retry};
+pub use secret::Secret;
+#[cfg(feature = "service")]
+pub use service::wait_ready;
+pub use service::{ProbeOutcome, ProbeState, ProbeVerdict, ReadinessProbe, ServiceSpec};
+pub use task::{EnvOverrides, Task};
+pub use transport::{
+    ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
+};

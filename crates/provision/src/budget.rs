@@ -1,0 +1,89 @@
+//! A provider that does not spend more than it may.
+
+use async_trait::async_trait;
+
+use crate::error::{Error, Result};
+use crate::offer::Offer;
+use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
+
+/// Refuses to create what would bring the sum of all owned instances over a limit.
+///
+/// The sum is what the provider reports, so instances of earlier runs count. Two processes that
+/// create at the same moment may both pass.
+#[derive(Debug)]
+pub struct Budget<P> {
+    inner: P,
+    limit_usd_per_hour: f64,
+}
+
+impl<P> Budget<P> {
+    /// Wraps `inner`.
+    pub fn new(inner: P, limit_usd_per_hour: f64) -> Self {
+        Self {
+            inner,
+            limit_usd_per_hour,
+        }
+    }
+}
+
+#[async_trait]
+impl<P: Provider> Provider for Budget<P> {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn guards(&self) -> Guards {
+        self.inner.guards()
+    }
+
+    async fn offers(&self) -> Result<Vec<Offer>> {
+        self.inner.offers().await
+    }
+
+    async fn create(&self, request: &CreateRequest) -> Result<Instance> {
+        let owned = self.inner.list_owned().await?;
+        let running: f64 = owned.iter().map(|instance| instance.usd_per_hour).sum();
+        let total_usd_per_hour = running + request.offer.usd_per_hour;
+        if total_usd_per_hour > self.limit_usd_per_hour {
+            return Err(Error::OverBudget {
+                total_usd_per_hour,
+                limit_usd_per_hour: self.limit_usd_per_hour,
+            });
+        }
+        self.inner.create(request).await
+    }
+
+    async fn describe(&self, id: &InstanceId) -> Result<Instance> {
+        self.inner.describe(id).await
+    }
+
+    async fn list_owned(&self) -> Result<Vec<Instance>> {
+        self.inner.list_owned().await
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<()> {
+        self.inner.terminate(id).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::smallest;
+    use crate::fake::Fake;
+
+    #[tokio::test]
+    async fn the_second_instance_is_over_the_limit() {
+        let provider = Budget::new(Fake::new(), 0.15);
+        provider
+            .create(&smallest(&provider, "one").await)
+            .await
+            .expect("0.10 of 0.15");
+        let error = provider
+            .create(&smallest(&provider, "two").await)
+            .await
+            .expect_err("0.20");
+        assert!(matches!(error, Error::OverBudget { .. }));
+        assert_eq!(provider.list_owned().await.expect("list").len(), 1);
+    }
+}

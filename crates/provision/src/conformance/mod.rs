@@ -1,0 +1,75 @@
+//! What every [`Provider`] and [`HostTransport`](crate::HostTransport) promises, as tests.
+//!
+//! A provider's tests contain one line, with an expression that makes it and a guard:
+//! `provider_conformance_tests!((MyProvider::new(), ()));`
+
+pub mod lifecycle;
+pub mod transport;
+
+use crate::provider::{CreateRequest, Lease, Provider};
+
+/// A request for the provider's cheapest offer.
+///
+/// # Panics
+/// If the provider has no offers.
+pub async fn smallest(provider: &dyn Provider, token: &str) -> CreateRequest {
+    let offers = provider.offers().await.expect("offers");
+    let cheapest = offers
+        .into_iter()
+        .min_by(|a, b| a.usd_per_hour.total_cmp(&b.usd_per_hour));
+    CreateRequest {
+        token: token.to_owned(),
+        cluster: format!("cluster-{token}"),
+        offer: cheapest.expect("at least one offer"),
+        lease: Lease::default(),
+    }
+}
+
+/// Makes one `#[tokio::test]` of each promise of [`Provider`].
+///
+/// The argument is an expression that makes a fresh provider and a guard, such as a temporary
+/// folder, that lives as long as the test.
+#[macro_export]
+macro_rules! provider_conformance_tests {
+    ($make:expr) => {
+        $crate::__conformance!($make, lifecycle:
+            offers_name_their_provider,
+            created_instances_are_listed,
+            create_is_idempotent_in_its_token,
+            describe_knows_what_was_created,
+            describe_of_an_absent_instance_is_typed,
+            terminate_removes_from_the_list,
+            terminate_is_idempotent,
+            terminate_of_an_absent_instance_succeeds,
+        );
+    };
+}
+
+/// Makes one `#[tokio::test]` of each promise of [`HostTransport`](crate::HostTransport).
+#[macro_export]
+macro_rules! transport_conformance_tests {
+    ($make:expr) => {
+        $crate::__conformance!($make, transport:
+            lines_arrive_in_order_and_none_is_lost,
+            the_exit_code_is_reported,
+            the_environment_and_workdir_are_set,
+            ending_a_process_ends_its_children,
+            files_arrive_whole_and_come_back,
+        );
+    };
+}
+
+/// One test per promise; the guard is dropped after the promise has been checked.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __conformance {
+    ($make:expr, $suite:ident: $($promise:ident,)*) => {
+        $(
+            #[tokio::test]
+            async fn $promise() {
+                let (subject, _guard) = $make;
+                $crate::conformance::$suite::$promise(&subject).await;
+            }
+        )*
+    };
+}

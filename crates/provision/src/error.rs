@@ -1,0 +1,178 @@
+//! Why provisioning failed, by what the caller can do about it.
+
+use std::path::PathBuf;
+
+/// A boxed cause from outside this crate.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The result of this crate's calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why provisioning failed, by what the caller can do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The task file is not YAML.
+    #[error("{message}")]
+    Yaml {
+        /// What the YAML parser says, with line and column.
+        message: String,
+    },
+    /// The task file has a field SkyPilot does not know.
+    #[error("line {line}, column {column}: unknown field `{field}`; {hint}")]
+    UnknownField {
+        /// The dotted path of the field, such as `resources.gpuz`.
+        field: String,
+        /// Line in the file, from 1.
+        line: u64,
+        /// Column in the line, from 1.
+        column: u64,
+        /// The nearest known field, or the list of them.
+        hint: String,
+    },
+    /// The task file has a field of SkyPilot's that Updraft does not act on yet.
+    #[error(
+        "line {line}, column {column}: field `{field}` is not supported by updraft; remove it, or run this task with SkyPilot"
+    )]
+    Unsupported {
+        /// The dotted path of the field.
+        field: String,
+        /// Line in the file, from 1.
+        line: u64,
+        /// Column in the line, from 1.
+        column: u64,
+    },
+    /// A field has a value it cannot have.
+    #[error("line {line}, column {column}: `{field}` {problem}")]
+    InvalidField {
+        /// The dotted path of the field.
+        field: String,
+        /// Line in the file, from 1.
+        line: u64,
+        /// Column in the line, from 1.
+        column: u64,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// `envs: {NAME:}` declares a variable that nobody gave a value.
+    #[error(
+        "environment variable `{name}` has no value; pass --env {name}=VALUE or add it to the --env-file"
+    )]
+    MissingEnv {
+        /// The variable.
+        name: String,
+    },
+    /// A line of an env file is not `NAME=VALUE`.
+    #[error("env file line {line}: expected NAME=VALUE")]
+    EnvFile {
+        /// Line in the file, from 1.
+        line: usize,
+    },
+    /// The task asks for something the launched resources cannot do.
+    #[error("{what}")]
+    InvalidTask {
+        /// What is wrong with the task and what to change.
+        what: String,
+    },
+    /// No offer satisfies the task.
+    #[error("no offer satisfies the task's resources{}", skipped_list(.skipped))]
+    NoOffer {
+        /// Every offer that was looked at, with why it was passed over.
+        skipped: Vec<String>,
+    },
+    /// Nothing to rent right now; another region, or later, may work.
+    #[error("no capacity for {instance_type} in {region}")]
+    NoCapacity {
+        /// The instance type that was asked for.
+        instance_type: String,
+        /// The region that was asked.
+        region: String,
+    },
+    /// The account may not have that many; ask the provider for more quota.
+    #[error(
+        "{provider} quota exceeded for {instance_type} in {region}; ask for a higher quota or choose another type"
+    )]
+    Quota {
+        /// The provider.
+        provider: &'static str,
+        /// The instance type that was asked for.
+        instance_type: String,
+        /// The region that was asked.
+        region: String,
+    },
+    /// The credentials were refused; retrying cannot help.
+    #[error("{provider} refused the credentials; check them and try again")]
+    Unauthenticated {
+        /// The provider.
+        provider: &'static str,
+        /// What the provider said.
+        source: BoxError,
+    },
+    /// The provider did not answer, or answered with a passing fault.
+    #[error("{provider} did not {operation}")]
+    Unavailable {
+        /// The provider.
+        provider: &'static str,
+        /// The verb that failed, such as `create`.
+        operation: &'static str,
+        /// What went wrong underneath.
+        source: BoxError,
+    },
+    /// The launch would cost more than the caller allows.
+    #[error(
+        "launching this would cost {total_usd_per_hour:.2} USD/h in all, over the limit of {limit_usd_per_hour:.2}; end something first or raise the limit"
+    )]
+    OverBudget {
+        /// What would run, with this launch.
+        total_usd_per_hour: f64,
+        /// What the caller allows.
+        limit_usd_per_hour: f64,
+    },
+    /// No instance of ours has that id.
+    #[error("no instance `{id}`; it may have been terminated")]
+    NoSuchInstance {
+        /// The id that was asked for.
+        id: String,
+    },
+    /// A command could not be started on the node.
+    #[error("could not run a command on {host}")]
+    Transport {
+        /// The node.
+        host: String,
+        /// What went wrong underneath.
+        source: BoxError,
+    },
+    /// A file or folder of ours could not be read or written.
+    #[error("could not access {}", .path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The service ended, or never answered its readiness probe.
+    #[error("service did not become ready: {reason}")]
+    NotReady {
+        /// What was last seen, with the end of the log.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Whether the same call may succeed when tried again a little later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Error::NoCapacity { .. } | Error::Unavailable { .. })
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Io { path, source }
+    }
+}
+
+fn skipped_list(skipped: &[String]) -> String {
+    if skipped.is_empty() {
+        return ": the provider offers nothing".to_owned();
+    }
+    format!(": {}", skipped.join("; "))
+}

@@ -1,0 +1,26 @@
+//! What a provider can rent out.
+
+use crate::resources::Accelerator;
+
+/// One kind of machine in one place, with its price.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Offer {
+    /// The provider that makes it.
+    pub provider: String,
+    /// The provider's name of the machine type.
+    pub instance_type: String,
+    /// Where it stands.
+    pub region: String,
+    /// The zone in the region, where the provider has zones.
+    pub zone: Option<String>,
+    /// Virtual CPUs.
+    pub cpus: f64,
+    /// Memory in GiB.
+    pub memory_gib: f64,
+    /// The accelerators it carries.
+    pub accelerator: Option<Accelerator>,
+    /// Whether the provider may take it away at any time.
+    pub spot: bool,
+    /// The price; zero for machines one already has.
+    pub usd_per_hour: f64,
+}

@@ -1,0 +1,140 @@
+//! The trait behind which every cloud, and this machine, rents out instances.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::error::Result;
+use crate::offer::Offer;
+
+/// A place that rents out instances.
+///
+/// # Contract
+/// - `create` is idempotent in [`CreateRequest::token`]: the same token twice is one instance, also
+///   when the first call's answer was lost.
+/// - What `create` made is in `list_owned` until the provider confirms that it is gone, and nothing
+///   else is: instances of other owners are never listed, nor terminated.
+/// - `terminate` is idempotent, also for instances that never were: absent is success.
+/// - `describe` of an absent instance is [`Error::NoSuchInstance`](crate::Error::NoSuchInstance).
+/// - Errors say what the caller can do; see [`Error::is_retryable`](crate::Error::is_retryable).
+#[async_trait]
+pub trait Provider: fmt::Debug + Send + Sync {
+    /// The name task files use for it, in lower case.
+    fn name(&self) -> &'static str;
+
+    /// The guards against a forgotten bill that stand without the client.
+    fn guards(&self) -> Guards;
+
+    /// Everything that could be created now.
+    async fn offers(&self) -> Result<Vec<Offer>>;
+
+    /// Creates an instance and returns without waiting until it runs.
+    async fn create(&self, request: &CreateRequest) -> Result<Instance>;
+
+    /// The instance as it is now.
+    async fn describe(&self, id: &InstanceId) -> Result<Instance>;
+
+    /// Every instance that this owner created and that is not gone.
+    async fn list_owned(&self) -> Result<Vec<Instance>>;
+
+    /// Ends the instance and everything that runs on it.
+    async fn terminate(&self, id: &InstanceId) -> Result<()>;
+}
+
+/// Which guards end an instance that its owner has forgotten.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Guards {
+    /// The instance costs nothing when it idles, because it is a machine one has anyway.
+    pub free: bool,
+    /// The instance's own system ends it when its heartbeats stop.
+    pub dead_man_timer: bool,
+    /// The cloud itself ends it at a deadline.
+    pub native_deadline: bool,
+}
+
+impl Guards {
+    /// Whether a forgotten instance would cost money until somebody runs the client again.
+    pub fn only_reaper(&self) -> bool {
+        !(self.free || self.dead_man_timer || self.native_deadline)
+    }
+}
+
+/// What to create.
+#[derive(Debug, Clone)]
+pub struct CreateRequest {
+    /// Makes the call idempotent; derived from the recorded intent, not from the clock.
+    pub token: String,
+    /// The cluster the instance belongs to; providers keep it as a tag.
+    pub cluster: String,
+    /// The offer to take.
+    pub offer: Offer,
+    /// When the instance ends by itself, from the day it is created.
+    pub lease: Lease,
+}
+
+/// When an instance ends by itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lease {
+    /// How long it may be idle; for ever when `None`.
+    pub idle: Option<Duration>,
+    /// Whether it is terminated then, not stopped.
+    pub down: bool,
+}
+
+/// The provider's identifier of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct InstanceId(pub String);
+
+impl fmt::Display for InstanceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// An instance we created.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Instance {
+    /// The provider's identifier.
+    pub id: InstanceId,
+    /// The cluster it belongs to.
+    pub cluster: String,
+    /// What it does now.
+    pub state: InstanceState,
+    /// How to reach it; `None` until it has an address.
+    pub endpoint: Option<Endpoint>,
+    /// Its price.
+    pub usd_per_hour: f64,
+}
+
+/// What an instance does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InstanceState {
+    /// It was created and cannot be reached yet.
+    Starting,
+    /// It can be reached.
+    Running,
+    /// It is being ended; the bill may still run.
+    Terminating,
+}
+
+/// How to reach an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// Processes of this machine; the folder holds what is theirs.
+    Local {
+        /// The instance's folder.
+        dir: PathBuf,
+    },
+    /// A machine with an ssh server.
+    Ssh {
+        /// Its address.
+        host: IpAddr,
+        /// The server's port.
+        port: u16,
+        /// The user to log in as.
+        user: String,
+    },
+}

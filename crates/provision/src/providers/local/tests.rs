@@ -1,0 +1,127 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::transport::{HostTransport, LogStream, ShellCommand};
+use crate::{EnvOverrides, Job, JobStatus, LaunchOptions, Lease, Phase, Task, launch};
+
+fn provider() -> (LocalProvider, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    (LocalProvider::new(dir.path()).expect("absolute"), dir)
+}
+
+mod as_provider {
+    crate::provider_conformance_tests!(super::provider());
+}
+
+mod behind_retry {
+    use crate::{Backoff, Retry};
+    crate::provider_conformance_tests!({
+        let (provider, guard) = super::provider();
+        (Retry::new(provider, Backoff::default()), guard)
+    });
+}
+
+mod as_transport {
+    use crate::providers::local::LocalTransport;
+    crate::transport_conformance_tests!({
+        let dir = tempfile::tempdir().expect("temporary folder");
+        (LocalTransport::new(dir.path()), dir)
+    });
+}
+
+async fn exec(provider: &LocalProvider, yaml: &str) -> Job {
+    let task = Task::from_yaml(yaml, &EnvOverrides::new()).expect("task");
+    let options = LaunchOptions {
+        cluster: "c".into(),
+        lease: Lease::default(),
+    };
+    let cluster = launch(Arc::new(provider.clone()), &task, &options)
+        .await
+        .expect("launch");
+    cluster.exec(&task).await.expect("exec")
+}
+
+async fn lines(job: &mut Job) -> Vec<String> {
+    let mut lines = Vec::new();
+    while let Some(line) = job.next_line().await.expect("line") {
+        lines.push(line.text);
+    }
+    lines
+}
+
+#[tokio::test]
+async fn setup_runs_before_run_with_the_tasks_environment() {
+    let (provider, _guard) = provider();
+    let yaml = "envs: {WHO: you}\nsetup: echo setup $WHO\nrun: |\n  echo run $WHO $SKYPILOT_NODE_RANK\n  echo bad >&2\n";
+    let mut job = exec(&provider, yaml).await;
+    let mut got = lines(&mut job).await;
+    got[1..].sort(); // the two streams of one process have no order between them
+    assert_eq!(got, ["setup you", "bad", "run you 0"]);
+    assert_eq!(job.status(), Some(JobStatus::Succeeded));
+}
+
+#[tokio::test]
+async fn a_failed_setup_never_runs_run() {
+    let (provider, _guard) = provider();
+    let mut job = exec(&provider, "setup: exit 3\nrun: echo never\n").await;
+    assert_eq!(lines(&mut job).await, Vec::<String>::new());
+    assert_eq!(
+        job.status(),
+        Some(JobStatus::Failed(Phase::Setup, crate::ExitStatus::Code(3)))
+    );
+}
+
+#[tokio::test]
+async fn a_cancelled_job_is_gone() {
+    let (provider, _guard) = provider();
+    let mut job = exec(&provider, "run: echo up; sleep 600\n").await;
+    assert_eq!(job.next_line().await.expect("line").expect("up").text, "up");
+    job.cancel(Duration::from_secs(5)).await.expect("cancel");
+    assert_eq!(job.status(), Some(JobStatus::Cancelled));
+}
+
+#[tokio::test]
+async fn another_client_finds_and_ends_what_was_started() {
+    let (provider, guard) = provider();
+    let mut job = exec(&provider, "run: echo up; sleep 600\n").await;
+    assert_eq!(job.next_line().await.expect("line").expect("up").text, "up");
+    // As after a crash: the first client's handles are unused, another reads the folder.
+    let other = LocalProvider::new(guard.path()).expect("absolute");
+    let owned = other.list_owned().await.expect("list");
+    other.terminate(&owned[0].id).await.expect("terminate");
+    assert!(matches!(
+        job.wait().await.expect("ended"),
+        JobStatus::Failed(Phase::Run, _)
+    ));
+    assert!(other.list_owned().await.expect("list").is_empty());
+}
+
+#[tokio::test]
+async fn a_reused_pid_is_not_ended() {
+    let (_provider, guard) = provider();
+    let transport = LocalTransport::new(guard.path().join("other"));
+    let command = ShellCommand {
+        script: "echo up; read".into(),
+        ..ShellCommand::default()
+    };
+    let command = ShellCommand {
+        script: format!("{}; sleep 600", command.script),
+        ..command
+    };
+    let mut process = transport.start(&command).await.expect("start");
+    let up = process.lines.recv().await.expect("up");
+    assert_eq!((up.stream, up.text.as_str()), (LogStream::Stdout, "up"));
+    // A record of ours with this pid, and a start time that is not this process's.
+    let entry = std::fs::read_dir(guard.path().join("other/groups"))
+        .expect("groups")
+        .next();
+    let name = entry.expect("one group").expect("entry").file_name();
+    let mine = guard.path().join("mine");
+    std::fs::create_dir_all(mine.join("groups")).expect("folder");
+    std::fs::write(mine.join("groups").join(name), "1").expect("record");
+    groups::end_all(&mine, Duration::ZERO).await.expect("end");
+    process.lines.close();
+    let ended = tokio::time::timeout(Duration::from_millis(200), process.control.wait()).await;
+    assert!(ended.is_err(), "the process of somebody else was ended");
+    process.control.end(Duration::ZERO).await.expect("clean up");
+}

@@ -1,0 +1,173 @@
+//! Commands as child processes of this one.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+
+use super::groups;
+use crate::error::{Error, Result};
+use crate::transport::{
+    ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
+};
+
+/// Lines that may wait for a slow reader before the process is held back.
+const BUFFERED_LINES: usize = 1024;
+
+/// Runs commands on this machine, each in a process group of its own.
+#[derive(Debug, Clone)]
+pub struct LocalTransport {
+    dir: PathBuf,
+}
+
+impl LocalTransport {
+    /// Commands belong to the instance whose folder is `dir`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    fn files(&self) -> PathBuf {
+        self.dir.join("files")
+    }
+
+    fn error(&self, source: std::io::Error) -> Error {
+        Error::Transport {
+            host: self.host(),
+            source: source.into(),
+        }
+    }
+}
+
+#[async_trait]
+impl HostTransport for LocalTransport {
+    fn host(&self) -> String {
+        "localhost".to_owned()
+    }
+
+    async fn start(&self, command: &ShellCommand) -> Result<Process> {
+        let files = self.files();
+        std::fs::create_dir_all(&files).map_err(Error::io(&files))?;
+        let mut bash = Command::new("bash");
+        bash.arg("-c").arg(&command.script);
+        bash.current_dir(command.workdir.as_deref().map_or(files, PathBuf::from));
+        bash.envs(
+            command
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value.expose())),
+        );
+        bash.stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        bash.process_group(0);
+        let mut child = bash.spawn().map_err(|error| self.error(error))?;
+        let (sender, lines) = mpsc::channel(BUFFERED_LINES);
+        if let Some(stdout) = child.stdout.take() {
+            tokio::spawn(forward(stdout, LogStream::Stdout, sender.clone()));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(forward(stderr, LogStream::Stderr, sender));
+        }
+        // `id` is `None` only after the child was waited for.
+        let pid = child
+            .id()
+            .and_then(|pid| i32::try_from(pid).ok())
+            .unwrap_or_default();
+        let record = match groups::record(&self.dir, pid) {
+            Ok(record) => record,
+            Err(error) => {
+                // What is not recorded must not run: nobody would find it.
+                groups::end(pid, Duration::ZERO).await;
+                return Err(error);
+            }
+        };
+        let control = LocalProcess {
+            child,
+            pid,
+            record,
+            host: self.host(),
+        };
+        Ok(Process {
+            lines,
+            control: Box::new(control),
+        })
+    }
+
+    async fn put(&self, local: &Path, remote: &Path) -> Result<()> {
+        copy(local, &self.files().join(remote))
+    }
+
+    async fn get(&self, remote: &Path, local: &Path) -> Result<()> {
+        copy(&self.files().join(remote), local)
+    }
+}
+
+#[derive(Debug)]
+struct LocalProcess {
+    child: Child,
+    pid: i32,
+    record: PathBuf,
+    host: String,
+}
+
+#[async_trait]
+impl ProcessControl for LocalProcess {
+    async fn end(&mut self, grace: Duration) -> Result<ExitStatus> {
+        // Waiting at the same time reaps the leader, or its zombie would keep the group alive.
+        let (status, ()) = tokio::join!(self.child.wait(), groups::end(self.pid, grace));
+        self.ended(status)
+    }
+
+    async fn wait(&mut self) -> Result<ExitStatus> {
+        let status = self.child.wait().await;
+        self.ended(status)
+    }
+}
+
+impl LocalProcess {
+    fn ended(&self, status: std::io::Result<std::process::ExitStatus>) -> Result<ExitStatus> {
+        let status = status.map_err(|error| Error::Transport {
+            host: self.host.clone(),
+            source: error.into(),
+        })?;
+        // A leader that ended may have left children; they stay recorded and `terminate` ends them.
+        if groups::is_empty(self.pid) {
+            let _ = std::fs::remove_file(&self.record);
+        }
+        Ok(match (status.code(), status.signal()) {
+            (Some(code), _) => ExitStatus::Code(code),
+            (None, signal) => ExitStatus::Signal(signal.unwrap_or_default()),
+        })
+    }
+}
+
+/// Sends each line of `stream` until it ends; bytes that are not UTF-8 are replaced.
+async fn forward(stream: impl AsyncRead + Unpin, from: LogStream, sender: mpsc::Sender<LogLine>) {
+    let mut reader = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match reader.read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&line)
+            .trim_end_matches(['\n', '\r'])
+            .to_owned();
+        // A reader that has gone away must not stop the process: its output is read and dropped.
+        let _ = sender.send(LogLine { stream: from, text }).await;
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    }
+    let bytes = std::fs::read(from).map_err(Error::io(from))?;
+    super::replace(to, &bytes)
+}
