@@ -1,0 +1,194 @@
+//! Writing an object of any size with bounded memory.
+
+use bytes::{Bytes, BytesMut};
+use object_store::path::Path;
+use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
+use sha2::{Digest, Sha256};
+use tokio::task::JoinSet;
+
+use crate::stage_key::hex;
+use crate::{ObjectEntry, Result, Store};
+
+/// Bytes per part. S3 takes 10,000 parts, so this allows objects of 160 GB.
+const PART_BYTES: usize = 16 << 20;
+/// Parts on their way at a time; memory is bounded by this plus one, times the part.
+const PARTS_IN_FLIGHT: usize = 3;
+
+/// Writes one object piece by piece, hashing as it goes.
+///
+/// Nothing is visible at the path before [`finish`](Self::finish) returns. Objects up to 16 MiB
+/// are one PUT, larger ones a multipart upload, aborted when the writer is dropped or fails. (A killed
+/// process cannot abort: give S3 buckets a lifecycle rule for incomplete uploads.)
+#[derive(Debug)]
+pub struct ObjectWriter {
+    store: Store,
+    path: String,
+    location: Path,
+    name: String,
+    hasher: Sha256,
+    written: u64,
+    buffer: BytesMut,
+    upload: Option<Upload>,
+}
+
+#[derive(Debug)]
+struct Upload {
+    parts: JoinSet<object_store::Result<()>>,
+    /// Taken out when the upload is completed or aborted.
+    inner: Option<Box<dyn MultipartUpload>>,
+}
+
+impl Store {
+    /// A writer for a large object at `path`, replacing what is there when it finishes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`](crate::Error::InvalidName) if `path` is no path.
+    pub fn writer(&self, path: &str) -> Result<ObjectWriter> {
+        let location = self.path(path)?;
+        Ok(ObjectWriter {
+            store: self.clone(),
+            path: path.to_owned(),
+            location,
+            name: path.to_owned(),
+            hasher: Sha256::new(),
+            written: 0,
+            buffer: BytesMut::new(),
+            upload: None,
+        })
+    }
+}
+
+impl ObjectWriter {
+    /// Makes the entry call the object by its name within a stage.
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Bytes taken so far.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Takes the next bytes; waits while too many are on their way.
+    ///
+    /// # Errors
+    /// Those of [`Store::put`]. The writer is of no further use then; drop it.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.hasher.update(&bytes);
+        self.written += bytes.len() as u64;
+        let mut rest = bytes;
+        while self.buffer.len() + rest.len() >= PART_BYTES {
+            self.buffer
+                .extend_from_slice(&rest.split_to(PART_BYTES - self.buffer.len()));
+            self.send_part().await?;
+        }
+        self.buffer.extend_from_slice(&rest);
+        Ok(())
+    }
+
+    /// What the entry will be if nothing more is written.
+    pub(crate) fn entry(&self) -> ObjectEntry {
+        ObjectEntry {
+            path: self.name.clone(),
+            rows: None,
+            bytes: self.written,
+            sha256: hex(&self.hasher.clone().finalize()),
+        }
+    }
+
+    /// Makes the object visible.
+    ///
+    /// # Errors
+    /// Those of [`Store::put`]; nothing is visible then.
+    pub async fn finish(mut self) -> Result<ObjectEntry> {
+        let entry = self.entry();
+        if self.upload.is_none() {
+            self.store
+                .put(&self.path, self.buffer.split().freeze())
+                .await?;
+            return Ok(entry);
+        }
+        if !self.buffer.is_empty() {
+            self.send_part().await?;
+        }
+        self.complete()
+            .await
+            .map_err(|error| self.store.error(&self.path, error))?;
+        Ok(entry)
+    }
+
+    /// Gives up and removes what was sent. Dropping the writer does the same in the background.
+    pub async fn abort(mut self) {
+        if let Some(upload) = self.upload.take() {
+            upload.abort(&self.path).await;
+        }
+    }
+
+    async fn send_part(&mut self) -> Result<()> {
+        let part = PutPayload::from_bytes(self.buffer.split().freeze());
+        self.queue(part)
+            .await
+            .map_err(|error| self.store.error(&self.path, error))
+    }
+
+    async fn queue(&mut self, part: PutPayload) -> object_store::Result<()> {
+        if self.upload.is_none() {
+            let inner = self.store.inner.put_multipart(&self.location).await?;
+            self.upload = Some(Upload {
+                parts: JoinSet::new(),
+                inner: Some(inner),
+            });
+        }
+        let Upload { parts, inner } = self.upload.as_mut().expect("just opened");
+        let inner = inner.as_mut().expect("open until finish or drop");
+        while parts.len() >= PARTS_IN_FLIGHT {
+            joined(parts.join_next().await)?;
+        }
+        parts.spawn(inner.put_part(part));
+        Ok(())
+    }
+
+    async fn complete(&mut self) -> object_store::Result<()> {
+        let Upload { parts, inner } = self.upload.as_mut().expect("a multipart upload");
+        while !parts.is_empty() {
+            joined(parts.join_next().await)?;
+        }
+        inner
+            .as_mut()
+            .expect("open until finish or drop")
+            .complete()
+            .await?;
+        *inner = None;
+        Ok(())
+    }
+}
+
+impl Upload {
+    async fn abort(mut self, path: &str) {
+        self.parts.shutdown().await;
+        if let Some(mut inner) = self.inner.take()
+            && let Err(error) = inner.abort().await
+        {
+            tracing::warn!(path, %error, "an incomplete upload could not be aborted");
+        }
+    }
+}
+
+impl Drop for ObjectWriter {
+    fn drop(&mut self) {
+        let Some(upload) = self.upload.take().filter(|upload| upload.inner.is_some()) else {
+            return;
+        };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let path = std::mem::take(&mut self.path);
+            runtime.spawn(async move { upload.abort(&path).await });
+        }
+    }
+}
+
+fn joined(
+    part: Option<Result<object_store::Result<()>, tokio::task::JoinError>>,
+) -> object_store::Result<()> {
+    part.transpose()?.transpose().map(|_| ())
+}
