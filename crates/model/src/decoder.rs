@@ -1,0 +1,235 @@
+//! The decoder: one forward pass for training, prefill and decode.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+use updraft_kernels::Threads;
+
+use crate::batch::Batch;
+use crate::bridge::RopeTable;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::kv_pages::KvPages;
+use crate::layers::{AdapterRows, Block, Embedding, Loader, Pass, RmsNorm, SavedBlock, Stream};
+use crate::lora::Adapter;
+use crate::ops::{Ops, Places, Rows, check_device, new_rope_table};
+use crate::weights::Weights;
+
+/// A decoder-only language model with frozen weights, ready to run.
+///
+/// It holds no state between calls: pages belong to the caller, adapters are passed in, and any
+/// number of threads may use one decoder at once.
+#[derive(Debug)]
+pub struct Decoder {
+    pub(crate) config: ModelConfig,
+    dtype: DType,
+    threads: Threads,
+    rope: RopeTable,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    pub(crate) norm: RmsNorm,
+    /// `[V, C]`
+    pub(crate) head: Tensor,
+}
+
+impl Decoder {
+    /// Loads a model's weights, converted to `dtype`: [`DType::F32`], or [`DType::F64`] to check
+    /// gradients.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Shape`] and [`Error::DType`] name the tensor;
+    /// [`Error::Device`] and [`Error::Unsupported`] say what there are no kernels for.
+    pub fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        dtype: DType,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self> {
+        config.validate()?;
+        check_device(device)?;
+        let rope = new_rope_table(config, dtype)?;
+        let loader = Loader {
+            config,
+            weights,
+            dtype,
+            device,
+        };
+        let embedding = Embedding::load(loader)?;
+        let head = if config.tie_word_embeddings {
+            embedding.weight.clone()
+        } else {
+            loader.load("lm_head.weight", &[config.vocab_size, config.hidden_size])?
+        };
+        Ok(Self {
+            config: config.clone(),
+            dtype,
+            threads: threads.clone(),
+            rope,
+            embedding,
+            blocks: (0..config.num_hidden_layers)
+                .map(|layer| Block::load(loader, layer))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::load(loader, "model.norm.weight", config.hidden_size)?,
+            head,
+        })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The number type it computes in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The threads it runs on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    /// Runs a batch and returns the final, normed hidden state of its `logit_rows`, `[N, C]`.
+    ///
+    /// Without pages every sequence is complete in the batch. With pages (`kv` here and in the
+    /// batch), new keys and values are written to them and earlier ones read from them, and each
+    /// row's bits depend on its own sequence alone: not on the company in the batch, nor on how a
+    /// prompt was cut into chunks.
+    ///
+    /// `batch.adapters` chooses from `adapters` for each sequence.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if the batch contradicts itself, the model or the pages;
+    /// [`Error::Adapter`] if an adapter is for another model.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        adapters: &[&Adapter],
+        kv: Option<&mut KvPages>,
+    ) -> Result<Tensor> {
+        batch.validate(&self.config, adapters.len())?;
+        adapters
+            .iter()
+            .try_for_each(|adapter| self.check_adapter(adapter))?;
+        let rows = if kv.is_some() {
+            Rows::Apart
+        } else {
+            Rows::Together
+        };
+        let ops = Ops {
+            threads: self.threads.clone(),
+            rows,
+        };
+        let mut stream = self
+            .run(&ops, batch, &adapter_rows(batch, adapters), kv, |_| {})?
+            .rows(&ops, &batch.logit_rows)?;
+        Ok(self.norm.forward(&ops, &mut stream)?.0)
+    }
+
+    /// The logits of hidden states, `[N, C]` → `[N, V]`; each row's bits depend on that row alone.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if `hidden` is not of this model's width and number type.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        if hidden.dims().last() != Some(&self.config.hidden_size) {
+            let (hidden, width) = (hidden.dims(), self.config.hidden_size);
+            return Err(Error::batch(format!(
+                "hidden states of shape {hidden:?}, the model's width is {width}"
+            )));
+        }
+        let ops = Ops {
+            threads: self.threads.clone(),
+            rows: Rows::Apart,
+        };
+        ops.linear(hidden, &self.head, None)
+    }
+
+    /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
+    pub(crate) fn run(
+        &self,
+        ops: &Ops,
+        batch: &Batch,
+        adapters: &[AdapterRows<'_>],
+        mut kv: Option<&mut KvPages>,
+        mut save: impl FnMut(SavedBlock),
+    ) -> Result<Stream> {
+        let places = self.places(batch, kv.as_deref())?;
+        let pass = self.pass(ops, batch);
+        let mut stream = Stream {
+            sum: self.embedding.forward(&pass)?,
+            delta: None,
+        };
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let pages = places
+                .as_ref()
+                .zip(kv.as_deref_mut().map(|kv| &mut kv.layers[layer]));
+            save(block.forward(&pass, &mut stream, adapters, pages)?);
+        }
+        Ok(stream)
+    }
+
+    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Pass<'a> {
+        Pass {
+            ops,
+            config: &self.config,
+            rope: &self.rope,
+            batch,
+        }
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub(crate) fn check_adapter(&self, adapter: &Adapter) -> Result<()> {
+        if adapter.dtype() != self.dtype {
+            let (adapter, own) = (adapter.dtype(), self.dtype);
+            return Err(Error::adapter(format!(
+                "it is {adapter:?} where the decoder computes in {own:?}"
+            )));
+        }
+        adapter.check(&self.config)
+    }
+
+    fn places<'a>(&self, batch: &'a Batch, kv: Option<&KvPages>) -> Result<Option<Places<'a>>> {
+        match (&batch.kv, kv) {
+            (None, None) => Ok(None),
+            (Some(tables), Some(kv)) if tables.block_size == kv.block_size() => {
+                if kv.layers.len() != self.blocks.len() || kv.dtype() != self.dtype {
+                    return Err(Error::batch("pages made for another model"));
+                }
+                Places::new(batch, tables, kv.num_blocks()).map(Some)
+            }
+            (Some(tables), Some(kv)) => {
+                let (tables, pages) = (tables.block_size, kv.block_size());
+                Err(Error::batch(format!(
+                    "block tables of {tables} tokens for pages of {pages}"
+                )))
+            }
+            _ => Err(Error::batch(
+                "block tables need pages, and pages block tables",
+            )),
+        }
+    }
+}
+
+/// Neighbouring sequences with the same adapter make one run of rows.
+fn adapter_rows<'a>(batch: &Batch, adapters: &[&'a Adapter]) -> Vec<AdapterRows<'a>> {
+    let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+    for (s, adapter) in batch.adapters.iter().enumerate() {
+        let (Some(adapter), rows) = (*adapter, batch.rows(s)) else {
+            continue;
+        };
+        match runs.last_mut() {
+            Some((last, run)) if *last == adapter && run.end == rows.start => run.end = rows.end,
+            _ => runs.push((adapter, rows)),
+        }
+    }
+    runs.into_iter()
+        .map(|(adapter, rows)| AdapterRows {
+            adapter: adapters[adapter],
+            rows,
+        })
+        .collect()
+}

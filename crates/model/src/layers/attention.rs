@@ -1,0 +1,144 @@
+//! Self-attention: q, k and v, their norms and rotation, attention over the sequence or its pages, o.
+
+use candle_core::Tensor;
+
+use super::linear::{AdapterRows, Linear, Trained};
+use super::rms_norm::SavedNorm;
+use super::{Group, LayerPages, Loader, Pass, Places, RmsNorm};
+use crate::error::Result;
+
+/// The attention half of a block.
+#[derive(Debug)]
+pub(crate) struct Attention {
+    qkv: Linear,
+    o: Linear,
+    /// Qwen3's norms over the heads of q and k.
+    head_norms: Option<(RmsNorm, RmsNorm)>,
+}
+
+/// What the backward pass needs.
+#[derive(Debug)]
+pub(crate) struct SavedAttention {
+    /// The input, `[T, C]`.
+    x: Tensor,
+    low_qkv: Option<Tensor>,
+    head_norms: Option<(SavedNorm, SavedNorm)>,
+    /// Normed and rotated, `[T, (H + 2·H_kv)·D]`.
+    qkv: Tensor,
+    /// `[T, H·D]`
+    out: Tensor,
+    /// Log-sum-exp of each row's scores, `[T, H]`; not known where pages were read.
+    lse: Option<Tensor>,
+    low_o: Option<Tensor>,
+}
+
+impl Attention {
+    pub(crate) fn load(loader: Loader<'_>, layer: usize) -> Result<Self> {
+        let norm = |name: &str| {
+            let name = format!("model.layers.{layer}.self_attn.{name}.weight");
+            RmsNorm::load(loader, &name, loader.config.head_dim)
+        };
+        let head_norms = if loader.config.qk_norm {
+            Some((norm("q_norm")?, norm("k_norm")?))
+        } else {
+            None
+        };
+        Ok(Self {
+            qkv: Linear::load(loader, layer, Group::Qkv)?,
+            o: Linear::load(loader, layer, Group::O)?,
+            head_norms,
+        })
+    }
+
+    /// `x: [T, C]` → `[T, C]`
+    pub(crate) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        x: Tensor,
+        adapters: &[AdapterRows<'_>],
+        pages: Option<(&Places<'_>, &mut LayerPages)>,
+    ) -> Result<(Tensor, SavedAttention)> {
+        let (ops, config) = (pass.ops, pass.config);
+        let (qkv, low_qkv) = self.qkv.forward(ops, &x, adapters)?;
+        let head_norms = match &self.head_norms {
+            None => None,
+            Some((q, k)) => Some((
+                q.forward_heads(ops, &q_of(pass, &qkv)?)?,
+                k.forward_heads(ops, &k_of(pass, &qkv)?)?,
+            )),
+        };
+        ops.rope(pass.rope, &pass.batch.positions, &qk_of(pass, &qkv)?)?;
+        let (out, lse) = match pages {
+            None => ops
+                .attention(config, &pass.batch.seq_starts, &qkv)
+                .map(|(out, lse)| (out, Some(lse)))?,
+            Some((places, pages)) => (
+                ops.paged_attention(config, pass.batch, places, pages, &qkv)?,
+                None,
+            ),
+        };
+        let (y, low_o) = self.o.forward(ops, &out, adapters)?;
+        Ok((
+            y,
+            SavedAttention {
+                x,
+                low_qkv,
+                head_norms,
+                qkv,
+                out,
+                lse,
+                low_o,
+            },
+        ))
+    }
+
+    /// `dy: [T, C]` → the gradient of the input; adds the adapter's gradients.
+    pub(crate) fn backward(
+        &self,
+        pass: &Pass<'_>,
+        saved: &SavedAttention,
+        dy: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<Tensor> {
+        let ops = pass.ops;
+        let (dout, dlow_o) = self.o.backward(ops, dy, trained)?;
+        self.o.backward_adapter(
+            ops,
+            dy,
+            &saved.out,
+            (saved.low_o.as_ref(), dlow_o.as_ref()),
+            trained,
+        )?;
+        let lse = saved.lse.as_ref().expect("training reads no pages");
+        let starts = &pass.batch.seq_starts;
+        let dqkv =
+            ops.attention_backward(pass.config, starts, &saved.qkv, (&saved.out, lse), &dout)?;
+        ops.rope_backward(pass.rope, &pass.batch.positions, &qk_of(pass, &dqkv)?)?;
+        if let (Some((q, k)), Some((saved_q, saved_k))) = (&self.head_norms, &saved.head_norms) {
+            q.backward_heads(ops, saved_q, &q_of(pass, &dqkv)?)?;
+            k.backward_heads(ops, saved_k, &k_of(pass, &dqkv)?)?;
+        }
+        let (dx, dlow) = self.qkv.backward(ops, &dqkv, trained)?;
+        self.qkv.backward_adapter(
+            ops,
+            &dqkv,
+            &saved.x,
+            (saved.low_qkv.as_ref(), dlow.as_ref()),
+            trained,
+        )?;
+        Ok(dx)
+    }
+}
+
+fn q_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
+    Ok(qkv.narrow(1, 0, pass.config.q_dim())?)
+}
+
+fn k_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
+    Ok(qkv.narrow(1, pass.config.q_dim(), pass.config.kv_dim())?)
+}
+
+/// Queries and keys lie side by side and have heads of one width, so they turn in one pass.
+fn qk_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
+    Ok(qkv.narrow(1, 0, pass.config.q_dim() + pass.config.kv_dim())?)
+}

@@ -1,0 +1,92 @@
+//! One decoder block: attention and MLP, each behind a norm, each added to the stream.
+
+use candle_core::Tensor;
+
+use super::attention::{Attention, SavedAttention};
+use super::linear::{AdapterRows, Trained};
+use super::mlp::{Mlp, SavedMlp};
+use super::rms_norm::SavedNorm;
+use super::{LayerPages, Loader, Pass, Places, RmsNorm, Stream};
+use crate::error::Result;
+
+/// One block.
+#[derive(Debug)]
+pub(crate) struct Block {
+    attention_norm: RmsNorm,
+    attention: Attention,
+    mlp_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+/// What a block's backward pass needs.
+#[derive(Debug)]
+pub(crate) struct SavedBlock {
+    attention_norm: SavedNorm,
+    attention: SavedAttention,
+    mlp_norm: SavedNorm,
+    mlp: SavedMlp,
+}
+
+impl SavedBlock {
+    /// The stream the block started from, from which all else can be computed again.
+    pub(crate) fn into_input(self) -> Tensor {
+        self.attention_norm.x
+    }
+}
+
+impl Block {
+    pub(crate) fn load(loader: Loader<'_>, layer: usize) -> Result<Self> {
+        let norm = |name: &str| {
+            RmsNorm::load(
+                loader,
+                &format!("model.layers.{layer}.{name}.weight"),
+                loader.config.hidden_size,
+            )
+        };
+        Ok(Self {
+            attention_norm: norm("input_layernorm")?,
+            attention: Attention::load(loader, layer)?,
+            mlp_norm: norm("post_attention_layernorm")?,
+            mlp: Mlp::load(loader, layer)?,
+        })
+    }
+
+    pub(crate) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        stream: &mut Stream,
+        adapters: &[AdapterRows<'_>],
+        pages: Option<(&Places<'_>, &mut LayerPages)>,
+    ) -> Result<SavedBlock> {
+        let (x, attention_norm) = self.attention_norm.forward(pass.ops, stream)?;
+        let (y, attention) = self.attention.forward(pass, x, adapters, pages)?;
+        stream.delta = Some(y);
+        let (x, mlp_norm) = self.mlp_norm.forward(pass.ops, stream)?;
+        let (y, mlp) = self.mlp.forward(pass, x, adapters)?;
+        stream.delta = Some(y);
+        Ok(SavedBlock {
+            attention_norm,
+            attention,
+            mlp_norm,
+            mlp,
+        })
+    }
+
+    /// `dstream: [T, C]` is the gradient after the block and becomes that before it, in place.
+    pub(crate) fn backward(
+        &self,
+        pass: &Pass<'_>,
+        saved: SavedBlock,
+        dstream: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<()> {
+        let dx = self.mlp.backward(pass, saved.mlp, dstream, trained)?;
+        self.mlp_norm
+            .backward(pass.ops, &saved.mlp_norm, &dx, dstream)?;
+        let dx = self
+            .attention
+            .backward(pass, &saved.attention, dstream, trained)?;
+        self.attention_norm
+            .backward(pass.ops, &saved.attention_norm, &dx, dstream)
+    }
+}

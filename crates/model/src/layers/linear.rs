@@ -1,0 +1,207 @@
+//! Linear maps that share an input, with their LoRA updates: one product for all.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::{GroupAdapter, Loader};
+use crate::config::Projection;
+use crate::error::Result;
+use crate::lora::{Adapter, Gradients};
+use crate::ops::Ops;
+
+/// The linear maps of a block, grouped by the input they share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Group {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+}
+
+impl Group {
+    pub(crate) const ALL: [Self; 4] = [Self::Qkv, Self::O, Self::GateUp, Self::Down];
+
+    pub(crate) fn projections(self) -> &'static [Projection] {
+        match self {
+            Self::Qkv => &[Projection::Q, Projection::K, Projection::V],
+            Self::O => &[Projection::O],
+            Self::GateUp => &[Projection::Gate, Projection::Up],
+            Self::Down => &[Projection::Down],
+        }
+    }
+
+    pub(crate) fn of(projection: Projection) -> Self {
+        match projection {
+            Projection::Q | Projection::K | Projection::V => Self::Qkv,
+            Projection::O => Self::O,
+            Projection::Gate | Projection::Up => Self::GateUp,
+            Projection::Down => Self::Down,
+        }
+    }
+}
+
+/// The rows of a batch that one adapter applies to.
+#[derive(Debug, Clone)]
+pub(crate) struct AdapterRows<'a> {
+    pub(crate) adapter: &'a Adapter,
+    pub(crate) rows: Range<usize>,
+}
+
+/// The adapter being trained, and where its gradients add up.
+#[derive(Clone, Copy)]
+pub(crate) struct Trained<'a> {
+    pub(crate) adapter: &'a Adapter,
+    pub(crate) gradients: &'a Gradients,
+}
+
+/// `y = x·W₀ᵀ + bias + s·(x·Aᵀ)·Bᵀ` for the maps of one group side by side.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    layer: usize,
+    group: Group,
+    /// `[ΣD_out, D_in]`
+    weight: Tensor,
+    /// `[ΣD_out]`
+    bias: Option<Tensor>,
+    /// The output columns of each map.
+    columns: Vec<(Projection, Range<usize>)>,
+}
+
+impl Linear {
+    pub(crate) fn load(loader: Loader<'_>, layer: usize, group: Group) -> Result<Self> {
+        let (mut weights, mut biases, mut columns, mut end) =
+            (Vec::new(), Vec::new(), Vec::new(), 0);
+        for &projection in group.projections() {
+            let (d_in, d_out) = loader.config.projection_dims(projection);
+            let path = projection.path(layer);
+            weights.push(loader.load(&format!("{path}.weight"), &[d_out, d_in])?);
+            if loader.config.projection_bias(projection) {
+                biases.push(loader.load(&format!("{path}.bias"), &[d_out])?);
+            }
+            columns.push((projection, end..end + d_out));
+            end += d_out;
+        }
+        let bias = if biases.is_empty() {
+            None
+        } else {
+            Some(Tensor::cat(&biases, 0)?)
+        };
+        Ok(Self {
+            layer,
+            group,
+            weight: Tensor::cat(&weights, 0)?,
+            bias,
+            columns,
+        })
+    }
+
+    /// `x: [T, D_in]` → `[T, ΣD_out]`, and `x·Aᵀ` where one adapter covers the batch, as in training.
+    pub(crate) fn forward(
+        &self,
+        ops: &Ops,
+        x: &Tensor,
+        adapters: &[AdapterRows<'_>],
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let y = ops.linear(x, &self.weight, self.bias.as_ref())?;
+        let mut low = None;
+        for AdapterRows { adapter, rows } in adapters {
+            let Some(adapter) = self.adapter(adapter.layer(self.layer)) else {
+                continue;
+            };
+            let x = x.narrow(0, rows.start, rows.len())?;
+            let y = y.narrow(0, rows.start, rows.len())?;
+            let down = ops.linear(&x, &adapter.a, None)?; // [T, ΣR]
+            for pair in &adapter.pairs {
+                let y = self.columns_of(pair.projection, &y)?;
+                ops.add_linear(pair.scaling, &narrow(&down, &pair.ranks)?, &pair.b, &y)?;
+            }
+            low = Some(down);
+        }
+        Ok((y, low))
+    }
+
+    /// `dy: [T, ΣD_out]` → `dx: [T, D_in]`, and the gradient of `x·Aᵀ` that
+    /// [`backward_adapter`](Self::backward_adapter) needs.
+    pub(crate) fn backward(
+        &self,
+        ops: &Ops,
+        dy: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let dx = ops.linear_backward(dy, &self.weight)?;
+        let dlow = self.backward_low(ops, dy, trained)?;
+        if let (Some(dlow), Some(adapter)) =
+            (&dlow, self.adapter(trained.adapter.layer(self.layer)))
+        {
+            ops.linear_backward_into(1.0, dlow, &adapter.a, 1.0, &dx)?;
+        }
+        Ok((dx, dlow))
+    }
+
+    /// The gradient of `x·Aᵀ`: `s·dy·B`, `[T, ΣR]`.
+    pub(crate) fn backward_low(
+        &self,
+        ops: &Ops,
+        dy: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<Option<Tensor>> {
+        let Some(adapter) = self.adapter(trained.adapter.layer(self.layer)) else {
+            return Ok(None);
+        };
+        let dlow = Tensor::zeros((dy.dim(0)?, adapter.a.dim(0)?), dy.dtype(), dy.device())?;
+        for pair in &adapter.pairs {
+            let dy = self.columns_of(pair.projection, dy)?;
+            ops.linear_backward_into(
+                pair.scaling,
+                &dy,
+                &pair.b,
+                0.0,
+                &narrow(&dlow, &pair.ranks)?,
+            )?;
+        }
+        Ok(Some(dlow))
+    }
+
+    /// Adds the gradients of `A` and `B`; `low` is the forward pass's `x·Aᵀ`.
+    pub(crate) fn backward_adapter(
+        &self,
+        ops: &Ops,
+        dy: &Tensor,
+        x: &Tensor,
+        (low, dlow): (Option<&Tensor>, Option<&Tensor>),
+        trained: Trained<'_>,
+    ) -> Result<()> {
+        let gradients = self.adapter(trained.gradients.layers.get(self.layer));
+        let (Some(gradients), Some(low), Some(dlow)) = (gradients, low, dlow) else {
+            return Ok(());
+        };
+        ops.add_weight_gradient(1.0, dlow, x, &gradients.a)?;
+        for pair in &gradients.pairs {
+            let dy = self.columns_of(pair.projection, dy)?;
+            ops.add_weight_gradient(pair.scaling, &dy, &narrow(low, &pair.ranks)?, &pair.b)?;
+        }
+        Ok(())
+    }
+
+    fn adapter<'a>(
+        &self,
+        layer: Option<&'a crate::lora::LayerAdapter>,
+    ) -> Option<&'a GroupAdapter> {
+        layer.and_then(|groups| groups[self.group as usize].as_ref())
+    }
+
+    /// The columns of `y: [T, ΣD_out]` that belong to one map.
+    fn columns_of(&self, projection: Projection, y: &Tensor) -> Result<Tensor> {
+        let (_, columns) = self
+            .columns
+            .iter()
+            .find(|(own, _)| *own == projection)
+            .expect("a pair is planned within its group");
+        narrow(y, columns)
+    }
+}
+
+fn narrow(matrix: &Tensor, columns: &Range<usize>) -> Result<Tensor> {
+    Ok(matrix.narrow(1, columns.start, columns.len())?)
+}

@@ -1,0 +1,87 @@
+//! The gated MLP: gate and up, SwiGLU, down.
+
+use candle_core::Tensor;
+
+use super::linear::{AdapterRows, Linear, Trained};
+use super::{Group, Loader, Pass};
+use crate::error::Result;
+
+/// The MLP half of a block.
+#[derive(Debug)]
+pub(crate) struct Mlp {
+    gate_up: Linear,
+    down: Linear,
+}
+
+/// What the backward pass needs; it computes the activation again rather than hold it.
+#[derive(Debug)]
+pub(crate) struct SavedMlp {
+    /// The input, `[T, C]`.
+    x: Tensor,
+    low_gate_up: Option<Tensor>,
+    /// `[T, 2·I]`
+    gate_up: Tensor,
+    low_down: Option<Tensor>,
+}
+
+impl Mlp {
+    pub(crate) fn load(loader: Loader<'_>, layer: usize) -> Result<Self> {
+        Ok(Self {
+            gate_up: Linear::load(loader, layer, Group::GateUp)?,
+            down: Linear::load(loader, layer, Group::Down)?,
+        })
+    }
+
+    /// `x: [T, C]` → `[T, C]`
+    pub(crate) fn forward(
+        &self,
+        pass: &Pass<'_>,
+        x: Tensor,
+        adapters: &[AdapterRows<'_>],
+    ) -> Result<(Tensor, SavedMlp)> {
+        let (gate_up, low_gate_up) = self.gate_up.forward(pass.ops, &x, adapters)?;
+        let h = pass.ops.swiglu(&gate_up)?;
+        let (y, low_down) = self.down.forward(pass.ops, &h, adapters)?;
+        Ok((
+            y,
+            SavedMlp {
+                x,
+                low_gate_up,
+                gate_up,
+                low_down,
+            },
+        ))
+    }
+
+    /// `dy: [T, C]` → the gradient of the input; adds the adapter's gradients.
+    pub(crate) fn backward(
+        &self,
+        pass: &Pass<'_>,
+        saved: SavedMlp,
+        dy: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<Tensor> {
+        let ops = pass.ops;
+        let SavedMlp {
+            x,
+            low_gate_up,
+            gate_up,
+            low_down,
+        } = saved;
+        let (dh, dlow) = self.down.backward(ops, dy, trained)?;
+        ops.swiglu_backward(&gate_up, &dh)?;
+        let (dgate_up, h) = (gate_up, dh); // what they hold now
+        self.down
+            .backward_adapter(ops, dy, &h, (low_down.as_ref(), dlow.as_ref()), trained)?;
+        drop(h);
+        let (dx, dlow) = self.gate_up.backward(ops, &dgate_up, trained)?;
+        self.gate_up.backward_adapter(
+            ops,
+            &dgate_up,
+            &x,
+            (low_gate_up.as_ref(), dlow.as_ref()),
+            trained,
+        )?;
+        Ok(dx)
+    }
+}

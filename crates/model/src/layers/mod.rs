@@ -1,0 +1,48 @@
+//! The parts of a decoder block; each file holds a forward pass and its backward pass.
+
+mod attention;
+mod block;
+mod embedding;
+mod linear;
+mod mlp;
+mod rms_norm;
+
+pub(crate) use block::{Block, SavedBlock};
+pub(crate) use embedding::Embedding;
+pub(crate) use linear::{AdapterRows, Group, Trained};
+pub(crate) use rms_norm::{RmsNorm, Stream};
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::batch::Batch;
+use crate::bridge::RopeTable;
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::kv_pages::LayerPages;
+use crate::lora::GroupAdapter;
+use crate::ops::{Ops, Places};
+use crate::weights::Weights;
+
+/// Where weights come from and what they become.
+#[derive(Clone, Copy)]
+pub(crate) struct Loader<'a> {
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) weights: &'a Weights,
+    pub(crate) dtype: DType,
+    pub(crate) device: &'a Device,
+}
+
+impl Loader<'_> {
+    pub(crate) fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.weights.load(name, shape, self.dtype, self.device)
+    }
+}
+
+/// What every layer sees of one pass.
+#[derive(Clone, Copy)]
+pub(crate) struct Pass<'a> {
+    pub(crate) ops: &'a Ops,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) rope: &'a RopeTable,
+    pub(crate) batch: &'a Batch,
+}

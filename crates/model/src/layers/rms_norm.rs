@@ -1,0 +1,109 @@
+//! RMS norms over the residual stream and over single heads.
+
+use candle_core::Tensor;
+
+use super::Loader;
+use crate::error::Result;
+use crate::ops::{Normed, Ops};
+
+/// The residual stream: what has been added up, and the newest addition still apart, so that adding
+/// it and norming the sum is one pass.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    /// `[T, C]`
+    pub(crate) sum: Tensor,
+    /// `[T, C]`
+    pub(crate) delta: Option<Tensor>,
+}
+
+impl Stream {
+    /// Some rows of it, in the order asked for.
+    pub(crate) fn rows(&self, ops: &Ops, rows: &[u32]) -> Result<Self> {
+        let delta = self
+            .delta
+            .as_ref()
+            .map(|delta| ops.gather(delta, rows))
+            .transpose()?;
+        Ok(Self {
+            sum: ops.gather(&self.sum, rows)?,
+            delta,
+        })
+    }
+}
+
+/// `y = x / sqrt(mean(x²) + eps) ⊙ weight`.
+#[derive(Debug)]
+pub(crate) struct RmsNorm {
+    /// `[C]`, or `[D]` over heads
+    weight: Tensor,
+    eps: f64,
+}
+
+/// What the backward pass needs.
+#[derive(Debug)]
+pub(crate) struct SavedNorm {
+    pub(crate) x: Tensor,
+    inv_rms: Tensor,
+}
+
+impl RmsNorm {
+    pub(crate) fn load(loader: Loader<'_>, name: &str, width: usize) -> Result<Self> {
+        Ok(Self {
+            weight: loader.load(name, &[width])?,
+            eps: loader.config.rms_norm_eps,
+        })
+    }
+
+    /// Norms the stream, its newest addition included.
+    pub(crate) fn forward(&self, ops: &Ops, stream: &mut Stream) -> Result<(Tensor, SavedNorm)> {
+        let Normed { y, inv_rms } = match stream.delta.take() {
+            None => ops.rms_norm(&stream.sum, &self.weight, self.eps)?,
+            Some(delta) => {
+                let normed = ops.add_rms_norm(&stream.sum, &delta, &self.weight, self.eps)?;
+                stream.sum = delta; // which now holds the sum; the old sum may be saved elsewhere
+                normed
+            }
+        };
+        Ok((
+            y,
+            SavedNorm {
+                x: stream.sum.clone(),
+                inv_rms,
+            },
+        ))
+    }
+
+    /// Adds to `dx` what comes back through the norm.
+    pub(crate) fn backward(
+        &self,
+        ops: &Ops,
+        saved: &SavedNorm,
+        dy: &Tensor,
+        dx: &Tensor,
+    ) -> Result<()> {
+        ops.rms_norm_backward(&saved.x, &self.weight, &saved.inv_rms, dy, dx)
+    }
+
+    /// Norms each head of `view: [T, n·D]` by itself, in place.
+    pub(crate) fn forward_heads(&self, ops: &Ops, view: &Tensor) -> Result<SavedNorm> {
+        let x = self.copy_heads(view)?;
+        let Normed { y, inv_rms } = ops.rms_norm(&x, &self.weight, self.eps)?;
+        ops.copy(&y.reshape(view.shape())?, view)?;
+        Ok(SavedNorm { x, inv_rms })
+    }
+
+    /// Replaces the gradient of the normed heads by that of the heads, in place.
+    pub(crate) fn backward_heads(&self, ops: &Ops, saved: &SavedNorm, view: &Tensor) -> Result<()> {
+        let dy = self.copy_heads(view)?;
+        let dx = dy.zeros_like()?;
+        self.backward(ops, saved, &dy, &dx)?;
+        ops.copy(&dx.reshape(view.shape())?, view)
+    }
+
+    /// A copy with one head per row, `[T·n, D]`; never a view, which for one token it could be.
+    fn copy_heads(&self, view: &Tensor) -> Result<Tensor> {
+        Ok(view
+            .force_contiguous()?
+            .reshape(((), self.weight.elem_count()))?)
+    }
+}

@@ -1,0 +1,297 @@
+//! LoRA settings, by the names PEFT's `LoraConfig` gives them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Projection;
+use crate::error::{Error, Result};
+
+/// What to adapt and how strongly; the fields are those of PEFT's `adapter_config.json`.
+///
+/// ```
+/// let config = updraft_model::LoraConfig { r: 8, lora_alpha: 16.0, ..Default::default() };
+/// config.validate()?;
+/// # Ok::<(), updraft_model::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank: more capacity, more memory and more to learn from the same data.
+    pub r: usize,
+    /// The update is scaled by `lora_alpha / r`.
+    #[serde(serialize_with = "whole_if_whole")]
+    pub lora_alpha: f64,
+    /// Share of the adapter's inputs dropped while training. Only 0 is trained here; an adapter
+    /// trained elsewhere with more runs as it is, because dropout is off then.
+    pub lora_dropout: f64,
+    /// Which linear maps are adapted.
+    pub target_modules: TargetModules,
+    /// Scale by `lora_alpha / √r` instead, which keeps high ranks from learning too slowly.
+    pub use_rslora: bool,
+    /// Another rank for modules whose name ends with the key, `"layers.0.self_attn.q_proj"`.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Another alpha, likewise.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// The base model, for whoever loads the adapter elsewhere.
+    pub base_model_name_or_path: Option<String>,
+    /// The base model's revision.
+    pub revision: Option<String>,
+}
+
+/// Which linear maps an adapter changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// Modules whose name is, or ends with, one of these: `"q_proj"`, `"layers.0.mlp.up_proj"`.
+    Names(Vec<String>),
+    /// One string: `"all-linear"` for all seven; PEFT also takes a regular expression here, which
+    /// an adapter that is read may carry but a new one may not.
+    Pattern(String),
+}
+
+impl Default for LoraConfig {
+    /// Rank 16, alpha 16, all seven maps: what the QLoRA paper found to match full fine-tuning,
+    /// and what most recipes use.
+    fn default() -> Self {
+        Self {
+            r: 16,
+            lora_alpha: 16.0,
+            lora_dropout: 0.0,
+            target_modules: TargetModules::Names(
+                Projection::ALL.map(|p| p.name().to_owned()).to_vec(),
+            ),
+            use_rslora: false,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            base_model_name_or_path: None,
+            revision: None,
+        }
+    }
+}
+
+impl LoraConfig {
+    /// Checks that a new adapter can be made and trained from these settings.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a number out of range, [`Error::Unsupported`] for a setting that would
+    /// change training but is not done here.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_numbers()?;
+        self.validate_dropout()?;
+        match &self.target_modules {
+            TargetModules::Pattern(pattern) if pattern != "all-linear" => Err(Error::Unsupported {
+                what: format!("target_modules {pattern:?} as a regular expression"),
+                instead: "list module names, or say \"all-linear\"",
+            }),
+            TargetModules::Names(names) if names.is_empty() => {
+                Err(config_error("target_modules", "empty"))
+            }
+            TargetModules::Names(names) => names.iter().try_for_each(|name| known_module(name)),
+            TargetModules::Pattern(_) => Ok(()),
+        }
+    }
+
+    /// Whether it can be trained (and not only run).
+    pub(crate) fn validate_dropout(&self) -> Result<()> {
+        if self.lora_dropout == 0.0 {
+            return Ok(());
+        }
+        let what = format!("training with lora_dropout {}", self.lora_dropout);
+        Err(Error::Unsupported {
+            what,
+            instead: "set lora_dropout to 0",
+        })
+    }
+
+    /// The part of [`validate`](Self::validate) that also holds for adapters trained elsewhere.
+    pub(crate) fn validate_numbers(&self) -> Result<()> {
+        for (field, &rank) in std::iter::once(("r", &self.r))
+            .chain(self.rank_pattern.iter().map(|(k, v)| (k.as_str(), v)))
+        {
+            if rank == 0 || rank > 1 << 16 {
+                return Err(config_error(
+                    field,
+                    format!("{rank} is not a plausible rank"),
+                ));
+            }
+        }
+        let alphas = self
+            .alpha_pattern
+            .iter()
+            .map(|(key, alpha)| (key.as_str(), alpha));
+        for (field, alpha) in std::iter::once(("lora_alpha", &self.lora_alpha)).chain(alphas) {
+            if !alpha.is_finite() {
+                return Err(config_error(field, format!("{alpha} is not a number")));
+            }
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return Err(config_error(
+                "lora_dropout",
+                format!("{} is not between 0 and 1", self.lora_dropout),
+            ));
+        }
+        match self
+            .rank_pattern
+            .keys()
+            .chain(self.alpha_pattern.keys())
+            .find(|key| is_pattern(key))
+        {
+            Some(key) => Err(Error::Unsupported {
+                what: format!("the regular expression {key:?} in rank_pattern or alpha_pattern"),
+                instead: "write module names there",
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a module is adapted.
+    pub fn targets(&self, projection: Projection, layer: usize) -> bool {
+        match &self.target_modules {
+            TargetModules::Names(names) => names
+                .iter()
+                .any(|name| ends_with_module(&projection.path(layer), name)),
+            TargetModules::Pattern(pattern) => pattern == "all-linear",
+        }
+    }
+
+    /// A module's rank.
+    pub fn rank(&self, projection: Projection, layer: usize) -> usize {
+        look_up(&self.rank_pattern, &projection.path(layer))
+            .copied()
+            .unwrap_or(self.r)
+    }
+
+    /// What a module's update is multiplied with: `alpha / rank`, or `alpha / √rank`.
+    pub fn scaling(&self, projection: Projection, layer: usize) -> f64 {
+        let alpha = look_up(&self.alpha_pattern, &projection.path(layer))
+            .copied()
+            .unwrap_or(self.lora_alpha);
+        let rank = self.rank(projection, layer) as f64;
+        alpha / if self.use_rslora { rank.sqrt() } else { rank }
+    }
+}
+
+/// PEFT takes the first key that matches, in the order of the file, and the file is sorted.
+fn look_up<'a, V>(pattern: &'a BTreeMap<String, V>, path: &str) -> Option<&'a V> {
+    pattern
+        .iter()
+        .find(|(key, _)| ends_with_module(path, key))
+        .map(|(_, value)| value)
+}
+
+fn ends_with_module(path: &str, name: &str) -> bool {
+    path.strip_suffix(name)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+fn is_pattern(key: &str) -> bool {
+    key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))
+}
+
+fn known_module(name: &str) -> Result<()> {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    if Projection::ALL
+        .iter()
+        .any(|projection| projection.name() == last)
+    {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("target module {name:?}"),
+        instead: "adapt q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj",
+    })
+}
+
+fn config_error(field: impl Into<String>, reason: impl Into<String>) -> Error {
+    Error::Config {
+        file: "adapter_config.json",
+        field: field.into(),
+        reason: reason.into(),
+    }
+}
+
+/// PEFT declares alpha an integer, so a whole one is written as such.
+pub(crate) fn whole_if_whole<S: serde::Serializer>(
+    value: &f64,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    if value.fract() == 0.0 && value.abs() < 9e15 {
+        serializer.serialize_i64(*value as i64)
+    } else {
+        serializer.serialize_f64(*value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_as_peft_matches_them() {
+        let config = LoraConfig {
+            rank_pattern: BTreeMap::from([
+                ("layers.1.self_attn.q_proj".to_owned(), 4),
+                ("down_proj".to_owned(), 2),
+            ]),
+            alpha_pattern: BTreeMap::from([("mlp.down_proj".to_owned(), 8.0)]),
+            ..LoraConfig::default()
+        };
+        config.validate().expect("names are fine");
+        assert_eq!(config.rank(Projection::Q, 1), 4);
+        assert_eq!(config.rank(Projection::Q, 11), 16); // `layers.1.` is not the end of `layers.11.`
+        assert_eq!(config.scaling(Projection::Down, 0), 4.0);
+        assert_eq!(config.scaling(Projection::Up, 0), 1.0);
+        let stabilized = LoraConfig {
+            use_rslora: true,
+            ..config
+        };
+        assert_eq!(stabilized.scaling(Projection::Up, 0), 4.0);
+    }
+
+    #[test]
+    fn targets_are_names_or_their_ends() {
+        let target = |names: &[&str]| LoraConfig {
+            target_modules: TargetModules::Names(
+                names.iter().map(|&name| name.to_owned()).collect(),
+            ),
+            ..LoraConfig::default()
+        };
+        assert!(target(&["q_proj"]).targets(Projection::Q, 7));
+        assert!(target(&["layers.1.mlp.up_proj"]).targets(Projection::Up, 1));
+        assert!(!target(&["layers.1.mlp.up_proj"]).targets(Projection::Up, 11));
+        assert!(!target(&["proj"]).targets(Projection::Q, 0));
+    }
+
+    #[test]
+    fn what_cannot_be_trained_is_refused_by_name() {
+        let refused = |edit: fn(&mut LoraConfig), expected: &str| {
+            let mut config = LoraConfig::default();
+            edit(&mut config);
+            let message = config.validate().expect_err("must be refused").to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        refused(|c| c.r = 0, "r: 0 is not a plausible rank");
+        refused(
+            |c| c.lora_dropout = 0.1,
+            "training with lora_dropout 0.1 is not supported",
+        );
+        refused(
+            |c| c.lora_dropout = 1.0,
+            "lora_dropout: 1 is not between 0 and 1",
+        );
+        refused(
+            |c| c.target_modules = TargetModules::Names(vec!["lm_head".to_owned()]),
+            "target module \"lm_head\"",
+        );
+        refused(
+            |c| c.target_modules = TargetModules::Pattern(".*_proj".to_owned()),
+            "regular expression",
+        );
+        refused(
+            |c| drop(c.rank_pattern.insert("q_proj|k_proj".to_owned(), 4)),
+            "regular expression",
+        );
+        refused(|c| c.lora_alpha = f64::NAN, "lora_alpha: NaN");
+    }
+}

@@ -1,0 +1,95 @@
+//! Gradients of an adapter, laid out as the adapter is.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::adapter::{Adapter, LayerAdapter, Plan};
+use crate::bridge::{edit_slice, read, typed};
+use crate::error::Result;
+
+/// The gradients of an [`Adapter`]'s parameters, one flat buffer in the same order.
+///
+/// They add up until [`zero`](Self::zero): over the parts of a micro-batch, over micro-batches.
+#[derive(Debug)]
+pub struct Gradients {
+    plan: Plan,
+    values: Tensor,
+    pub(crate) layers: Vec<LayerAdapter>,
+}
+
+impl Gradients {
+    /// Zeros for an adapter.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if the memory cannot be had.
+    pub fn zeros(adapter: &Adapter) -> Result<Self> {
+        Self::of_plan(adapter.plan(), adapter.dtype())
+    }
+
+    pub(crate) fn zeros_like(&self) -> Result<Self> {
+        Self::of_plan(&self.plan, self.values.dtype())
+    }
+
+    fn of_plan(plan: &Plan, dtype: DType) -> Result<Self> {
+        let values = Tensor::zeros(plan.len(), dtype, &Device::Cpu)?;
+        Ok(Self {
+            plan: plan.clone(),
+            layers: plan.views(&values)?,
+            values,
+        })
+    }
+
+    /// Whether they are laid out as an adapter is.
+    pub(crate) fn belong_to(&self, adapter: &Adapter) -> bool {
+        self.plan.parameters == adapter.parameters() && self.values.dtype() == adapter.dtype()
+    }
+
+    /// Starts over.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) off the CPU.
+    pub fn zero(&mut self) -> Result<()> {
+        typed!(self.values, F => edit_slice(&self.values, |values: &mut [F]| values.fill(0.0)))
+    }
+
+    /// Adds another's.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if they belong to different adapters.
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        if self.values.dims() != other.values.dims() {
+            return Err(crate::Error::adapter("gradients of another adapter"));
+        }
+        typed!(self.values, F => {
+            let other = read::<F>(&other.values)?;
+            edit_slice(&self.values, |values: &mut [F]| {
+                for (value, other) in values.iter_mut().zip(other.slice()) {
+                    *value += *other;
+                }
+            })
+        })
+    }
+
+    /// Changes the flat buffer in place: clipping, or a reduction over workers.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if they are not F32.
+    pub fn update<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        edit_slice(&self.values, change)
+    }
+
+    /// Calls `look` with the flat buffer, without a copy.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if they are not F32.
+    pub fn with<R>(&self, look: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        Ok(look(read::<f32>(&self.values)?.slice()))
+    }
+
+    /// A copy as f64, whatever their type; for tests.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if the device fails.
+    pub fn to_vec(&self) -> Result<Vec<f64>> {
+        Ok(self.values.to_dtype(DType::F64)?.to_vec1()?)
+    }
+}

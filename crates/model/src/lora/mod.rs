@@ -1,0 +1,12 @@
+//! Low-rank adapters: settings, parameters, PEFT's files, merging.
+
+mod adapter;
+mod config;
+mod gradients;
+pub mod merge;
+pub mod peft;
+
+pub use adapter::{Adapter, Parameter};
+pub(crate) use adapter::{GroupAdapter, LayerAdapter};
+pub use config::{LoraConfig, TargetModules};
+pub use gradients::Gradients;

@@ -1,0 +1,427 @@
+//! The kernels as operations on tensors: the one place that knows which device and number type run.
+
+use candle_core::{Device, Tensor};
+use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
+use updraft_kernels::paged_attention::{self, Pages, Sequences};
+use updraft_kernels::rope::Table;
+use updraft_kernels::{
+    Float, Mat, MatMut, Threads, embedding, kv_scatter, linear, linear_cross_entropy, rms_norm,
+    rope, swiglu,
+};
+
+use crate::batch::{Batch, BlockTables};
+use crate::bridge::{
+    Real, RopeTable, View, edit, edit_slice, read, tensor, typed, unsupported_dtype,
+};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::kv_pages::LayerPages;
+
+/// What a row's bits may depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// The batch around it: the fastest products, for training.
+    Together,
+    /// Nothing but itself, so that greedy output is the same in any company; for serving.
+    Apart,
+}
+
+/// The operations, with the threads that run them.
+#[derive(Debug, Clone)]
+pub(crate) struct Ops {
+    pub(crate) threads: Threads,
+    pub(crate) rows: Rows,
+}
+
+/// A norm's output and what its backward pass needs, `y: [T, C]`, `inv_rms: [T]`.
+pub(crate) struct Normed {
+    pub(crate) y: Tensor,
+    pub(crate) inv_rms: Tensor,
+}
+
+impl Ops {
+    /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`.
+    pub(crate) fn gather(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        typed!(table, F => {
+            let cols = table.dim(1)?;
+            let mut out = vec![F::ZERO; ids.len() * cols];
+            embedding::forward(&self.threads, read::<F>(table)?.mat(), ids, &mut out);
+            tensor(out, (ids.len(), cols))
+        })
+    }
+
+    /// The gradient of [`gather`](Self::gather): `dout: [N, C]`, `ids: [N]` → `[num_rows, C]`.
+    pub(crate) fn scatter(&self, dout: &Tensor, ids: &[u32], num_rows: usize) -> Result<Tensor> {
+        typed!(dout, F => {
+            let cols = dout.dim(1)?;
+            let mut out = vec![F::ZERO; num_rows * cols];
+            embedding::backward(ids, read::<F>(dout)?.mat(), MatMut::new(&mut out, num_rows, cols));
+            tensor(out, (num_rows, cols))
+        })
+    }
+
+    /// `from` into `to`, which may be some columns of a wider matrix.
+    pub(crate) fn copy(&self, from: &Tensor, to: &Tensor) -> Result<()> {
+        typed!(from, F => {
+            let from = read::<F>(from)?;
+            edit(to, |mut to: MatMut<'_, F>| {
+                for row in 0..to.num_rows() {
+                    to.row_mut(row).copy_from_slice(from.mat().row(row));
+                }
+            })
+        })
+    }
+
+    /// `x: [T, C]`, `weight: [C]`.
+    pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Normed> {
+        typed!(x, F => {
+            let (mut y, mut inv_rms) = (vec![F::ZERO; x.elem_count()], vec![F::ZERO; x.dim(0)?]);
+            let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
+            rms_norm::forward(&self.threads, view.slice(), weight.slice(), F::of_f64(eps), &mut y, &mut inv_rms);
+            Ok(Normed { y: tensor(y, x.shape())?, inv_rms: tensor(inv_rms, x.dim(0)?)? })
+        })
+    }
+
+    /// `residual += x`, then the norm of the sum.
+    pub(crate) fn add_rms_norm(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        eps: f64,
+    ) -> Result<Normed> {
+        typed!(x, F => {
+            let (mut y, mut inv_rms) = (vec![F::ZERO; x.elem_count()], vec![F::ZERO; x.dim(0)?]);
+            let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
+            let (x_slice, weight, eps) = (view.slice(), weight.slice(), F::of_f64(eps));
+            edit_slice(residual, |residual: &mut [F]| {
+                rms_norm::add_forward(&self.threads, x_slice, residual, weight, eps, &mut y, &mut inv_rms);
+            })?;
+            Ok(Normed { y: tensor(y, x.shape())?, inv_rms: tensor(inv_rms, x.dim(0)?)? })
+        })
+    }
+
+    /// Adds the gradient that goes through the norm to `dx`.
+    pub(crate) fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        inv_rms: &Tensor,
+        dy: &Tensor,
+        dx: &Tensor,
+    ) -> Result<()> {
+        typed!(x, F => {
+            let (x, weight) = (read::<F>(x)?, read::<F>(weight)?);
+            let (inv_rms, dy) = (read::<F>(inv_rms)?, read::<F>(dy)?);
+            let (x, weight, inv_rms, dy) = (x.slice(), weight.slice(), inv_rms.slice(), dy.slice());
+            edit_slice(dx, |dx: &mut [F]| rms_norm::backward(&self.threads, x, weight, inv_rms, dy, dx))
+        })
+    }
+
+    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`.
+    pub(crate) fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        typed!(x, F => {
+            let (x, w) = (read::<F>(x)?, read::<F>(w)?);
+            let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
+            let mut y = vec![F::ZERO; rows * cols];
+            self.product(F::ONE, x.mat(), w.mat(), F::ZERO, MatMut::new(&mut y, rows, cols));
+            if let Some(bias) = bias {
+                linear::add_bias(&self.threads, read::<F>(bias)?.slice(), MatMut::new(&mut y, rows, cols));
+            }
+            tensor(y, (rows, cols))
+        })
+    }
+
+    /// `y += alpha · x·wᵀ`, where `y` may be some columns of a wider matrix.
+    pub(crate) fn add_linear(&self, alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
+        typed!(x, F => {
+            let (x, w) = (read::<F>(x)?, read::<F>(w)?);
+            let (x, w) = (x.mat(), w.mat());
+            edit(y, |y: MatMut<'_, F>| self.product(F::of_f64(alpha), x, w, F::ONE, y))
+        })
+    }
+
+    fn product<F: Real>(&self, alpha: F, x: Mat<'_, F>, w: Mat<'_, F>, beta: F, y: MatMut<'_, F>) {
+        match self.rows {
+            Rows::Together => linear::forward(&self.threads, alpha, x, w, beta, y),
+            Rows::Apart => linear::forward_invariant(&self.threads, alpha, x, w, beta, y),
+        }
+    }
+
+    /// `dy·w`: `dy: [T, N]`, `w: [N, K]` → `[T, K]`.
+    pub(crate) fn linear_backward(&self, dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+        typed!(dy, F => {
+            let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
+            let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
+            let mut dx = vec![F::ZERO; rows * cols];
+            linear::backward_input(&self.threads, F::ONE, dy.mat(), w.mat(), F::ZERO, MatMut::new(&mut dx, rows, cols));
+            tensor(dx, (rows, cols))
+        })
+    }
+
+    /// `dx = alpha · dy·w + beta · dx`, where `dx` may be some columns of a wider matrix.
+    pub(crate) fn linear_backward_into(
+        &self,
+        alpha: f64,
+        dy: &Tensor,
+        w: &Tensor,
+        beta: f64,
+        dx: &Tensor,
+    ) -> Result<()> {
+        typed!(dy, F => {
+            let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
+            let (dy, w, alpha, beta) = (dy.mat(), w.mat(), F::of_f64(alpha), F::of_f64(beta));
+            edit(dx, |dx: MatMut<'_, F>| linear::backward_input(&self.threads, alpha, dy, w, beta, dx))
+        })
+    }
+
+    /// `dw += alpha · dyᵀ·x`.
+    pub(crate) fn add_weight_gradient(
+        &self,
+        alpha: f64,
+        dy: &Tensor,
+        x: &Tensor,
+        dw: &Tensor,
+    ) -> Result<()> {
+        typed!(dy, F => {
+            let (dy, x) = (read::<F>(dy)?, read::<F>(x)?);
+            let (dy, x) = (dy.mat(), x.mat());
+            edit(dw, |dw: MatMut<'_, F>| {
+                linear::backward_weight(&self.threads, F::of_f64(alpha), dy, x, F::ONE, dw);
+            })
+        })
+    }
+
+    /// Turns the heads in `x: [T, n·D]` by their positions, in place.
+    pub(crate) fn rope(&self, table: &RopeTable, positions: &[u32], x: &Tensor) -> Result<()> {
+        typed!(x, F => {
+            let table = rope_table::<F>(table)?;
+            edit(x, |x: MatMut<'_, F>| rope::forward(&self.threads, table, positions, x))
+        })
+    }
+
+    /// Turns the gradients back.
+    pub(crate) fn rope_backward(
+        &self,
+        table: &RopeTable,
+        positions: &[u32],
+        dx: &Tensor,
+    ) -> Result<()> {
+        typed!(dx, F => {
+            let table = rope_table::<F>(table)?;
+            edit(dx, |dx: MatMut<'_, F>| rope::backward(&self.threads, table, positions, dx))
+        })
+    }
+
+    /// `gate_up: [T, 2·I]` → `[T, I]`.
+    pub(crate) fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        typed!(gate_up, F => {
+            let view = read::<F>(gate_up)?;
+            let (rows, inner) = (view.mat().num_rows(), view.mat().num_cols() / 2);
+            let mut h = vec![F::ZERO; rows * inner];
+            let (gate, up) = (view.mat().cols(0..inner), view.mat().cols(inner..2 * inner));
+            swiglu::forward(&self.threads, gate, up, MatMut::new(&mut h, rows, inner));
+            tensor(h, (rows, inner))
+        })
+    }
+
+    /// In place: `gate_up` becomes its own gradient, and `dh` becomes the forward output once more.
+    pub(crate) fn swiglu_backward(&self, gate_up: &Tensor, dh: &Tensor) -> Result<()> {
+        typed!(gate_up, F => {
+            edit(gate_up, |gate_up: MatMut<'_, F>| {
+                let inner = gate_up.num_cols() / 2;
+                let (gate, up) = gate_up.split_cols(inner);
+                edit(dh, |dh: MatMut<'_, F>| swiglu::backward_recompute(&self.threads, gate, up, dh))
+            })?
+        })
+    }
+
+    /// `qkv: [T, (H + 2·H_kv)·D]` → output `[T, H·D]` and log-sum-exp `[T, H]`.
+    pub(crate) fn attention(
+        &self,
+        model: &ModelConfig,
+        seq_starts: &[u32],
+        qkv: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        typed!(qkv, F => {
+            let view = read::<F>(qkv)?;
+            let (rows, width) = (view.mat().num_rows(), model.q_dim());
+            let (mut out, mut lse) = (vec![F::ZERO; rows * width], vec![F::ZERO; rows * model.num_attention_heads]);
+            let out_mat = MatMut::new(&mut out, rows, width);
+            attention::forward(&self.threads, &heads(model), seq_starts, split(model, &view), out_mat, &mut lse);
+            Ok((tensor(out, (rows, width))?, tensor(lse, (rows, model.num_attention_heads))?))
+        })
+    }
+
+    /// The gradient of `qkv`.
+    pub(crate) fn attention_backward(
+        &self,
+        model: &ModelConfig,
+        seq_starts: &[u32],
+        qkv: &Tensor,
+        (out, lse): (&Tensor, &Tensor),
+        dout: &Tensor,
+    ) -> Result<Tensor> {
+        typed!(qkv, F => {
+            let (qkv_view, out, lse, dout) = (read::<F>(qkv)?, read::<F>(out)?, read::<F>(lse)?, read::<F>(dout)?);
+            let (rows, cols) = qkv.dims2()?;
+            let mut dqkv = vec![F::ZERO; qkv.elem_count()];
+            let (dq, rest) = MatMut::new(&mut dqkv, rows, cols).split_cols(model.q_dim());
+            let (dk, dv) = rest.split_cols(model.kv_dim());
+            let saved = attention::Saved { out: out.mat(), lse: lse.slice() };
+            let (inputs, grads) = (split(model, &qkv_view), QkvGrads { dq, dk, dv });
+            attention::backward(&self.threads, &heads(model), seq_starts, inputs, saved, dout.mat(), grads);
+            tensor(dqkv, (rows, cols))
+        })
+    }
+
+    /// Writes the new keys and values to their pages, then attends over the pages.
+    pub(crate) fn paged_attention(
+        &self,
+        model: &ModelConfig,
+        batch: &Batch,
+        places: &Places<'_>,
+        pages: &mut LayerPages,
+        qkv: &Tensor,
+    ) -> Result<Tensor> {
+        typed!(qkv, F => {
+            let view = read::<F>(qkv)?;
+            let Qkv { q, k, v } = split(model, &view);
+            edit_slice(&pages.keys, |keys: &mut [F]| kv_scatter::forward(k, &places.slots, keys))?;
+            edit_slice(&pages.values, |values: &mut [F]| kv_scatter::forward(v, &places.slots, values))?;
+            let (keys, values) = (read::<F>(&pages.keys)?, read::<F>(&pages.values)?);
+            let memory =
+                Pages { keys: keys.slice(), values: values.slice(), block_size: places.tables.block_size };
+            let sequences = Sequences {
+                seq_starts: &batch.seq_starts,
+                context_lens: &places.context_lens,
+                block_tables: &places.tables.tables,
+            };
+            let (rows, width) = (q.num_rows(), model.q_dim());
+            let mut out = vec![F::ZERO; rows * width];
+            let out_mat = MatMut::new(&mut out, rows, width);
+            paged_attention::forward(&self.threads, &heads(model), &sequences, &memory, q, out_mat);
+            tensor(out, (rows, width))
+        })
+    }
+
+    /// The summed cross-entropy of `hidden·headᵀ` against labels.
+    pub(crate) fn cross_entropy(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        labels: &[u32],
+    ) -> Result<f64> {
+        typed!(hidden, F => {
+            let (hidden, head) = (read::<F>(hidden)?, read::<F>(head)?);
+            let mut scratch = Vec::new();
+            Ok(linear_cross_entropy::forward(&self.threads, hidden.mat(), head.mat(), labels, &mut scratch))
+        })
+    }
+
+    /// As [`cross_entropy`](Self::cross_entropy), with the gradient of `sum / denom` by `hidden`.
+    pub(crate) fn cross_entropy_backward(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        labels: &[u32],
+        denom: f64,
+    ) -> Result<(f64, Tensor)> {
+        typed!(hidden, F => {
+            let (rows, cols) = hidden.dims2()?;
+            let (hidden, head) = (read::<F>(hidden)?, read::<F>(head)?);
+            let (mut dhidden, mut scratch) = (vec![F::ZERO; rows * cols], Vec::new());
+            let out = MatMut::new(&mut dhidden, rows, cols);
+            let (hidden, head) = (hidden.mat(), head.mat());
+            let loss =
+                linear_cross_entropy::forward_backward(&self.threads, hidden, head, labels, denom, out, &mut scratch);
+            Ok((loss, tensor(dhidden, (rows, cols))?))
+        })
+    }
+}
+
+/// Where the tokens of a batch lie in pages, worked out once for all layers.
+pub(crate) struct Places<'a> {
+    tables: &'a BlockTables,
+    slots: Vec<u32>,
+    context_lens: Vec<u32>,
+}
+
+impl<'a> Places<'a> {
+    /// The batch is validated; the tables must stay within `num_blocks` pages.
+    pub(crate) fn new(batch: &Batch, tables: &'a BlockTables, num_blocks: usize) -> Result<Self> {
+        let (mut slots, mut context_lens) = (Vec::with_capacity(batch.num_tokens()), Vec::new());
+        for (s, table) in tables.tables.iter().enumerate() {
+            if let Some(page) = table.iter().find(|&&page| page as usize >= num_blocks) {
+                return Err(Error::batch(format!(
+                    "sequence {s} names page {page} of {num_blocks}"
+                )));
+            }
+            let positions = &batch.positions[batch.rows(s)];
+            slots.extend(positions.iter().map(|&position| {
+                let (block, offset) = (
+                    position as usize / tables.block_size,
+                    position as usize % tables.block_size,
+                );
+                table[block] * tables.block_size as u32 + offset as u32
+            }));
+            context_lens.push(positions.last().map_or(0, |last| last + 1));
+        }
+        Ok(Self {
+            tables,
+            slots,
+            context_lens,
+        })
+    }
+}
+
+/// A rotary table for positions `0..num_positions` in a number type.
+pub(crate) fn new_rope_table(model: &ModelConfig, dtype: candle_core::DType) -> Result<RopeTable> {
+    let frequencies = model.rope.inverse_frequencies(model.head_dim);
+    match dtype {
+        candle_core::DType::F32 => Ok(RopeTable::F32(Table::new(
+            &frequencies,
+            model.max_len(),
+            1.0,
+        ))),
+        candle_core::DType::F64 => Ok(RopeTable::F64(Table::new(
+            &frequencies,
+            model.max_len(),
+            1.0,
+        ))),
+        other => Err(unsupported_dtype(other)),
+    }
+}
+
+/// Whether there are kernels for a device.
+pub(crate) fn check_device(device: &Device) -> Result<()> {
+    match device {
+        Device::Cpu => Ok(()),
+        other => Err(Error::Device {
+            device: format!("{:?}", other.location()),
+        }),
+    }
+}
+
+fn rope_table<F: Real>(table: &RopeTable) -> Result<&Table<F>> {
+    F::table(table).ok_or_else(|| unsupported_dtype(F::DTYPE))
+}
+
+fn heads<F: Float>(model: &ModelConfig) -> Heads<F> {
+    Heads {
+        num_heads: model.num_attention_heads,
+        num_kv_heads: model.num_key_value_heads,
+        head_dim: model.head_dim,
+        scale: F::from_f64((model.head_dim as f64).sqrt().recip()),
+    }
+}
+
+fn split<'a, F: Real>(model: &ModelConfig, qkv: &'a View<'_, F>) -> Qkv<'a, F> {
+    let (q, kv) = (model.q_dim(), model.kv_dim());
+    let mat = qkv.mat();
+    Qkv {
+        q: mat.cols(0..q),
+        k: mat.cols(q..q + kv),
+        v: mat.cols(q + kv..q + 2 * kv),
+    }
+}

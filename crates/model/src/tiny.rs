@@ -1,0 +1,121 @@
+//! Random tiny models, for tests here and in the crates above.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use crate::config::{Architecture, ModelConfig, Projection};
+use crate::random::Random;
+use crate::weights::{SINGLE_FILE, Weights};
+
+/// A model of two blocks, 32 wide, with grouped heads and a vocabulary of 96, as `config.json`.
+///
+/// # Panics
+/// Never: its own JSON is sound.
+pub fn config_json(architecture: Architecture) -> Vec<u8> {
+    let mut config = json!({
+        "model_type": architecture.model_type(), "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 256, "dtype": "float32",
+        "rope_parameters": { "rope_theta": 10000.0, "rope_type": "default" },
+        "tie_word_embeddings": architecture == Architecture::Qwen2,
+    });
+    if architecture == Architecture::Qwen3 {
+        config["head_dim"] = json!(16); // not C / H, as in the real ones
+    }
+    serde_json::to_vec_pretty(&config).expect("JSON values serialize")
+}
+
+/// [`config_json`], parsed.
+///
+/// # Panics
+/// Never: its own JSON is sound.
+pub fn config(architecture: Architecture) -> ModelConfig {
+    ModelConfig::from_json(&config_json(architecture)).expect("the tiny model's own JSON")
+}
+
+/// Random weights for a configuration, as a `model.safetensors` of f32; the same for the same seed.
+///
+/// # Panics
+/// If the configuration is not valid.
+pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes(config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let mut random = Random::new(seed, &name);
+            // Norm weights around one, the others so that activations keep their size.
+            let (middle, spread) = match shape[..] {
+                [_, d_in] => (0.0, (3.0 / d_in as f64).sqrt()),
+                _ if name.ends_with("norm.weight") => (1.0, 0.3),
+                _ => (0.0, 0.3),
+            };
+            let bytes = (0..shape.iter().product())
+                .flat_map(|_| {
+                    (random.uniform(middle - spread, middle + spread) as f32).to_le_bytes()
+                })
+                .collect();
+            (name, shape, bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (
+            name,
+            TensorView::new(Dtype::F32, shape.clone(), bytes).expect("a shape's own bytes"),
+        )
+    });
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(views, Some(metadata)).expect("sound views")
+}
+
+/// [`safetensors()`], opened.
+///
+/// # Panics
+/// If the configuration is not valid.
+pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
+    let files = vec![(
+        SINGLE_FILE.to_owned(),
+        Bytes::from(safetensors(config, seed)),
+    )];
+    Weights::from_files(files).expect("the tiny model's own file")
+}
+
+/// The tensors of a checkpoint.
+fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let hidden = config.hidden_size;
+    let mut shapes = vec![
+        (
+            "model.embed_tokens.weight".to_owned(),
+            vec![config.vocab_size, hidden],
+        ),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+    ];
+    if !config.tie_word_embeddings {
+        shapes.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
+    }
+    for layer in 0..config.num_hidden_layers {
+        for projection in Projection::ALL {
+            let (d_in, d_out) = config.projection_dims(projection);
+            shapes.push((
+                format!("{}.weight", projection.path(layer)),
+                vec![d_out, d_in],
+            ));
+            if config.projection_bias(projection) {
+                shapes.push((format!("{}.bias", projection.path(layer)), vec![d_out]));
+            }
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
+        }
+        if config.qk_norm {
+            for norm in ["q_norm", "k_norm"] {
+                shapes.push((
+                    format!("model.layers.{layer}.self_attn.{norm}.weight"),
+                    vec![config.head_dim],
+                ));
+            }
+        }
+    }
+    shapes
+}

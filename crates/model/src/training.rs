@@ -1,0 +1,226 @@
+//! Loss and gradients: the backward pass through the decoder, part by part.
+
+use updraft_kernels::Threads;
+
+use crate::batch::Part;
+use crate::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::layers::{AdapterRows, SavedBlock, Stream, Trained};
+use crate::lora::{Adapter, Gradients};
+use crate::ops::{Ops, Rows};
+
+/// What the backward pass finds when it arrives at a block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activations {
+    /// Everything it needs: the fastest, and the most memory.
+    #[default]
+    Stored,
+    /// The block's input only; the block is run again. The same numbers for a third more work and
+    /// a fraction of the memory. Also called gradient checkpointing.
+    Recomputed,
+}
+
+impl Decoder {
+    /// The summed cross-entropy of the labels of all parts, without gradients.
+    ///
+    /// # Errors
+    /// As [`loss_and_backward`](Self::loss_and_backward).
+    pub fn loss(&self, parts: &[Part], adapter: Option<&Adapter>) -> Result<f64> {
+        self.check_parts(parts, adapter)?;
+        let losses = self.each_job(
+            parts,
+            |_| Ok(()),
+            |ops, part, ()| {
+                let adapters = adapter.map(|adapter| whole(adapter, part));
+                let stream = self.run(ops, &part.batch, adapters.as_slice(), None, |_| {})?;
+                let hidden = self
+                    .norm
+                    .forward(ops, &mut stream.rows(ops, &part.batch.logit_rows)?)?
+                    .0;
+                ops.cross_entropy(&hidden, &self.head, &part.labels)
+            },
+        )?;
+        Ok(losses.into_iter().map(|(loss, ())| loss).sum())
+    }
+
+    /// The summed cross-entropy of the labels of all parts; adds the gradients of `sum / denom` by
+    /// the adapter's parameters to `gradients`. Base weights are frozen and never get any.
+    ///
+    /// `denom` is the number of labels in the whole optimizer step, over all micro-batches and
+    /// workers, which makes accumulation exact.
+    ///
+    /// Two or more parts run side by side on the decoder's threads, each on one of them, and their
+    /// gradients are added in the order of the parts; a single part uses all threads inside its
+    /// operations. Bits therefore depend on how a batch is cut into parts, and on nothing else.
+    ///
+    /// # Errors
+    /// [`Error::Batch`] if a part contradicts itself or the model or has no label, or `denom` is
+    /// not positive; [`Error::Adapter`] if adapter or gradients do not fit;
+    /// [`Error::Unsupported`] for an adapter with dropout.
+    pub fn loss_and_backward(
+        &self,
+        parts: &[Part],
+        adapter: &Adapter,
+        denom: f64,
+        gradients: &mut Gradients,
+        activations: Activations,
+    ) -> Result<f64> {
+        self.check_parts(parts, Some(adapter))?;
+        adapter.config().validate_dropout()?;
+        if !(denom.is_finite() && denom > 0.0) {
+            return Err(Error::batch(format!("a loss divided by {denom}")));
+        }
+        if !gradients.belong_to(adapter) {
+            return Err(Error::adapter("gradients of another adapter"));
+        }
+        let own = |job: usize| {
+            if job == 0 {
+                Ok(None)
+            } else {
+                gradients.zeros_like().map(Some)
+            }
+        };
+        let jobs = self.each_job(parts, own, |ops, part, own| {
+            let trained = Trained {
+                adapter,
+                gradients: own.as_ref().unwrap_or(gradients),
+            };
+            self.backward(ops, part, denom, trained, activations)
+        })?;
+        let mut total = 0.0;
+        for (loss, own) in jobs {
+            total += loss;
+            if let Some(own) = own {
+                gradients.add(&own)?;
+            }
+        }
+        Ok(total)
+    }
+
+    fn backward(
+        &self,
+        ops: &Ops,
+        part: &Part,
+        denom: f64,
+        trained: Trained<'_>,
+        activations: Activations,
+    ) -> Result<f64> {
+        let adapters = [whole(trained.adapter, part)];
+        let mut saved = Vec::with_capacity(self.config.num_hidden_layers);
+        let stream = self.run(ops, &part.batch, &adapters, None, |block| {
+            saved.push(match activations {
+                Activations::Stored => Saved::All(Box::new(block)),
+                Activations::Recomputed => Saved::Input(block.into_input()),
+            });
+        })?;
+        let rows = &part.batch.logit_rows;
+        let (hidden, saved_norm) = self.norm.forward(ops, &mut stream.rows(ops, rows)?)?;
+        drop(stream);
+        let (loss, dhidden) =
+            ops.cross_entropy_backward(&hidden, &self.head, &part.labels, denom)?;
+        let drows = dhidden.zeros_like()?;
+        self.norm.backward(ops, &saved_norm, &dhidden, &drows)?;
+        let dstream = ops.scatter(&drows, rows, part.batch.num_tokens())?;
+        let pass = self.pass(ops, &part.batch);
+        for (block, saved) in self.blocks().iter().zip(saved).rev() {
+            let saved = match saved {
+                Saved::All(saved) => *saved,
+                Saved::Input(sum) => {
+                    block.forward(&pass, &mut Stream { sum, delta: None }, &adapters, None)?
+                }
+            };
+            block.backward(&pass, saved, &dstream, trained)?;
+        }
+        Ok(loss)
+    }
+
+    /// Cuts the parts into at most one job per thread and runs `part` on each; the sum and state of each
+    /// job come back in order.
+    fn each_job<S: Send>(
+        &self,
+        parts: &[Part],
+        state: impl Fn(usize) -> Result<S>,
+        part: impl Fn(&Ops, &Part, &mut S) -> Result<f64> + Sync,
+    ) -> Result<Vec<(f64, S)>> {
+        let num_jobs = parts.len().min(self.threads().num_threads()).max(1);
+        let mut jobs = (0..num_jobs)
+            .map(|job| {
+                let parts =
+                    &parts[parts.len() * job / num_jobs..parts.len() * (job + 1) / num_jobs];
+                Ok(Job {
+                    parts,
+                    state: state(job)?,
+                    loss: Ok(0.0),
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let threads = if num_jobs == 1 {
+            self.threads().clone()
+        } else {
+            Threads::single()
+        };
+        let ops = Ops {
+            threads,
+            rows: Rows::Together,
+        };
+        self.threads().split(jobs.as_mut_slice(), 1, |jobs| {
+            for job in jobs {
+                job.loss = job
+                    .parts
+                    .iter()
+                    .map(|one| part(&ops, one, &mut job.state))
+                    .sum();
+            }
+        });
+        jobs.into_iter()
+            .map(|job| Ok((job.loss?, job.state)))
+            .collect()
+    }
+
+    fn check_parts(&self, parts: &[Part], adapter: Option<&Adapter>) -> Result<()> {
+        for part in parts {
+            part.batch.validate(&self.config, 0)?;
+            let (labels, rows) = (part.labels.len(), part.batch.logit_rows.len());
+            if labels != rows || labels == 0 {
+                return Err(Error::batch(format!(
+                    "{labels} labels for {rows} logit rows"
+                )));
+            }
+            if let Some(label) = part
+                .labels
+                .iter()
+                .find(|&&label| label as usize >= self.config.vocab_size)
+            {
+                let vocab_size = self.config.vocab_size;
+                return Err(Error::batch(format!(
+                    "label {label} is outside the vocabulary of {vocab_size}"
+                )));
+            }
+            if part.batch.kv.is_some() {
+                return Err(Error::batch("training reads no pages"));
+            }
+        }
+        adapter.map_or(Ok(()), |adapter| self.check_adapter(adapter))
+    }
+}
+
+/// What was kept of a block's forward pass.
+enum Saved {
+    All(Box<SavedBlock>),
+    Input(candle_core::Tensor),
+}
+
+/// Parts that one thread works through, and what comes of them.
+struct Job<'a, S> {
+    parts: &'a [Part],
+    state: S,
+    loss: Result<f64>,
+}
+
+fn whole<'a>(adapter: &'a Adapter, part: &Part) -> AdapterRows<'a> {
+    AdapterRows {
+        adapter,
+        rows: 0..part.batch.num_tokens(),
+    }
+}

@@ -1,0 +1,350 @@
+//! A model's weight files: safetensors, memory-mapped or in memory, single or sharded.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+
+use bytes::Bytes;
+use candle_core::{DType, Device, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata};
+use serde::Deserialize;
+
+use crate::bridge::Real;
+use crate::error::{Error, Result};
+
+/// The file of an unsharded model.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The file that says which shard holds which tensor.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A model's tensors by name, read from where they lie when asked for.
+///
+/// Every header is checked when the files are opened: lengths, offsets, overlaps and names, so
+/// that a hostile or truncated file is refused before anything is believed.
+#[derive(Debug, Clone)]
+pub struct Weights {
+    shards: Vec<Shard>,
+    by_name: BTreeMap<String, Place>,
+    index: Option<Bytes>,
+}
+
+/// One weight file.
+#[derive(Debug, Clone)]
+pub struct Shard {
+    /// The file's name, without a folder.
+    pub name: String,
+    /// The names of its tensors in the order of their bytes.
+    pub tensors: Vec<String>,
+    bytes: Bytes,
+}
+
+/// Where one tensor lies.
+#[derive(Debug, Clone)]
+struct Place {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// Maps the weight files of a model folder: those its index names, or `model.safetensors`.
+    ///
+    /// The files must not be changed while the weights are in use; a finished stage never is.
+    ///
+    /// # Errors
+    /// [`Error::MissingFile`] if there are none, [`Error::Io`] if one cannot be opened,
+    /// [`Error::Corrupt`] if one is not sound.
+    pub fn from_dir(folder: &Path) -> Result<Self> {
+        let index_path = folder.join(INDEX_FILE);
+        if index_path.exists() {
+            let index = std::fs::read(&index_path).map_err(|source| Error::Io {
+                path: index_path,
+                source,
+            })?;
+            let files = shard_names(&index)?
+                .into_iter()
+                .map(|name| Ok((name.clone(), map_file(&folder.join(name))?)))
+                .collect::<Result<Vec<_>>>()?;
+            return Self::open(files, Some(index.into()));
+        }
+        let single = folder.join(SINGLE_FILE);
+        if !single.exists() {
+            return Err(missing_weights(folder.display().to_string()));
+        }
+        Self::open(vec![(SINGLE_FILE.to_owned(), map_file(&single)?)], None)
+    }
+
+    /// Takes weight files that are already in memory, the index among them if there is one.
+    ///
+    /// # Errors
+    /// As [`from_dir`](Self::from_dir).
+    pub fn from_files(files: Vec<(String, Bytes)>) -> Result<Self> {
+        let (index, mut shards): (Vec<_>, Vec<_>) =
+            files.into_iter().partition(|(name, _)| name == INDEX_FILE);
+        let Some((_, index)) = index.into_iter().next() else {
+            shards.retain(|(name, _)| name == SINGLE_FILE);
+            if shards.is_empty() {
+                return Err(missing_weights("the list of files".to_owned()));
+            }
+            return Self::open(shards, None);
+        };
+        let wanted = shard_names(&index)?;
+        shards.retain(|(name, _)| wanted.contains(name));
+        shards.sort_by(|a, b| a.0.cmp(&b.0));
+        Self::open(shards, Some(index))
+    }
+
+    /// One file that is not a model's, such as an adapter's.
+    pub(crate) fn from_one(name: &str, bytes: Bytes) -> Result<Self> {
+        Self::open(vec![(name.to_owned(), bytes)], None)
+    }
+
+    fn open(files: Vec<(String, Bytes)>, index: Option<Bytes>) -> Result<Self> {
+        let mut weights = Self {
+            shards: Vec::new(),
+            by_name: BTreeMap::new(),
+            index,
+        };
+        for (name, bytes) in files {
+            weights.add_shard(name, bytes)?;
+        }
+        if let Some(index) = &weights.index {
+            weights.check_index(index)?;
+        }
+        Ok(weights)
+    }
+
+    fn add_shard(&mut self, file: String, bytes: Bytes) -> Result<()> {
+        let header = read_header(&file, &bytes)?;
+        let shard = self.shards.len();
+        let data_start = bytes.len() - header.data_len();
+        let mut tensors = Vec::new();
+        for name in header.offset_keys() {
+            let Some(info) = header.info(&name) else {
+                continue;
+            };
+            let place = Place {
+                shard,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data_start + info.data_offsets.0,
+                end: data_start + info.data_offsets.1,
+            };
+            if let Some(other) = self.by_name.insert(name.clone(), place) {
+                let reason = format!("tensor {name} is also in {}", self.shards[other.shard].name);
+                return Err(Error::Corrupt { file, reason });
+            }
+            tensors.push(name);
+        }
+        self.shards.push(Shard {
+            name: file,
+            tensors,
+            bytes,
+        });
+        Ok(())
+    }
+
+    /// A tensor the index promises must be there, or a half-fetched model would load.
+    fn check_index(&self, index: &[u8]) -> Result<()> {
+        for name in parse_index(index)?.weight_map.keys() {
+            self.place(name)?;
+        }
+        Ok(())
+    }
+
+    /// The names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// Whether a tensor is there.
+    pub fn contains(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    /// The files, in the order of their names.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// The index file, if the weights are sharded.
+    pub fn index(&self) -> Option<&[u8]> {
+        self.index.as_deref()
+    }
+
+    /// A tensor's shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.place(name)?.shape)
+    }
+
+    /// A tensor's stored number type.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.place(name)?.dtype)
+    }
+
+    /// A tensor's stored bytes, little endian, row-major; nothing is copied.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn bytes(&self, name: &str) -> Result<Bytes> {
+        let place = self.place(name)?;
+        Ok(self.shards[place.shard].bytes.slice(place.start..place.end))
+    }
+
+    /// Reads a tensor of a given shape, converted to `dtype` (f32 or f64) on the way.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::Shape`] and [`Error::DType`] name the tensor.
+    pub fn load(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let place = self.place(name)?;
+        if place.shape != shape {
+            let (expected, actual) = (shape.to_vec(), place.shape.clone());
+            return Err(Error::Shape {
+                name: name.to_owned(),
+                expected,
+                actual,
+            });
+        }
+        let bytes = &self.shards[place.shard].bytes[place.start..place.end];
+        Ok(match dtype {
+            DType::F64 => {
+                Tensor::from_vec(decode::<f64>(name, place.dtype, bytes)?, shape, device)?
+            }
+            _ => Tensor::from_vec(decode::<f32>(name, place.dtype, bytes)?, shape, device)?
+                .to_dtype(dtype)?,
+        })
+    }
+
+    /// Reads a tensor as f32, whatever its shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and [`Error::DType`] name the tensor.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.load(name, &self.place(name)?.shape, DType::F32, &Device::Cpu)
+    }
+
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.by_name.get(name).ok_or_else(|| Error::MissingTensor {
+            name: name.to_owned(),
+            files: self.shards.len(),
+        })
+    }
+}
+
+/// Checks a weight file's header without trusting a byte of it.
+///
+/// # Errors
+/// [`Error::Corrupt`] with the file's name.
+pub(crate) fn check_header(file: &str, bytes: &[u8]) -> Result<()> {
+    read_header(file, bytes).map(|_| ())
+}
+
+fn read_header(file: &str, bytes: &[u8]) -> Result<Metadata> {
+    let corrupt = |error: safetensors::SafeTensorError| Error::Corrupt {
+        file: file.to_owned(),
+        reason: error.to_string(),
+    };
+    // `deserialize` also proves that the offsets cover the file exactly.
+    SafeTensors::deserialize(bytes).map_err(corrupt)?;
+    SafeTensors::read_metadata(bytes)
+        .map(|(_, metadata)| metadata)
+        .map_err(corrupt)
+}
+
+fn parse_index(index: &[u8]) -> Result<Index> {
+    serde_json::from_slice(index).map_err(|error| Error::Corrupt {
+        file: INDEX_FILE.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+/// The shard files an index names, sorted; a name that leaves the folder is refused.
+///
+/// # Errors
+/// [`Error::Corrupt`] for an index that is not one.
+pub(crate) fn shard_names(index: &[u8]) -> Result<Vec<String>> {
+    let mut names: Vec<String> = parse_index(index)?.weight_map.into_values().collect();
+    names.sort_unstable();
+    names.dedup();
+    match names
+        .iter()
+        .find(|name| name.contains(['/', '\\']) || !name.ends_with(".safetensors"))
+    {
+        Some(name) => Err(Error::Corrupt {
+            file: INDEX_FILE.to_owned(),
+            reason: format!("{name:?} is not a weight file's name"),
+        }),
+        None => Ok(names),
+    }
+}
+
+fn missing_weights(folder: String) -> Error {
+    Error::MissingFile {
+        folder,
+        file: SINGLE_FILE,
+        next: "point to a model folder with safetensors weights (pickled weights are never read)",
+    }
+}
+
+fn map_file(path: &Path) -> Result<Bytes> {
+    let io = |source| Error::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(io)?;
+    if file.metadata().map_err(io)?.len() == 0 {
+        return Ok(Bytes::new()); // An empty map is an error on some systems; an empty file is a corrupt one.
+    }
+    // SAFETY: the map is read-only and private to this process. Rust needs the bytes not to change
+    // under it: model files are written once, and `from_dir` asks its caller to leave them alone.
+    #[expect(
+        unsafe_code,
+        reason = "memory-mapping is what lets a model larger than memory open at once"
+    )]
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+    Ok(Bytes::from_owner(map))
+}
+
+/// Turns stored little-endian numbers into `T`, exactly where `T` is wide enough.
+pub(crate) fn decode<T: Real>(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<T>> {
+    use half::{bf16, f16};
+    fn each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
+        let (chunks, _) = bytes.as_chunks::<N>();
+        chunks.iter().map(|&chunk| read(chunk)).collect()
+    }
+    Ok(match dtype {
+        Dtype::F32 => each(bytes, |b| T::of_f32(f32::from_le_bytes(b))),
+        Dtype::BF16 => each(bytes, |b| T::of_f32(bf16::from_le_bytes(b).to_f32())),
+        Dtype::F16 => each(bytes, |b| T::of_f32(f16::from_le_bytes(b).to_f32())),
+        Dtype::F64 => each(bytes, |b| T::of_f64(f64::from_le_bytes(b))),
+        other => {
+            return Err(Error::DType {
+                name: name.to_owned(),
+                dtype: format!("{other:?}"),
+            });
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests;
