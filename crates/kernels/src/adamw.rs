@@ -3,7 +3,7 @@
 //! # Source
 //! Loshchilov and Hutter 2017, <https://arxiv.org/abs/1711.05101>; `_single_tensor_adamw` in `torch/optim`
 
-use crate::simd::{Op, dispatch};
+use crate::simd::{Op, Simd, dispatch};
 use crate::{Float, Threads};
 
 /// What one step does; the same for all parameters of a group.
@@ -102,7 +102,7 @@ impl<F: Float> Op for Step<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<S: Simd>(self, _: S) {
         let f = self.factors;
         let moments = self.exp_avg.iter_mut().zip(self.exp_avg_sq);
         for ((param, &g), (m, v)) in self.param.iter_mut().zip(self.grad).zip(moments) {

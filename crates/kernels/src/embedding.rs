@@ -37,3 +37,39 @@ pub fn backward<F: Float>(ids: &[u32], dout: Mat<'_, F>, mut dtable: MatMut<'_, 
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_gathered_and_their_gradients_added_up() {
+        let table = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0];
+        let mut out = [0.0; 6];
+        forward(
+            &Threads::single(),
+            Mat::new(&table, 3, 2),
+            &[2, 0, 2],
+            &mut out,
+        );
+        assert_eq!(out, [20.0, 21.0, 0.0, 1.0, 20.0, 21.0]);
+        let mut dtable = [0.5; 6];
+        backward(
+            &[2, 0, 2],
+            Mat::new(&out, 3, 2),
+            MatMut::new(&mut dtable, 3, 2),
+        );
+        assert_eq!(dtable, [0.5, 1.5, 0.5, 0.5, 40.5, 42.5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "row 3 of 3")]
+    fn an_id_outside_of_the_table_is_refused() {
+        forward(
+            &Threads::single(),
+            Mat::new(&[0.0; 6], 3, 2),
+            &[3],
+            &mut [0.0; 2],
+        );
+    }
+}

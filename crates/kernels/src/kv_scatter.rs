@@ -19,3 +19,19 @@ pub fn forward<F: Float>(rows: Mat<'_, F>, slots: &[u32], pages: &mut [F]) {
         pages[start..start + width].copy_from_slice(rows.row(row));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_land_in_their_slots() {
+        let mut pages = [0.0_f32; 8]; // 2 blocks of 2 tokens of 2 numbers
+        forward(
+            Mat::strided(&[1.0, 2.0, 9.0, 3.0, 4.0], 2, 2, 3),
+            &[3, 0],
+            &mut pages,
+        );
+        assert_eq!(pages, [3.0, 4.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0]);
+    }
+}

@@ -39,6 +39,9 @@
 mod float;
 mod mat;
 mod simd;
+mod softmax;
+#[cfg(test)]
+mod testing;
 mod threads;
 
 pub mod adamw;

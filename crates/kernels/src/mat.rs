@@ -25,29 +25,29 @@ pub struct MatMut<'a, F> {
     lifetime: PhantomData<&'a mut [F]>,
 }
 
+#[expect(
+    unsafe_code,
+    reason = "the view is a borrow that slices cannot express"
+)]
 // SAFETY: a `Mat` is a set of `&[F]`, one for each row.
-#[expect(
-    unsafe_code,
-    reason = "the view is a borrow that slices cannot express"
-)]
 unsafe impl<F: Sync> Send for Mat<'_, F> {}
+#[expect(
+    unsafe_code,
+    reason = "the view is a borrow that slices cannot express"
+)]
 // SAFETY: as above.
-#[expect(
-    unsafe_code,
-    reason = "the view is a borrow that slices cannot express"
-)]
 unsafe impl<F: Sync> Sync for Mat<'_, F> {}
+#[expect(
+    unsafe_code,
+    reason = "the view is a borrow that slices cannot express"
+)]
 // SAFETY: a `MatMut` is a set of disjoint `&mut [F]`, one for each row.
-#[expect(
-    unsafe_code,
-    reason = "the view is a borrow that slices cannot express"
-)]
 unsafe impl<F: Send> Send for MatMut<'_, F> {}
-// SAFETY: as above; a shared `MatMut` only reads.
 #[expect(
     unsafe_code,
     reason = "the view is a borrow that slices cannot express"
 )]
+// SAFETY: as above; a shared `MatMut` only reads.
 unsafe impl<F: Sync> Sync for MatMut<'_, F> {}
 
 impl<F> Clone for Mat<'_, F> {
@@ -277,6 +277,18 @@ impl<'a, F> MatMut<'a, F> {
         )
     }
 
+    /// Some of the rows of some of the columns.
+    ///
+    /// # Panics
+    /// If a range reaches past the end.
+    #[must_use]
+    pub fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let (below, _) = self.split_rows(rows.end);
+        let (_, block) = below.split_rows(rows.start);
+        let (left, _) = block.split_cols(cols.end);
+        left.split_cols(cols.start).1
+    }
+
     pub(crate) fn as_mut_ptr(&mut self) -> *mut F {
         self.start
     }
@@ -293,5 +305,58 @@ fn check_strided(len: usize, rows: usize, cols: usize, stride: usize) {
             end <= len,
             "[{rows}, {cols}] with stride {stride} needs {end} numbers of {len}"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_cut_where_asked() {
+        let data: Vec<usize> = (0..20).collect();
+        let mat = Mat::strided(&data, 4, 3, 5);
+        assert_eq!(mat.rows(1..3).cols(1..3).row(1), [11, 12]);
+
+        let mut data = data;
+        let (above, below) = MatMut::new(&mut data, 4, 5).split_rows(1);
+        let (mut left, mut right) = below.split_cols(2);
+        left.row_mut(0).fill(100);
+        right.row_mut(2).fill(200);
+        assert_eq!(
+            (above.num_rows(), left.num_rows(), right.num_cols()),
+            (1, 3, 3)
+        );
+        assert_eq!(data[5..10], [100, 100, 7, 8, 9]);
+        assert_eq!(data[15..], [15, 16, 200, 200, 200]);
+    }
+
+    #[test]
+    fn a_block_of_the_middle() {
+        let mut data = vec![0; 20];
+        let mut block = MatMut::new(&mut data, 4, 5).block(1..3, 2..4);
+        block.row_mut(0).copy_from_slice(&[1, 2]);
+        block.row_mut(1).copy_from_slice(&[3, 4]);
+        assert_eq!(data[7..9], [1, 2]);
+        assert_eq!(data[12..14], [3, 4]);
+        assert_eq!(data.iter().sum::<i32>(), 10);
+    }
+
+    #[test]
+    fn the_last_row_may_end_before_its_stride() {
+        assert_eq!(Mat::strided(&[1, 2, 3, 4], 2, 1, 3).row(1), [4]);
+        assert_eq!(Mat::<f32>::new(&[], 0, 7).num_rows(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "needs 5 numbers of 4")]
+    fn too_few_numbers_are_refused() {
+        let _ = Mat::strided(&[1, 2, 3, 4], 2, 2, 3);
+    }
+
+    #[test]
+    #[should_panic(expected = "overlap")]
+    fn overlapping_rows_are_refused() {
+        let _ = MatMut::strided(&mut [1, 2, 3, 4], 2, 2, 1);
     }
 }

@@ -3,7 +3,7 @@
 //! # Source
 //! Su et al. 2021, <https://arxiv.org/abs/2104.09864>; `rotate_half` in transformers' `modeling_llama.py`
 
-use crate::simd::{Op, dispatch};
+use crate::simd::{Op, Simd, dispatch};
 use crate::{Float, MatMut, Threads};
 
 /// Tokens that a thread takes at least.
@@ -75,7 +75,7 @@ pub fn forward<F: Float>(threads: &Threads, table: &Table<F>, positions: &[u32],
             positions,
             x,
             sign: F::ONE,
-        })
+        });
     });
 }
 
@@ -99,7 +99,7 @@ pub fn backward<F: Float>(
             positions,
             x,
             sign: -F::ONE,
-        })
+        });
     });
 }
 
@@ -124,7 +124,7 @@ impl<F: Float> Op for Turn<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         let half = self.table.half_dim;
         for (row, &position) in self.positions.iter().enumerate() {
             let start = position as usize * half;
@@ -140,5 +140,97 @@ impl<F: Float> Op for Turn<'_, F> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_close, check_gradient, random, thread_counts, weighted};
+
+    const INV_FREQ: [f32; 3] = [1.0, 0.1, 0.01];
+
+    #[test]
+    fn halves_pair_up_as_in_rotate_half() {
+        let table = Table::<f64>::new(&INV_FREQ, 10, 1.0);
+        assert_eq!((table.head_dim(), table.num_positions()), (6, 10));
+        let x: Vec<f64> = random(12, 1);
+        let mut turned = x.clone();
+        forward(
+            &Threads::single(),
+            &table,
+            &[9],
+            MatMut::new(&mut turned, 1, 12),
+        );
+        for head in [0, 6] {
+            for i in 0..3 {
+                let (sin, cos) = (9.0 * f64::from(INV_FREQ[i])).sin_cos();
+                let (a, b) = (x[head + i], x[head + 3 + i]);
+                assert!((turned[head + i] - (a * cos - b * sin)).abs() < 1e-15);
+                assert!((turned[head + 3 + i] - (b * cos + a * sin)).abs() < 1e-15);
+            }
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient_and_the_inverse() {
+        let positions = [0, 1, 5, 0, 1];
+        let (x, dy) = (random(60, 1), random::<f64>(60, 2));
+        let table = Table::new(&INV_FREQ, 6, 1.3);
+        let turn = |x: &[f64]| {
+            let mut y = x.to_vec();
+            forward(
+                &Threads::single(),
+                &table,
+                &positions,
+                MatMut::new(&mut y, 5, 12),
+            );
+            y
+        };
+        let mut dx = dy.clone();
+        backward(
+            &Threads::single(),
+            &table,
+            &positions,
+            MatMut::new(&mut dx, 5, 12),
+        );
+        check_gradient("dx", &x, &dx, |x| weighted(&turn(x), &dy));
+
+        let table = Table::new(&INV_FREQ, 6, 1.0);
+        let mut y = x.clone();
+        forward(
+            &Threads::single(),
+            &table,
+            &positions,
+            MatMut::new(&mut y, 5, 12),
+        );
+        backward(
+            &Threads::single(),
+            &table,
+            &positions,
+            MatMut::new(&mut y, 5, 12),
+        );
+        check_close("x", &y, &x, 1e-15);
+    }
+
+    #[test]
+    fn angles_are_rounded_as_in_transformers() {
+        let table = Table::<f32>::new(&[0.1], 4000, 1.0);
+        assert_eq!(
+            table.cos[3999],
+            f64::from(3999.0_f32 * 0.1_f32).cos() as f32
+        );
+    }
+
+    #[test]
+    fn threads_turn_alike() {
+        let table = Table::<f32>::new(&INV_FREQ, 500, 1.0);
+        let positions: Vec<u32> = (0..500).collect();
+        let results = thread_counts().map(|threads| {
+            let mut x = random(500 * 6, 1);
+            forward(&threads, &table, &positions, MatMut::new(&mut x, 500, 6));
+            x
+        });
+        assert_eq!(results[0], results[1]);
     }
 }

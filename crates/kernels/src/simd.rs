@@ -1,18 +1,35 @@
 //! Runs a loop compiled for the widest vectors that this machine has, and the loops that several rooms share.
 //!
-//! The loops are plain Rust over [`LANES`] independent sums, so the reduction order, and with it every bit of the
-//! result, is the same for all instruction sets. Without AVX2 and FMA (before 2013) `mul_add` is a library call: right,
-//! but slow.
+//! Loops over elements are plain Rust, which vectorizes. Reductions run over [`LANES`] independent sums, explicit vectors
+//! where several of them must stay in registers, so that the reduction order, and with it every bit of the result, is
+//! the same for all instruction sets. Without AVX2 and FMA (x86 before 2013) `mul_add` is a library call: right, but
+//! slow.
 
 use crate::Float;
 
 /// Independent sums of a reduction: element `i` goes to sum `i % LANES`.
 pub(crate) const LANES: usize = 16;
 
-/// A loop to run. `run` must be `#[inline(always)]`, so that it is compiled anew inside each caller's instruction set.
+/// A loop to run. `run` must be `#[inline(always)]`, so that it is compiled anew for each instruction set.
 pub(crate) trait Op {
     type Output;
-    fn run(self) -> Self::Output;
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Proof that this machine has an instruction set.
+pub trait Simd: Copy {
+    /// Whether a tile of 4 × 4 sums of [`LANES`] `f32` fits the registers.
+    const WIDE: bool;
+    type F32: Lanes<f32, Self>;
+}
+
+/// [`LANES`] numbers in vector registers.
+pub trait Lanes<F, S>: Copy {
+    fn splat(simd: S, value: F) -> Self;
+    fn load(simd: S, values: &[F; LANES]) -> Self;
+    /// `self · a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    fn to_array(self) -> [F; LANES];
 }
 
 /// Runs `op` with the best instruction set found.
@@ -20,43 +37,42 @@ pub(crate) trait Op {
 pub(crate) fn dispatch<O: Op>(op: O) -> O::Output {
     #[cfg(target_arch = "x86_64")]
     {
-        if has_avx512() {
-            // SAFETY: the features were just found.
-            #[expect(unsafe_code, reason = "calls a function compiled for AVX-512")]
-            return unsafe { run_avx512(op) };
+        if let Some(simd) = x86::Avx512::find() {
+            return simd.run(op);
         }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
-        {
-            // SAFETY: the features were just found.
-            #[expect(unsafe_code, reason = "calls a function compiled for AVX2")]
-            return unsafe { run_avx2(op) };
+        if let Some(simd) = x86::Avx2::find() {
+            return simd.run(op);
         }
     }
-    op.run()
+    op.run(Plain)
 }
 
-/// Whether [`dispatch`] uses 512-bit vectors.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn has_avx512() -> bool {
-    use std::arch::is_x86_feature_detected as has;
-    has!("avx512f")
-        && has!("avx512vl")
-        && has!("avx512dq")
-        && has!("avx512bw")
-        && has!("avx2")
-        && has!("fma")
+/// No instruction set beyond what the build assumes.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain;
+
+impl Simd for Plain {
+    const WIDE: bool = false;
+    type F32 = [f32; LANES];
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
-fn run_avx512<O: Op>(op: O) -> O::Output {
-    op.run()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn run_avx2<O: Op>(op: O) -> O::Output {
-    op.run()
+impl<F: Float, S> Lanes<F, S> for [F; LANES] {
+    #[inline(always)]
+    fn splat(_: S, value: F) -> Self {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn load(_: S, values: &[F; LANES]) -> Self {
+        *values
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|i| self[i].mul_add(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn to_array(self) -> [F; LANES] {
+        self
+    }
 }
 
 /// Adds the lanes up pairwise, halving until one is left.
@@ -74,17 +90,93 @@ pub(crate) fn sum_lanes<F: Float>(mut lanes: [F; LANES]) -> F {
 
 /// `Σ a_i · b_i` in [`LANES`] sums.
 #[inline(always)]
-pub(crate) fn dot<F: Float>(a: &[F], b: &[F]) -> F {
-    let mut lanes = [F::ZERO; LANES];
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for i in 0..LANES {
-            lanes[i] = a[i].mul_add(b[i], lanes[i]);
+pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
+    let [[sum]] = dots(simd, [a], [b]);
+    sum
+}
+
+/// [`dot`] of each `a` with each `b`, the same bits as one by one, at fewer loads. All slices have one length.
+#[inline(always)]
+pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
+    simd: S,
+    a: [&[F]; M],
+    b: [&[F]; N],
+) -> [[F; N]; M] {
+    let len = a[0].len();
+    let (a, b) = (
+        a.map(|a| a[..len].as_chunks::<LANES>()),
+        b.map(|b| b[..len].as_chunks::<LANES>()),
+    );
+    let mut lanes = [[F::Lanes::splat(simd, F::ZERO); N]; M];
+    for chunk in 0..len / LANES {
+        let b = b.map(|(chunks, _)| F::Lanes::load(simd, &chunks[chunk]));
+        for m in 0..M {
+            let a = F::Lanes::load(simd, &a[m].0[chunk]);
+            for n in 0..N {
+                lanes[m][n] = a.mul_add(b[n], lanes[m][n]);
+            }
         }
     }
-    for (lane, (&a, &b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *lane = a.mul_add(b, *lane);
+    let mut sums = [[F::ZERO; N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            let mut lanes = lanes[m][n].to_array();
+            for (lane, (&a, &b)) in lanes.iter_mut().zip(a[m].1.iter().zip(b[n].1)) {
+                *lane = a.mul_add(b, *lane);
+            }
+            sums[m][n] = sum_lanes(lanes);
+        }
     }
-    sum_lanes(lanes)
+    sums
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random;
+
+    struct Tile<'a>([&'a [f32]; 3], [&'a [f32]; 4]);
+
+    impl Op for Tile<'_> {
+        type Output = [[f32; 4]; 3];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            dots(simd, self.0, self.1)
+        }
+    }
+
+    #[test]
+    fn a_tile_has_the_bits_of_single_products_on_every_instruction_set() {
+        for len in [0, 1, 15, 16, 17, 64, 131] {
+            let a: [Vec<f32>; 3] = std::array::from_fn(|i| random(len, i as u64));
+            let b: [Vec<f32>; 4] = std::array::from_fn(|i| random(len, 10 + i as u64));
+            let tile = || {
+                Tile(
+                    a.each_ref().map(Vec::as_slice),
+                    b.each_ref().map(Vec::as_slice),
+                )
+            };
+            let plain = tile().run(Plain);
+            for (a, row) in a.iter().zip(plain) {
+                for (b, sum) in b.iter().zip(row) {
+                    assert_eq!(dot(Plain, a, b).to_bits(), sum.to_bits());
+                    let exact: f64 = a
+                        .iter()
+                        .zip(b)
+                        .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                        .sum();
+                    assert!((f64::from(sum) - exact).abs() < 1e-5);
+                }
+            }
+            assert_eq!(dispatch(tile()), plain);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(simd) = x86::Avx2::find() {
+                assert_eq!(simd.run(tile()), plain);
+            }
+        }
+    }
 }

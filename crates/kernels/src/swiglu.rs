@@ -3,7 +3,7 @@
 //! # Source
 //! Shazeer 2020, <https://arxiv.org/abs/2002.05202>
 
-use crate::simd::{Op, dispatch};
+use crate::simd::{Op, Simd, dispatch};
 use crate::{Float, Mat, MatMut, Threads};
 
 /// Rows that a thread takes at least.
@@ -21,7 +21,7 @@ pub fn forward<F: Float>(threads: &Threads, gate: Mat<'_, F>, up: Mat<'_, F>, h:
     assert_eq!((gate.num_rows(), gate.num_cols()), shape, "gate's shape");
     assert_eq!((up.num_rows(), up.num_cols()), shape, "up's shape");
     threads.split((gate, up, h), MIN_ROWS, |(gate, up, h)| {
-        dispatch(Forward { gate, up, h })
+        dispatch(Forward { gate, up, h });
     });
 }
 
@@ -78,7 +78,7 @@ pub fn backward_recompute<F: Float>(
     assert_eq!((gate.num_rows(), gate.num_cols()), shape, "gate's shape");
     assert_eq!((up.num_rows(), up.num_cols()), shape, "up's shape");
     threads.split((gate, up, dh), MIN_ROWS, |(gate, up, dh)| {
-        dispatch(BackwardRecompute { gate, up, dh })
+        dispatch(BackwardRecompute { gate, up, dh });
     });
 }
 
@@ -105,7 +105,7 @@ impl<F: Float> Op for Forward<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         for row in 0..self.h.num_rows() {
             for ((h, &gate), &up) in self
                 .h
@@ -132,7 +132,7 @@ impl<F: Float> Op for Backward<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         for row in 0..self.dh.num_rows() {
             let inputs = self
                 .gate
@@ -162,12 +162,84 @@ impl<F: Float> Op for BackwardRecompute<'_, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run<S: Simd>(mut self, _: S) {
         for row in 0..self.dh.num_rows() {
             let gate_up = self.gate.row_mut(row).iter_mut().zip(self.up.row_mut(row));
             for ((gate, up), dh) in gate_up.zip(self.dh.row_mut(row)) {
                 (*gate, *up, *dh) = element(*gate, *up, *dh);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_close, check_gradient, narrow, random, thread_counts, weighted};
+
+    fn activate(gate: &[f64], up: &[f64], rows: usize) -> Vec<f64> {
+        let (mut h, cols) = (vec![0.0; gate.len()], gate.len() / rows);
+        let (gate, up) = (Mat::new(gate, rows, cols), Mat::new(up, rows, cols));
+        forward(
+            &Threads::single(),
+            gate,
+            up,
+            MatMut::new(&mut h, rows, cols),
+        );
+        h
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let (rows, cols) = (3, 19);
+        let gate: Vec<f64> = random::<f64>(rows * cols, 1)
+            .iter()
+            .map(|x| 6.0 * x)
+            .collect();
+        let (up, dh) = (random(rows * cols, 2), random::<f64>(rows * cols, 3));
+        let (mut dgate, mut dup) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
+        backward(
+            &Threads::single(),
+            Mat::new(&gate, rows, cols),
+            Mat::new(&up, rows, cols),
+            Mat::new(&dh, rows, cols),
+            MatMut::new(&mut dgate, rows, cols),
+            MatMut::new(&mut dup, rows, cols),
+        );
+        check_gradient("dgate", &gate, &dgate, |gate| {
+            weighted(&activate(gate, &up, rows), &dh)
+        });
+        check_gradient("dup", &up, &dup, |up| {
+            weighted(&activate(&gate, up, rows), &dh)
+        });
+
+        let h = activate(&gate, &up, rows);
+        let (mut a, mut b, mut c) = (gate, up, dh);
+        backward_recompute(
+            &Threads::single(),
+            MatMut::new(&mut a, rows, cols),
+            MatMut::new(&mut b, rows, cols),
+            MatMut::new(&mut c, rows, cols),
+        );
+        assert_eq!((a, b), (dgate, dup));
+        check_close("h", &c, &h, 1e-15);
+    }
+
+    #[test]
+    fn f32_on_threads_follows_f64() {
+        let (rows, cols) = (200, 21);
+        let gate: Vec<f64> = random::<f64>(rows * cols, 1)
+            .iter()
+            .map(|x| 100.0 * x)
+            .collect();
+        let up = random::<f64>(rows * cols, 2);
+        let expected = activate(&gate, &up, rows);
+        let (gate, up) = (narrow(&gate), narrow(&up));
+        for threads in &thread_counts() {
+            let mut h = vec![0.0; rows * cols];
+            let (gate, up) = (Mat::new(&gate, rows, cols), Mat::new(&up, rows, cols));
+            forward(threads, gate, up, MatMut::new(&mut h, rows, cols));
+            check_close("h", &h, &expected, 1e-6);
         }
     }
 }

@@ -192,3 +192,70 @@ tuple_parts!(A, B, C);
 tuple_parts!(A, B, C, D);
 tuple_parts!(A, B, C, D, E);
 tuple_parts!(A, B, C, D, E, G);
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    fn cuts(num_threads: usize, len: usize, min_len: usize) -> Vec<(usize, usize)> {
+        let seen = Mutex::new(Vec::new());
+        Threads::new(num_threads)
+            .expect("threads")
+            .split(0..len, min_len, |part| {
+                seen.lock().expect("lock").push((part.start, part.end));
+            });
+        let mut seen = seen.into_inner().expect("lock");
+        seen.sort_unstable();
+        seen
+    }
+
+    #[test]
+    fn cuts_depend_on_lengths_alone() {
+        assert_eq!(cuts(1, 10, 1), [(0, 10)]);
+        assert_eq!(cuts(3, 10, 1), [(0, 3), (3, 6), (6, 10)]);
+        assert_eq!(cuts(3, 10, 5), [(0, 5), (5, 10)]);
+        assert_eq!(cuts(3, 10, 6), [(0, 10)]);
+        assert_eq!(cuts(3, 0, 1), [(0, 0)]);
+    }
+
+    #[test]
+    fn one_thread_is_the_calling_one() {
+        let caller = std::thread::current().id();
+        let single = Threads::new(1).expect("nothing to start");
+        single.split(0..100, 1, |_| {
+            assert_eq!(std::thread::current().id(), caller);
+        });
+        single.for_each(&mut [(), ()], |(), ()| {
+            assert_eq!(std::thread::current().id(), caller);
+        });
+        single.install(|| assert_eq!(std::thread::current().id(), caller));
+        assert_eq!(single.num_threads(), 1);
+    }
+
+    #[test]
+    fn every_unit_runs_once() {
+        for num_threads in [1, 4] {
+            let mut units = [0; 33];
+            Threads::new(num_threads)
+                .expect("threads")
+                .for_each(&mut units, |(), unit| *unit += 1);
+            assert_eq!(units, [1; 33]);
+        }
+    }
+
+    #[test]
+    fn tuples_are_cut_at_the_same_row() {
+        let (source, mut target) = ((0..40).collect::<Vec<u32>>(), vec![0; 20]);
+        let parts = (Mat::new(&source, 20, 2), &mut target[..]);
+        Threads::new(4)
+            .expect("threads")
+            .split(parts, 1, |(source, target)| {
+                for (row, target) in target.iter_mut().enumerate() {
+                    *target = source.row(row)[1];
+                }
+            });
+        assert_eq!(target, (0..20).map(|i| 2 * i + 1).collect::<Vec<u32>>());
+    }
+}

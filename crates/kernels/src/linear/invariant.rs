@@ -1,7 +1,15 @@
 //! The product whose rows do not depend on each other's company.
 
-use crate::simd::dot;
-use crate::{Float, Mat, MatMut, Threads};
+use std::ops::Range;
+
+use crate::simd::{Op, Simd, dispatch, dots};
+use crate::{Float, Mat, MatMut, Parts, Threads};
+
+/// Multiply-adds that a thread takes at least: about 10 µs of work.
+const MIN_WORK: usize = 1 << 18;
+
+/// Numbers of `x` that stay in the second-level cache while the weight passes by.
+const BLOCK: usize = 1 << 16;
 
 /// `y = alpha · x·wᵀ + beta · y`, each element reduced in the same order whatever the number of rows, the row's place
 /// among them, the number of threads, and the instruction set.
@@ -20,7 +28,7 @@ pub fn forward_invariant<F: Float>(
     x: Mat<'_, F>,
     w: Mat<'_, F>,
     beta: F,
-    mut y: MatMut<'_, F>,
+    y: MatMut<'_, F>,
 ) {
     assert_eq!(
         (x.num_rows(), w.num_rows()),
@@ -32,15 +40,114 @@ pub fn forward_invariant<F: Float>(
         w.num_cols(),
         "the inner dimension of the product"
     );
-    let _ = threads;
-    for row in 0..y.num_rows() {
-        for (col, y) in y.row_mut(row).iter_mut().enumerate() {
-            let sum = alpha * dot(x.row(row), w.row(col));
-            *y = if beta == F::ZERO {
-                sum
+    let min_cols = MIN_WORK.div_ceil((x.num_rows() * x.num_cols()).max(1));
+    threads.split(Columns { w, y }, min_cols, |Columns { w, y }| {
+        dispatch(Product {
+            alpha,
+            x,
+            w,
+            beta,
+            y,
+        });
+    });
+}
+
+/// Some rows of the weight, and the columns of the output that they make.
+struct Columns<'a, F> {
+    w: Mat<'a, F>,
+    y: MatMut<'a, F>,
+}
+
+impl<F: Float> Parts for Columns<'_, F> {
+    fn len(&self) -> usize {
+        self.w.num_rows()
+    }
+    fn split_at(self, row: usize) -> (Self, Self) {
+        let (first, second) = self.y.split_cols(row);
+        let (w_first, w_second) = self.w.split_at(row);
+        (
+            Self {
+                w: w_first,
+                y: first,
+            },
+            Self {
+                w: w_second,
+                y: second,
+            },
+        )
+    }
+}
+
+struct Product<'a, F> {
+    alpha: F,
+    x: Mat<'a, F>,
+    w: Mat<'a, F>,
+    beta: F,
+    y: MatMut<'a, F>,
+}
+
+impl<F: Float> Op for Product<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let rows = self.x.num_rows();
+        let block = (BLOCK / self.x.num_cols().max(1)).max(8);
+        let mut start = 0;
+        while start < rows {
+            let end = rows.min(start + block);
+            if S::WIDE {
+                self.panel::<S, 4, 4>(simd, start..end);
             } else {
-                beta.mul_add(*y, sum)
-            };
+                self.panel::<S, 2, 2>(simd, start..end);
+            }
+            start = end;
+        }
+    }
+}
+
+impl<F: Float> Product<'_, F> {
+    /// All columns of some rows, in tiles that fit the vector registers.
+    #[inline(always)]
+    fn panel<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, rows: Range<usize>) {
+        let cols = self.w.num_rows();
+        let mut col = 0;
+        while col + 4 <= cols {
+            let mut row = rows.start;
+            while row + M <= rows.end {
+                for n in (0..4).step_by(N) {
+                    self.tile::<S, M, N>(simd, row, col + n);
+                }
+                row += M;
+            }
+            while row < rows.end {
+                self.tile::<S, 1, 4>(simd, row, col);
+                row += 1;
+            }
+            col += 4;
+        }
+        for col in col..cols {
+            for row in rows.clone() {
+                self.tile::<S, 1, 1>(simd, row, col);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) {
+        let x = std::array::from_fn(|m| self.x.row(row + m));
+        let w = std::array::from_fn(|n| self.w.row(col + n));
+        let sums = dots::<F, S, M, N>(simd, x, w);
+        for (m, sums) in sums.iter().enumerate() {
+            let y = &mut self.y.row_mut(row + m)[col..col + N];
+            for (y, &sum) in y.iter_mut().zip(sums) {
+                let product = self.alpha * sum;
+                *y = if self.beta == F::ZERO {
+                    product
+                } else {
+                    self.beta.mul_add(*y, product)
+                };
+            }
         }
     }
 }

@@ -91,11 +91,11 @@ pub(crate) fn product<F: Float>(
     let pieces = (rows * cols * inner / MIN_WORK).clamp(1, threads.num_threads());
     if rows >= cols {
         threads.split(RowBlocks { a, out }, rows / pieces, |part| {
-            product_block(alpha, part.a, b, beta, part.out)
+            product_block(alpha, part.a, b, beta, part.out);
         });
     } else {
         threads.split(ColBlocks { b, out }, cols / pieces, |part| {
-            product_block(alpha, a, part.b, beta, part.out)
+            product_block(alpha, a, part.b, beta, part.out);
         });
     }
 }

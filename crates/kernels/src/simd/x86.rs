@@ -1,0 +1,149 @@
+//! The instruction sets of x86-64.
+
+use std::arch::is_x86_feature_detected as has;
+use std::arch::x86_64::{
+    __m256, __m512, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_set1_ps,
+};
+
+use super::{LANES, Lanes, Op, Simd};
+
+/// Proof of AVX-512 as in x86-64-v4: 32 registers of 512 bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// Proof of AVX2 and FMA: 16 registers of 256 bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx512 {
+    #[inline]
+    pub(crate) fn find() -> Option<Self> {
+        (has!("avx512f")
+            && has!("avx512vl")
+            && has!("avx512dq")
+            && has!("avx512bw")
+            && has!("avx2")
+            && has!("fma"))
+        .then_some(Self(()))
+    }
+
+    #[inline]
+    pub(crate) fn run<O: Op>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+        fn run<O: Op>(op: O, simd: Avx512) -> O::Output {
+            op.run(simd)
+        }
+        // SAFETY: `self` proves the features.
+        #[expect(unsafe_code, reason = "calls a function compiled for AVX-512")]
+        unsafe {
+            run(op, self)
+        }
+    }
+}
+
+impl Avx2 {
+    #[inline]
+    pub(crate) fn find() -> Option<Self> {
+        (has!("avx2") && has!("fma")).then_some(Self(()))
+    }
+
+    #[inline]
+    pub(crate) fn run<O: Op>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx2,fma")]
+        fn run<O: Op>(op: O, simd: Avx2) -> O::Output {
+            op.run(simd)
+        }
+        // SAFETY: `self` proves the features.
+        #[expect(unsafe_code, reason = "calls a function compiled for AVX2")]
+        unsafe {
+            run(op, self)
+        }
+    }
+}
+
+impl Simd for Avx512 {
+    const WIDE: bool = true;
+    type F32 = Lanes512;
+}
+
+impl Simd for Avx2 {
+    const WIDE: bool = false;
+    type F32 = Lanes256;
+}
+
+/// 16 `f32`; only made from [`Avx512`], so the instructions exist.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes512(__m512);
+
+impl Lanes<f32, Avx512> for Lanes512 {
+    #[inline(always)]
+    fn splat(_: Avx512, value: f32) -> Self {
+        // SAFETY: the argument proves AVX-512.
+        #[expect(unsafe_code, reason = "an AVX-512 instruction")]
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+    #[inline(always)]
+    fn load(_: Avx512, values: &[f32; LANES]) -> Self {
+        // SAFETY: the argument proves AVX-512, and the pointer holds 16 numbers.
+        #[expect(unsafe_code, reason = "an AVX-512 instruction")]
+        Self(unsafe { _mm512_loadu_ps(values.as_ptr()) })
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        // SAFETY: a `Lanes512` exists, so AVX-512 does.
+        #[expect(unsafe_code, reason = "an AVX-512 instruction")]
+        Self(unsafe { _mm512_fmadd_ps(self.0, a.0, b.0) })
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        // SAFETY: both are 512 bits of plain numbers.
+        #[expect(unsafe_code, reason = "a vector is its numbers")]
+        unsafe {
+            std::mem::transmute(self.0)
+        }
+    }
+}
+
+/// 16 `f32`; only made from [`Avx2`], so the instructions exist.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes256([__m256; 2]);
+
+impl Lanes<f32, Avx2> for Lanes256 {
+    #[inline(always)]
+    fn splat(_: Avx2, value: f32) -> Self {
+        // SAFETY: the argument proves AVX2.
+        #[expect(unsafe_code, reason = "an AVX instruction")]
+        Self([unsafe { _mm256_set1_ps(value) }; 2])
+    }
+    #[inline(always)]
+    fn load(_: Avx2, values: &[f32; LANES]) -> Self {
+        // SAFETY: the argument proves AVX2, and the pointer holds 16 numbers.
+        #[expect(unsafe_code, reason = "an AVX instruction")]
+        Self(unsafe {
+            [
+                _mm256_loadu_ps(values.as_ptr()),
+                _mm256_loadu_ps(values.as_ptr().add(8)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        // SAFETY: a `Lanes256` exists, so AVX2 and FMA do.
+        #[expect(unsafe_code, reason = "an FMA instruction")]
+        Self(unsafe {
+            [
+                _mm256_fmadd_ps(self.0[0], a.0[0], b.0[0]),
+                _mm256_fmadd_ps(self.0[1], a.0[1], b.0[1]),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn to_array(self) -> [f32; LANES] {
+        // SAFETY: both are 512 bits of plain numbers.
+        #[expect(unsafe_code, reason = "a vector is its numbers")]
+        unsafe {
+            std::mem::transmute(self.0)
+        }
+    }
+}
