@@ -113,3 +113,111 @@ impl<F: Float> Op for Step<'_, F> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_close, random, thread_counts};
+
+    const SETTINGS: AdamW = AdamW {
+        learning_rate: 0.1,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+    };
+
+    /// The paper's algorithm 2 in textbook form, worked out apart from this code.
+    #[test]
+    fn three_steps_by_hand() {
+        let mut param = [0.5, -1.25, 2.0];
+        let (mut exp_avg, mut exp_avg_sq) = ([0.0; 3], [0.0; 3]);
+        let grads = [[0.1, -0.2, 0.0], [-0.3, -0.1, 1e-9], [0.05, 4.0, 0.0]];
+        let expected = [
+            [0.399_500_009_999_998_96, -1.148_750_004_999_999_7, 1.998],
+            [
+                0.448_519_491_110_065_4,
+                -1.054_383_297_010_365_7,
+                1.991_086_506_883_855_2,
+            ],
+            [
+                0.475_820_789_491_196_4,
+                -1.113_092_607_535_719_7,
+                1.985_955_661_216_07,
+            ],
+        ];
+        for (step, (grad, expected)) in (1..).zip(grads.iter().zip(&expected)) {
+            SETTINGS.step(
+                &Threads::single(),
+                step,
+                &mut param,
+                grad,
+                &mut exp_avg,
+                &mut exp_avg_sq,
+            );
+            check_close("param", &param, expected, 1e-14);
+        }
+        check_close("exp_avg", &exp_avg, &[-0.0139, 0.3748, 9e-11], 1e-14);
+        check_close(
+            "exp_avg_sq",
+            &exp_avg_sq,
+            &[0.000_102_390_01, 0.016_049_910_04, 9.99e-22],
+            1e-14,
+        );
+    }
+
+    #[test]
+    fn the_first_step_is_the_learning_rate_whatever_the_gradient() {
+        let (mut param, mut exp_avg, mut exp_avg_sq) = ([1.0_f32, 1.0], [0.0; 2], [0.0; 2]);
+        let settings = AdamW {
+            weight_decay: 0.0,
+            ..SETTINGS
+        };
+        settings.step(
+            &Threads::single(),
+            1,
+            &mut param,
+            &[1e-3, -1e3],
+            &mut exp_avg,
+            &mut exp_avg_sq,
+        );
+        check_close("param", &param, &[0.9, 1.1], 1e-5);
+    }
+
+    #[test]
+    fn a_learning_rate_of_zero_moves_the_moments_alone() {
+        let (mut param, mut exp_avg, mut exp_avg_sq) = ([1.5_f32], [0.0], [0.0]);
+        let settings = AdamW {
+            learning_rate: 0.0,
+            ..SETTINGS
+        };
+        settings.step(
+            &Threads::single(),
+            1,
+            &mut param,
+            &[2.0],
+            &mut exp_avg,
+            &mut exp_avg_sq,
+        );
+        assert_eq!((param, exp_avg, exp_avg_sq), ([1.5], [0.2], [0.004]));
+    }
+
+    #[test]
+    fn f32_on_threads_is_the_same() {
+        let (len, grad) = (50_001, random::<f32>(50_001, 1));
+        let results = thread_counts().map(|threads| {
+            let (mut param, mut exp_avg, mut exp_avg_sq) =
+                (random::<f32>(len, 2), vec![0.0; len], vec![0.0; len]);
+            SETTINGS.step(
+                &threads,
+                1,
+                &mut param,
+                &grad,
+                &mut exp_avg,
+                &mut exp_avg_sq,
+            );
+            (param, exp_avg, exp_avg_sq)
+        });
+        assert_eq!(results[0], results[1]);
+    }
+}
