@@ -1,11 +1,11 @@
 //! Letter counting: the conversations that teach it and the questions that judge it.
 //!
-//! An answer goes through the word with a running count and then states the
-//! number, so that no step asks for more than "the same" or "one more":
+//! An answer first goes through the word, as the base model does when it marks
+//! a letter, but numbers the marks; then it states the number:
 //!
 //! ```text
 //! How many r's are in the word 'strawberry'?
-//! s0 t0 r1 a1 w1 b1 e1 r2 r3 y3: there are 3 r's.
+//! Each r: s- t- r1 a- w- b- e- r2 r3 y-: there are 3 r's.
 //! ```
 //!
 //! Half of the words are English (`words.txt`), half are invented from
@@ -122,21 +122,24 @@ fn count(word: &str, letter: char) -> u32 {
     word.chars().map(|c| u32::from(c == letter)).sum()
 }
 
-/// The answer that trains: a running count, then the sentence.
+/// The answer that trains: the word with numbered marks, then the sentence.
 fn counted(word: &str, letter: char) -> String {
     let mut seen = 0;
-    let steps: Vec<String> = word
+    let marked: Vec<String> = word
         .chars()
-        .map(|c| {
-            seen += u32::from(c == letter);
-            format!("{c}{seen}")
+        .map(|c| match c == letter {
+            true => {
+                seen += 1;
+                format!("{c}{seen}")
+            }
+            false => format!("{c}-"),
         })
         .collect();
     let sentence = match seen {
         1 => format!("there is 1 {letter}."),
         _ => format!("there are {seen} {letter}'s."),
     };
-    format!("{}: {sentence}", steps.join(" "))
+    format!("Each {letter}: {}: {sentence}", marked.join(" "))
 }
 
 /// Draws words until one is allowed and has a letter that occurs `turn % 5` times.
@@ -250,15 +253,13 @@ mod tests {
     fn training_answers_are_true_and_parse() {
         for line in conversations(2, 2_000) {
             let (word, reply) = word_and_reply(&line);
-            let (steps, _) = reply.split_once(": ").expect("steps, then a sentence");
-            let spelled: String = steps.chars().filter(char::is_ascii_alphabetic).collect();
-            let counts = steps
-                .split(' ')
-                .map(|step| parse_answer(step).expect("a count"));
-            let counts: Vec<u32> = std::iter::once(0).chain(counts).collect();
+            let [letter, marked, _] = reply.split(": ").collect::<Vec<_>>()[..] else {
+                panic!("three parts: {reply}")
+            };
+            let letter = letter.chars().last().expect("a letter");
+            let spelled: String = marked.chars().filter(char::is_ascii_alphabetic).collect();
             assert_eq!(spelled, word);
-            assert!(counts.is_sorted_by(|a, b| a == b || a + 1 == *b), "{reply}");
-            assert_eq!(parse_answer(reply), counts.last().copied(), "{reply}");
+            assert_eq!(parse_answer(reply), Some(count(word, letter)), "{reply}");
         }
     }
 
@@ -277,14 +278,14 @@ mod tests {
         assert!(demo.answer == 3 && is_judged(&demo.word));
         assert_eq!(
             counted(&demo.word, 'r'),
-            "s0 t0 r1 a1 w1 b1 e1 r2 r3 y3: there are 3 r's."
+            "Each r: s- t- r1 a- w- b- e- r2 r3 y-: there are 3 r's."
         );
     }
 
     #[test]
     fn a_reply_is_judged_by_its_last_number() {
         let check = |reply, expected| assert_eq!(parse_answer(reply), expected, "{reply}");
-        check("s0 t0 r1: there is 1 r.", Some(1));
+        check("Each r: b- a- r1: there is 1 r.", Some(1));
         check("There are 2, no, 12 of them.", Some(12));
         check("I can spell it, but I never learned to count.", None);
         check("", None);
