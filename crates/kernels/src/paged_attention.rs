@@ -336,12 +336,10 @@ impl<'a, F: Float> HeadRows<'a, F> {
     #[inline(always)]
     fn lanes<S: Simd>(&self, simd: S, start: usize, dims: &Range<usize>) -> F::Lanes<S> {
         let row = &self.rows[start..][dims.clone()];
-        if let Some(row) = row.first_chunk() {
-            return F::Lanes::load(simd, row);
+        match row.first_chunk() {
+            Some(row) => F::Lanes::load(simd, row),
+            None => F::Lanes::load_part(simd, row),
         }
-        let mut padded = [F::ZERO; LANES];
-        padded[..row.len()].copy_from_slice(row);
-        F::Lanes::load(simd, &padded)
     }
 }
 

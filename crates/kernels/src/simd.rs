@@ -30,6 +30,24 @@ pub trait Lanes<F, S>: Copy {
     /// `self · a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
     fn to_array(self) -> [F; LANES];
+    /// Up to [`LANES`] numbers, filled up with zeros.
+    #[inline(always)]
+    fn load_part(simd: S, values: &[F]) -> Self
+    where
+        F: Float,
+    {
+        let mut padded = [F::ZERO; LANES];
+        padded[..values.len()].copy_from_slice(values);
+        Self::load(simd, &padded)
+    }
+    /// [`sum_lanes`] of each.
+    #[inline(always)]
+    fn sum_four(four: [Self; 4]) -> [F; 4]
+    where
+        F: Float,
+    {
+        four.map(|lanes| sum_lanes(lanes.to_array()))
+    }
 }
 
 /// Runs `op` with the best instruction set found.
@@ -95,13 +113,15 @@ pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
     sum
 }
 
-/// [`dot`] of each `a` with each `b`, the same bits as one by one, at fewer loads. All slices have one length.
+/// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All slices have one
+/// length.
 #[inline(always)]
 pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
     simd: S,
     a: [&[F]; M],
     b: [&[F]; N],
 ) -> [[F; N]; M] {
+    const { assert!(N <= 4) };
     let len = a[0].len();
     let (a, b) = (
         a.map(|a| a[..len].as_chunks::<LANES>()),
@@ -117,14 +137,21 @@ pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
             }
         }
     }
+    if len % LANES > 0 {
+        let b = b.map(|(_, rest)| F::Lanes::load_part(simd, rest));
+        for m in 0..M {
+            let a = F::Lanes::load_part(simd, a[m].1);
+            for n in 0..N {
+                lanes[m][n] = a.mul_add(b[n], lanes[m][n]);
+            }
+        }
+    }
     let mut sums = [[F::ZERO; N]; M];
     for m in 0..M {
-        for n in 0..N {
-            let mut lanes = lanes[m][n].to_array();
-            for (lane, (&a, &b)) in lanes.iter_mut().zip(a[m].1.iter().zip(b[n].1)) {
-                *lane = a.mul_add(b, *lane);
-            }
-            sums[m][n] = sum_lanes(lanes);
+        if let Some(&four) = lanes[m].first_chunk::<4>() {
+            sums[m][..4].copy_from_slice(&F::Lanes::sum_four(four));
+        } else {
+            sums[m] = lanes[m].map(|lanes| sum_lanes(lanes.to_array()));
         }
     }
     sums
