@@ -1,0 +1,543 @@
+//! The import stage: any source's rows, standardized, into committed Parquet shards.
+
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, RecordBatch, StringArray};
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt as _, TryStreamExt as _};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use updraft_store::{
+    CancelToken, FinishedStage, JournalEntry, Opened, Progress, ProgressSink, Reject, StageId,
+    StageWriter, Store, open_stage,
+};
+
+use crate::record::{COLUMNS, Cells, schema};
+use crate::shard::{self, ShardPlan};
+use crate::source::{Batch, Cursor, MAX_ROW_BYTES, Row};
+use crate::tally::{RejectLimit, Tally};
+use crate::{Error, Format, Formats, Result, Source};
+
+/// Raised whenever the same rows would become other shards.
+const STAGE_VERSION: u32 = 1;
+/// Rows looked at to find the format.
+const DETECT_ROWS: usize = 100;
+/// Uncompressed bytes of a row group.
+const ROW_GROUP_BYTES: u64 = 16 << 20;
+/// Shards encoded and uploaded at a time while the next one is gathered.
+const SHARDS_IN_FLIGHT: usize = 2;
+
+/// How to import.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImportOptions {
+    /// The format's name; found by looking at the first rows if absent.
+    pub format: Option<String>,
+    /// Take only this many rows of the source, rejects included.
+    pub limit: Option<u64>,
+    /// The share of rows that may be rejected before the import fails. Not part of the stage's
+    /// key: after raising it, a rerun goes on where it stopped.
+    pub max_reject_rate: f64,
+    /// Keep the columns no format reads, as JSON in the column `columns`; else they are ignored.
+    pub keep_columns: bool,
+    /// What joins the Alpaca formats' instruction and input.
+    pub input_separator: String,
+    /// When a shard is full.
+    pub shards: ShardPlan,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        Self {
+            format: None,
+            limit: None,
+            max_reject_rate: 0.1,
+            keep_columns: false,
+            input_separator: "\n".to_owned(),
+            shards: ShardPlan::default(),
+        }
+    }
+}
+
+impl ImportOptions {
+    /// Says what makes no sense.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`].
+    pub fn validate(&self) -> Result<()> {
+        if self.limit == Some(0) {
+            return Err(Error::InvalidOption {
+                option: "limit",
+                problem: "is 0: leave it out to take all rows".to_owned(),
+            });
+        }
+        RejectLimit(self.max_reject_rate).validate()?;
+        self.shards.validate()
+    }
+
+    /// The options that decide the output.
+    fn identity(&self) -> Value {
+        let Self {
+            format,
+            limit,
+            keep_columns,
+            input_separator,
+            shards,
+            max_reject_rate: _,
+        } = self;
+        json!({ "format": format, "limit": limit, "keep_columns": keep_columns, "input_separator": input_separator, "shards": shards })
+    }
+}
+
+/// Imports `source` as `standardized/<dataset>/`, with the built-in formats.
+///
+/// Rows become JSON columns of Parquet shards (`messages`, `tools`, `documents`, …). A row that
+/// cannot be taken is counted and listed in the manifest with its reason, at most
+/// [`MAX_LISTED_REJECTS`](crate::MAX_LISTED_REJECTS) of them. A finished import of the same source with the same
+/// options is found with one GET; one that was interrupted goes on after its last whole shard.
+///
+/// # Errors
+/// [`Error::UnknownFormat`] if no format fits, [`Error::TooManyRejects`], [`Error::Empty`],
+/// [`Error::InvalidOption`], and the errors of the source and the store. Whatever the error, the
+/// store holds nothing that could be taken for finished.
+pub async fn import(
+    store: &Store,
+    dataset: &str,
+    source: &dyn Source,
+    options: &ImportOptions,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<FinishedStage> {
+    let formats = Formats::built_in(&options.input_separator);
+    import_with(store, dataset, source, &formats, options, progress, cancel).await
+}
+
+/// [`import`] with formats of your own.
+///
+/// # Errors
+/// As [`import`].
+pub async fn import_with(
+    store: &Store,
+    dataset: &str,
+    source: &dyn Source,
+    formats: &Formats,
+    options: &ImportOptions,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<FinishedStage> {
+    options.validate()?;
+    let id = StageId::standardized(dataset)?;
+    let formats_key: Vec<&str> = formats.names().collect();
+    let inputs = json!({ "source": source.identity(), "options": options.identity(), "formats": formats_key, "version": STAGE_VERSION });
+    let writer = match open_stage(store, &id, "import", &inputs).await? {
+        Opened::Open(writer) => writer,
+        Opened::Finished(stage) => {
+            RejectLimit(options.max_reject_rate)
+                .check_finished(&stage)
+                .await?;
+            return Ok(stage);
+        }
+    };
+    Import {
+        writer,
+        source,
+        formats,
+        options,
+        progress,
+        cancel,
+    }
+    .run()
+    .await
+}
+
+struct Import<'a> {
+    writer: StageWriter,
+    source: &'a dyn Source,
+    formats: &'a Formats,
+    options: &'a ImportOptions,
+    progress: &'a dyn ProgressSink,
+    cancel: &'a CancelToken,
+}
+
+/// Where the next shard begins and what it needs to know; the cursor of a journal entry.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Place {
+    next: Cursor,
+    /// Rows of the source before `next`.
+    rows: u64,
+    format: String,
+}
+
+impl Import<'_> {
+    async fn run(self) -> Result<FinishedStage> {
+        let (mut all, place) = self.resume().await?;
+        let format = match &place {
+            Some(place) => self.named_format(&place.format)?,
+            None => self.find_format().await?,
+        };
+        let name = format.name().to_owned();
+        let start = place.unwrap_or_else(|| Place {
+            next: Cursor::default(),
+            rows: 0,
+            format: name.clone(),
+        });
+        let gather = Gather::start(&self, format, start, &all).await?;
+        let shards = stream::try_unfold(gather, |mut gather| async move {
+            Ok(gather.next_shard().await?.map(|shard| (shard, gather)))
+        });
+        let written = shards
+            .map_ok(|shard| self.write(shard))
+            .try_buffered(SHARDS_IN_FLIGHT);
+        futures::pin_mut!(written);
+        while let Some(tally) = written.try_next().await? {
+            all.append(tally);
+        }
+        self.commit(all, &name).await
+    }
+
+    /// What an earlier try finished without a gap, and where the next shard begins.
+    async fn resume(&self) -> Result<(Tally, Option<Place>)> {
+        let (mut all, mut place) = (Tally::default(), None);
+        for ((index, entry), expected) in self.writer.journal().await?.into_iter().zip(0..) {
+            let Ok(next) = serde_json::from_value(entry.cursor.clone()) else {
+                break;
+            };
+            if index != expected {
+                break;
+            }
+            place = Some(next);
+            all.append(entry.into());
+        }
+        Ok((all, place))
+    }
+
+    fn named_format(&self, name: &str) -> Result<Arc<dyn Format>> {
+        self.formats.get(name).cloned().ok_or_else(|| {
+            self.unknown_format(format!("the name '{name}'"), "not looked at".to_owned())
+        })
+    }
+
+    /// The format asked for, or the one that claims the most of the first rows.
+    async fn find_format(&self) -> Result<Arc<dyn Format>> {
+        if let Some(name) = &self.options.format {
+            return self.named_format(name);
+        }
+        let mut rows = Vec::new();
+        let mut batches = self.source.open(Cursor::default()).await?;
+        while rows.len() < DETECT_ROWS {
+            self.cancel.check()?;
+            let Some(batch) = batches.try_next().await? else {
+                break;
+            };
+            rows.extend(batch.rows());
+        }
+        let good: Vec<&Map<String, Value>> = rows
+            .iter()
+            .take(DETECT_ROWS)
+            .filter_map(|row| row.value.as_ref().ok())
+            .collect();
+        if let Some(format) = self.formats.detect(good.iter().copied()) {
+            return Ok(Arc::clone(format));
+        }
+        match (good.first(), rows.first()) {
+            (Some(first), _) => {
+                let columns = first
+                    .keys()
+                    .map(String::as_str)
+                    .collect::<Vec<_>>()
+                    .join(", ");
+                Err(self.unknown_format(self.source.label(), columns))
+            }
+            (
+                None,
+                Some(Row {
+                    origin,
+                    value: Err(reason),
+                    ..
+                }),
+            ) => Err(Error::TooManyRejects {
+                rejected: rows.len() as u64,
+                rows: rows.len() as u64,
+                limit: self.options.max_reject_rate,
+                first: format!("{origin}: {reason}"),
+            }),
+            _ => Err(self.empty()),
+        }
+    }
+
+    fn unknown_format(&self, what: String, columns: String) -> Error {
+        Error::UnknownFormat {
+            what,
+            columns,
+            known: self.formats.names().collect::<Vec<_>>().join(", "),
+        }
+    }
+
+    fn empty(&self) -> Error {
+        Error::Empty {
+            what: self.source.label(),
+            hint: "check the file and the split".to_owned(),
+        }
+    }
+
+    /// Writes a shard's object, then its journal entry.
+    async fn write(&self, shard: Shard) -> Result<Tally> {
+        let Shard {
+            index,
+            rows,
+            mut tally,
+            after,
+        } = shard;
+        if rows.is_empty() {
+            return Ok(tally);
+        }
+        let num_rows = rows.len() as u64;
+        let bytes = tokio::task::spawn_blocking(move || encode(&rows))
+            .await
+            .map_err(Error::worker)??;
+        let object = self
+            .writer
+            .put_object(&shard::name(index, &bytes), bytes.into())
+            .await?;
+        tally.objects.push(object.with_rows(num_rows));
+        let cursor = serde_json::to_value(after).map_err(Error::worker)?;
+        let entry: JournalEntry = self
+            .writer
+            .put_journal(index, &tally.into_journal(cursor))
+            .await?;
+        Ok(entry.into())
+    }
+
+    async fn commit(&self, all: Tally, format: &str) -> Result<FinishedStage> {
+        let (rows, rejected) = (all.count("rows"), all.count("rejected"));
+        let source_rows = all.count("source_rows");
+        if source_rows == 0 {
+            return Err(self.empty());
+        }
+        RejectLimit(self.options.max_reject_rate).check(rejected, source_rows, &all.rejects)?;
+        if rows == 0 {
+            let hint = format!(
+                "all {rejected} rows were rejected, the first for: {}",
+                all.rejects[0].reason
+            );
+            return Err(Error::Empty {
+                what: self.source.label(),
+                hint,
+            });
+        }
+        self.cancel.check()?;
+        let mut draft = all.into_draft();
+        draft.schema = Some(shard::describe(&schema()));
+        draft.attributes.insert("format".to_owned(), format.into());
+        Ok(self.writer.clone().commit(draft).await?)
+    }
+}
+
+/// A shard gathered but not yet written. The last one may have rejects only.
+struct Shard {
+    index: u32,
+    rows: Vec<Cells>,
+    tally: Tally,
+    after: Place,
+}
+
+/// A row converted, or not.
+struct Converted {
+    row: Row,
+    cells: Option<Cells>,
+}
+
+/// Gathers converted rows into shards, in the source's order.
+struct Gather<'a> {
+    import: &'a Import<'a>,
+    batches: BoxStream<'a, Result<Vec<Converted>>>,
+    /// Rows converted but not yet in a shard.
+    waiting: std::vec::IntoIter<Converted>,
+    at: Place,
+    index: u32,
+    /// Rejected so far, and the first of them, for the limit.
+    rejected: u64,
+    first_rejects: Vec<Reject>,
+    total: Option<u64>,
+    ended: bool,
+}
+
+impl<'a> Gather<'a> {
+    async fn start(
+        import: &'a Import<'a>,
+        format: Arc<dyn Format>,
+        at: Place,
+        before: &Tally,
+    ) -> Result<Self> {
+        let keep_columns = import.options.keep_columns;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let batches = import.source.open(at.next).await?;
+        let converted = batches.map(move |batch| {
+            let format = Arc::clone(&format);
+            async move {
+                let batch = batch?;
+                tokio::task::spawn_blocking(move || convert(batch, &*format, keep_columns))
+                    .await
+                    .map_err(Error::worker)
+            }
+        });
+        let total = match (import.options.limit, import.source.num_rows()) {
+            (Some(limit), Some(rows)) => Some(limit.min(rows)),
+            (limit, rows) => limit.or(rows),
+        };
+        Ok(Self {
+            import,
+            batches: converted.buffered(threads).boxed(),
+            waiting: Vec::new().into_iter(),
+            at,
+            index: before.objects.len() as u32,
+            rejected: before.count("rejected"),
+            first_rejects: before.rejects.first().cloned().into_iter().collect(),
+            total,
+            ended: false,
+        })
+    }
+
+    async fn next_shard(&mut self) -> Result<Option<Shard>> {
+        let (mut rows, mut bytes, mut tally) = (Vec::new(), 0, Tally::default());
+        while !self.ended {
+            let Some(converted) = self.next_row().await? else {
+                self.ended = true;
+                break;
+            };
+            bytes += self.take(converted, &mut rows, &mut tally);
+            if self.import.options.shards.is_full(rows.len() as u64, bytes) {
+                break;
+            }
+        }
+        if rows.is_empty() && tally.counts.is_empty() {
+            return Ok(None);
+        }
+        let index = self.index;
+        self.index += 1;
+        Ok(Some(Shard {
+            index,
+            rows,
+            tally,
+            after: self.at.clone(),
+        }))
+    }
+
+    async fn next_row(&mut self) -> Result<Option<Converted>> {
+        if self
+            .import
+            .options
+            .limit
+            .is_some_and(|limit| self.at.rows >= limit)
+        {
+            return Ok(None);
+        }
+        loop {
+            if let Some(converted) = self.waiting.next() {
+                return Ok(Some(converted));
+            }
+            let batch = tokio::select! {
+                biased;
+                () = self.import.cancel.cancelled() => return Err(updraft_store::Error::Cancelled.into()),
+                batch = self.batches.try_next() => batch?,
+            };
+            let limit = RejectLimit(self.import.options.max_reject_rate);
+            limit.check_early(self.rejected, self.at.rows, &self.first_rejects)?;
+            self.import
+                .progress
+                .report(&Progress::new("import", self.at.rows, self.total, "rows"));
+            match batch {
+                Some(rows) => self.waiting = rows.into_iter(),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Puts a row into the shard, or among its rejects; returns its bytes.
+    fn take(&mut self, converted: Converted, rows: &mut Vec<Cells>, tally: &mut Tally) -> u64 {
+        let Converted { row, cells } = converted;
+        let number = self.at.rows;
+        tally.add("source_rows", 1);
+        self.at.rows += 1;
+        self.at.next = row.next;
+        match (cells, row.value) {
+            (Some(cells), _) => {
+                tally.add("rows", 1);
+                let bytes = size(&cells);
+                rows.push(cells);
+                bytes
+            }
+            (None, value) => {
+                let reject = Reject {
+                    source: row.origin.to_string(),
+                    row: number,
+                    reason: value.err().unwrap_or_default(),
+                };
+                self.rejected += 1;
+                if self.first_rejects.is_empty() {
+                    self.first_rejects.push(reject.clone());
+                }
+                tally.reject(reject);
+                0
+            }
+        }
+    }
+}
+
+/// Parses and converts a batch: the work that runs on all cores.
+fn convert(batch: Batch, format: &dyn Format, keep_columns: bool) -> Vec<Converted> {
+    let convert = |mut row: Row| {
+        let columns = std::mem::replace(&mut row.value, Ok(Map::new()));
+        match columns.and_then(|columns| cells(columns, format, keep_columns)) {
+            Ok(cells) => Converted {
+                row,
+                cells: Some(cells),
+            },
+            Err(reason) => Converted {
+                row: Row {
+                    value: Err(reason),
+                    ..row
+                },
+                cells: None,
+            },
+        }
+    };
+    batch.rows().into_iter().map(convert).collect()
+}
+
+fn cells(
+    mut columns: Map<String, Value>,
+    format: &dyn Format,
+    keep_columns: bool,
+) -> Result<Cells, String> {
+    let record = format.convert(&mut columns)?;
+    let cells = record
+        .into_cells(keep_columns.then_some(&columns))
+        .map_err(|err| err.to_string())?;
+    if size(&cells) > MAX_ROW_BYTES as u64 {
+        Err(crate::source::too_long())
+    } else {
+        Ok(cells)
+    }
+}
+
+fn size(cells: &Cells) -> u64 {
+    cells.iter().flatten().map(|cell| cell.len() as u64).sum()
+}
+
+fn encode(rows: &[Cells]) -> Result<Vec<u8>> {
+    let groups = shard::runs(rows.iter().map(size), ROW_GROUP_BYTES, usize::MAX);
+    let batch = |group: std::ops::Range<usize>| {
+        let column = |i: usize| -> ArrayRef {
+            Arc::new(
+                rows[group.clone()]
+                    .iter()
+                    .map(|cells| cells[i].as_deref())
+                    .collect::<StringArray>(),
+            )
+        };
+        RecordBatch::try_new(schema(), (0..COLUMNS.len()).map(column).collect())
+            .expect("every column has the schema's type and length")
+    };
+    shard::encode(schema(), groups.into_iter().map(batch))
+}

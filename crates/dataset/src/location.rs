@@ -1,0 +1,92 @@
+//! Where a file's bytes lie, and how to read them by range.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, try_join_all};
+use parquet::arrow::arrow_reader::ArrowReaderOptions;
+use parquet::arrow::async_reader::AsyncFileReader;
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use updraft_store::Store;
+
+use crate::error::BoxError;
+
+/// A file's bytes.
+#[derive(Debug, Clone)]
+pub(crate) enum Location {
+    Local(PathBuf),
+    Remote(Remote),
+}
+
+/// Bytes that come over a network, a range at a time.
+#[derive(Debug, Clone)]
+pub(crate) enum Remote {
+    Object { store: Store, path: String },
+}
+
+impl Remote {
+    /// The bytes in `range`.
+    pub(crate) async fn range(&self, range: Range<u64>) -> Result<Bytes, BoxError> {
+        match self {
+            Self::Object { store, path } => Ok(store.get_range(path, range).await?),
+        }
+    }
+}
+
+/// A remote file as Parquet's asynchronous reader wants it.
+#[derive(Debug, Clone)]
+pub(crate) struct RangedFile {
+    remote: Remote,
+    size: u64,
+}
+
+impl RangedFile {
+    pub(crate) fn new(remote: Remote, size: u64) -> Self {
+        Self { remote, size }
+    }
+}
+
+impl AsyncFileReader for RangedFile {
+    fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes, ParquetError>> {
+        async move {
+            self.remote
+                .range(range)
+                .await
+                .map_err(ParquetError::External)
+        }
+        .boxed()
+    }
+
+    fn get_byte_ranges(
+        &mut self,
+        ranges: Vec<Range<u64>>,
+    ) -> BoxFuture<'_, Result<Vec<Bytes>, ParquetError>> {
+        async move {
+            try_join_all(ranges.into_iter().map(|range| self.remote.range(range)))
+                .await
+                .map_err(ParquetError::External)
+        }
+        .boxed()
+    }
+
+    fn get_metadata<'a>(
+        &'a mut self,
+        options: Option<&'a ArrowReaderOptions>,
+    ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
+        async move {
+            let size = self.size;
+            let reader = ParquetMetaDataReader::new()
+                .with_prefetch_hint(Some(FOOTER_BYTES))
+                .with_arrow_reader_options(options);
+            Ok(Arc::new(reader.load_and_finish(self, size).await?))
+        }
+        .boxed()
+    }
+}
+
+/// Bytes asked for at a file's end: enough for most footers in one request.
+const FOOTER_BYTES: usize = 64 << 10;

@@ -1,0 +1,340 @@
+//! The pretokenize stage: standardized shards in, one model's token ids and loss spans out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arrow_array::cast::AsArray as _;
+use arrow_array::{Array as _, RecordBatch};
+use bytes::Bytes;
+use futures::stream;
+use futures::{StreamExt as _, TryStreamExt as _};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use updraft_chat::{Chat, Example};
+use updraft_store::{
+    CancelToken, FinishedStage, JournalEntry, ObjectEntry, Opened, Progress, ProgressSink, Reject,
+    StageId, StageWriter, Store, open_stage,
+};
+
+use crate::examples;
+use crate::record::schema;
+use crate::shard;
+use crate::source::hex;
+use crate::tally::{RejectLimit, Tally};
+use crate::tokenize::{Overflow, Tokenize, Tokenized};
+use crate::{Error, Result};
+
+/// Raised whenever the same shards would become other tokens or other shards.
+const STAGE_VERSION: u32 = 1;
+/// Rows tokenized as one piece of work.
+const CHUNK_ROWS: usize = 256;
+/// Shards in memory at a time: one tokenizing while the other is fetched or written.
+const SHARDS_IN_FLIGHT: usize = 2;
+
+/// How to tokenize.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PretokenizeOptions {
+    /// The most tokens an example may have; no limit if absent.
+    pub max_seq_len: Option<u32>,
+    /// What happens to a longer one.
+    pub overflow: Overflow,
+    /// The share of rows that may be rejected before the stage fails. Not part of the stage's
+    /// key.
+    pub max_reject_rate: f64,
+}
+
+impl Default for PretokenizeOptions {
+    fn default() -> Self {
+        Self {
+            max_seq_len: None,
+            overflow: Overflow::default(),
+            max_reject_rate: 0.1,
+        }
+    }
+}
+
+impl PretokenizeOptions {
+    /// Says what makes no sense.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`].
+    pub fn validate(&self) -> Result<()> {
+        if self.max_seq_len.is_some_and(|len| len < 2) {
+            return Err(Error::InvalidOption {
+                option: "max_seq_len",
+                problem: "is below 2: one token has nothing to predict it".to_owned(),
+            });
+        }
+        RejectLimit(self.max_reject_rate).validate()
+    }
+}
+
+/// Turns the standardized dataset into `model-ready/<model>/<dataset>/`: Parquet shards of
+/// `input_ids` and `loss_spans`, one for each standardized shard.
+///
+/// The work runs on all cores; what is written does not depend on how many there are. Counts in
+/// the manifest: `source_rows`, `rows` (examples), `tokens`, `trained_tokens`, `truncated`, `split`, `rejected`.
+///
+/// # Errors
+/// [`Error::TooManyRejects`], [`Error::Empty`] if no row is left, [`Error::InvalidOption`], and
+/// the store's errors. Whatever the error, nothing could be taken for finished.
+#[allow(clippy::too_many_arguments)]
+pub async fn pretokenize(
+    store: &Store,
+    model: &str,
+    dataset: &str,
+    standardized: &FinishedStage,
+    chat: &Chat,
+    options: &PretokenizeOptions,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<FinishedStage> {
+    options.validate()?;
+    let id = StageId::model_ready(model, dataset)?;
+    let inputs = json!({
+        "standardized": standardized.key(),
+        "chat": hex(&chat.hash()),
+        "options": { "max_seq_len": options.max_seq_len, "overflow": options.overflow },
+        "version": STAGE_VERSION,
+    });
+    let limit = RejectLimit(options.max_reject_rate);
+    let writer = match open_stage(store, &id, "pretokenize", &inputs).await? {
+        Opened::Open(writer) => writer,
+        Opened::Finished(stage) => {
+            limit.check_finished(&stage).await?;
+            return Ok(stage);
+        }
+    };
+    let tokenize = Arc::new(Tokenize::new(chat.clone(), options));
+    Pretokenize {
+        writer,
+        standardized,
+        tokenize,
+        limit,
+        progress,
+        cancel,
+        rows: AtomicU64::new(0),
+    }
+    .run()
+    .await
+}
+
+struct Pretokenize<'a> {
+    writer: StageWriter,
+    standardized: &'a FinishedStage,
+    tokenize: Arc<Tokenize>,
+    limit: RejectLimit,
+    progress: &'a dyn ProgressSink,
+    cancel: &'a CancelToken,
+    /// Source rows done.
+    rows: AtomicU64,
+}
+
+/// A standardized shard and where it stands.
+#[derive(Debug, Clone)]
+struct Input {
+    index: u32,
+    /// Rows of the dataset before the shard.
+    first_row: u64,
+    object: ObjectEntry,
+}
+
+impl Pretokenize<'_> {
+    async fn run(self) -> Result<FinishedStage> {
+        let objects = self.standardized.manifest().await?.objects;
+        let total: u64 = objects.iter().filter_map(|object| object.rows).sum();
+        let mut first_row = 0;
+        let inputs: Vec<Input> = (0..)
+            .zip(objects)
+            .map(|(index, object)| {
+                let input = Input {
+                    index,
+                    first_row,
+                    object,
+                };
+                first_row += input.object.rows.unwrap_or(0);
+                input
+            })
+            .collect();
+        let mut journal = self.writer.journal().await?;
+        let (mut all, mut seen) = (Tally::default(), 0);
+        let mut shards = stream::iter(inputs)
+            .map(|input| {
+                let done = journal.remove(&input.index);
+                let this = &self;
+                async move {
+                    let rows = input.object.rows.unwrap_or(0);
+                    let tally = match done {
+                        Some(entry) => this.skip(entry, rows, total),
+                        None => this.shard(input, total).await?,
+                    };
+                    Ok::<_, Error>((rows, tally))
+                }
+            })
+            .buffered(SHARDS_IN_FLIGHT);
+        while let Some((rows, tally)) = shards.try_next().await? {
+            all.append(tally);
+            seen += rows;
+            self.limit
+                .check_early(all.count("rejected"), seen, &all.rejects)?;
+        }
+        drop(shards);
+        self.commit(all, total).await
+    }
+
+    /// Counts a shard that an earlier try has finished.
+    fn skip(&self, entry: JournalEntry, rows: u64, total: u64) -> Tally {
+        self.advance(rows, total);
+        entry.into()
+    }
+
+    fn advance(&self, rows: u64, total: u64) {
+        let done = self.rows.fetch_add(rows, Ordering::Relaxed) + rows;
+        self.progress
+            .report(&Progress::new("pretokenize", done, Some(total), "rows"));
+    }
+
+    /// Fetches, tokenizes and writes one shard.
+    async fn shard(&self, input: Input, total: u64) -> Result<Tally> {
+        self.cancel.check()?;
+        let bytes = self.standardized.read(&input.object).await?;
+        let name = self.standardized.path(&input.object.path);
+        let chunks = tokio::task::spawn_blocking(move || decode(bytes, &name))
+            .await
+            .map_err(Error::worker)??;
+        let mut tokenized = stream::iter(chunks)
+            .map(|chunk| {
+                let tokenize = Arc::clone(&self.tokenize);
+                async move {
+                    self.cancel.check()?;
+                    tokio::task::spawn_blocking(move || tokenize_chunk(&chunk, &tokenize))
+                        .await
+                        .map_err(Error::worker)
+                }
+            })
+            .buffered(std::thread::available_parallelism().map_or(1, usize::from));
+        let (mut tally, mut rows) = (Tally::default(), Vec::new());
+        let mut row = input.first_row;
+        while let Some(chunk) = tokenized.try_next().await? {
+            self.advance(chunk.len() as u64, total);
+            for outcome in chunk {
+                take(outcome, &input.object.path, row, &mut rows, &mut tally);
+                row += 1;
+            }
+        }
+        self.write(input.index, rows, tally).await
+    }
+
+    async fn write(&self, index: u32, rows: Vec<Example>, mut tally: Tally) -> Result<Tally> {
+        let num_rows = rows.len() as u64;
+        if num_rows > 0 {
+            let bytes = tokio::task::spawn_blocking(move || examples::encode(&rows))
+                .await
+                .map_err(Error::worker)??;
+            let object = self
+                .writer
+                .put_object(&shard::name(index, &bytes), bytes.into())
+                .await?;
+            tally.objects.push(object.with_rows(num_rows));
+        }
+        let entry = self
+            .writer
+            .put_journal(index, &tally.into_journal(Value::Null))
+            .await?;
+        Ok(entry.into())
+    }
+
+    async fn commit(self, all: Tally, total: u64) -> Result<FinishedStage> {
+        let rejected = all.count("rejected");
+        self.limit.check(rejected, total, &all.rejects)?;
+        if all.count("rows") == 0 {
+            let hint = match all.rejects.first() {
+                Some(first) => format!(
+                    "all {rejected} rows were rejected, the first for: {}",
+                    first.reason
+                ),
+                None => "import it again".to_owned(),
+            };
+            return Err(Error::Empty {
+                what: self.writer.id().to_string(),
+                hint,
+            });
+        }
+        self.cancel.check()?;
+        let mut draft = all.into_draft();
+        draft.schema = Some(shard::describe(&examples::schema()));
+        Ok(self.writer.commit(draft).await?)
+    }
+}
+
+/// Puts a row's examples into the shard, or the row among the rejects.
+fn take(
+    outcome: Result<Tokenized, String>,
+    source: &str,
+    row: u64,
+    rows: &mut Vec<Example>,
+    tally: &mut Tally,
+) {
+    tally.add("source_rows", 1);
+    match outcome {
+        Ok(Tokenized {
+            examples,
+            truncated,
+            split,
+        }) => {
+            for example in &examples {
+                tally.add("rows", 1);
+                tally.add("tokens", example.len() as u64);
+                tally.add("trained_tokens", u64::from(example.trained_tokens()));
+            }
+            tally.add("truncated", u64::from(truncated));
+            tally.add("split", u64::from(split));
+            rows.extend(examples);
+        }
+        Err(reason) => tally.reject(Reject {
+            source: source.to_owned(),
+            row,
+            reason,
+        }),
+    }
+}
+
+/// A standardized shard's rows, a chunk at a time.
+fn decode(bytes: Bytes, name: &str) -> Result<Vec<RecordBatch>> {
+    let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)
+        .and_then(|builder| builder.with_batch_size(CHUNK_ROWS).build());
+    let batches = reader
+        .map_err(|err| Error::corrupt(name, err))?
+        .map(|batch| batch.map_err(|err| Error::corrupt(name, err)));
+    batches
+        .map(|batch| {
+            let batch = batch?;
+            if batch.schema_ref().fields() == schema().fields() {
+                Ok(batch)
+            } else {
+                Err(Error::corrupt(
+                    name,
+                    "its columns are not those of a standardized shard",
+                ))
+            }
+        })
+        .collect()
+}
+
+fn tokenize_chunk(chunk: &RecordBatch, tokenize: &Tokenize) -> Vec<Result<Tokenized, String>> {
+    let columns: Vec<_> = chunk
+        .columns()
+        .iter()
+        .map(|column| column.as_string::<i32>())
+        .collect();
+    let cell = |column: usize, row: usize| {
+        columns[column]
+            .is_valid(row)
+            .then(|| columns[column].value(row))
+    };
+    (0..chunk.num_rows())
+        .map(|row| tokenize.row(std::array::from_fn(|column| cell(column, row))))
+        .collect()
+}

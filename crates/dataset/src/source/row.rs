@@ -1,0 +1,111 @@
+//! One row on its way in: its value or why it has none, where it stood, where the next begins.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// A row may have at most this many bytes in its source; a longer one is a reject.
+pub const MAX_ROW_BYTES: usize = 16 << 20;
+
+/// A place between two rows of a source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Which file of the source, from 0.
+    pub file: u32,
+    /// Bytes of the decompressed file before the place; 0 in formats that count rows only.
+    pub byte: u64,
+    /// Lines (of line formats) or records (of others) before the place.
+    pub row: u64,
+}
+
+/// Where a row stands in its source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The file, relative to the source.
+    pub file: Arc<str>,
+    /// The line in a line format, the number of the record in others; both from 1.
+    pub position: u64,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.position)
+    }
+}
+
+/// A row, or the reason why the source could not make one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// Where it stands.
+    pub origin: Origin,
+    /// The place right after it.
+    pub next: Cursor,
+    /// Its columns, or why it is rejected.
+    pub value: Result<Map<String, Value>, String>,
+}
+
+/// Some consecutive rows, perhaps not yet parsed.
+///
+/// A source reads in one thread; parsing is the expensive part, so a source may hand out a batch
+/// whose parsing waits inside until [`rows`](Self::rows) is called, on whichever thread.
+pub struct Batch(Inner);
+
+enum Inner {
+    Ready(Vec<Row>),
+    Deferred(Box<dyn FnOnce() -> Vec<Row> + Send>),
+}
+
+impl Batch {
+    /// A batch of rows at hand.
+    pub fn new(rows: Vec<Row>) -> Self {
+        Self(Inner::Ready(rows))
+    }
+
+    /// A batch that is parsed when it is needed.
+    pub fn deferred(parse: impl FnOnce() -> Vec<Row> + Send + 'static) -> Self {
+        Self(Inner::Deferred(Box::new(parse)))
+    }
+
+    /// The rows, parsed now if they were not.
+    pub fn rows(self) -> Vec<Row> {
+        match self.0 {
+            Inner::Ready(rows) => rows,
+            Inner::Deferred(parse) => parse(),
+        }
+    }
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Inner::Ready(rows) => f.debug_tuple("Batch").field(rows).finish(),
+            Inner::Deferred(_) => f.write_str("Batch(deferred)"),
+        }
+    }
+}
+
+/// Parses one JSON record into a row's value.
+pub(crate) fn parse_record(bytes: &[u8]) -> Result<Map<String, Value>, String> {
+    match serde_json::from_slice(bytes) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(other) => Err(format!("not a JSON object but {}", kind(&other))),
+        Err(err) => Err(format!("malformed JSON: {err}")),
+    }
+}
+
+pub(crate) fn too_long() -> String {
+    format!("longer than {} MB", MAX_ROW_BYTES >> 20)
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
