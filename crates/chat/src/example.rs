@@ -59,7 +59,7 @@ impl Example {
         let clip = |at: u32| (at as usize).clamp(window.start, window.end) - window.start;
         let spans = self.loss_spans.iter().filter_map(|span| {
             let (start, end) = (clip(span.start), clip(span.end));
-            (start < end).then(|| start as u32..end as u32)
+            (start < end).then_some(start as u32..end as u32)
         });
         Example {
             loss_spans: spans.collect(),

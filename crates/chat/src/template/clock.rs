@@ -144,9 +144,9 @@ impl LocalTime {
             'X' => write!(text, "{hour:02}:{minute:02}:{second:02}"),
             's' => write!(text, "{}", self.seconds),
             'Z' | 'z' => Ok(()), // a naive time has no zone
-            'n' => write!(text, "\n"),
-            't' => write!(text, "\t"),
-            '%' => write!(text, "%"),
+            'n' => text.write_char('\n'),
+            't' => text.write_char('\t'),
+            '%' => text.write_char('%'),
             other => write!(text, "%{other}"),
         };
     }

@@ -2,25 +2,37 @@
 
 use std::fmt::Write as _;
 
-use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, Value};
 
 /// `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(super) fn tojson(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
-    let (positional, kwargs): (&[Value], Kwargs) = minijinja::value::from_args(&args)?;
-    let argument = |place: usize, name: &str| -> Result<Option<Value>, Error> {
-        let value = match positional.get(place) {
-            Some(value) => Some(value.clone()),
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja's form of a filter"
+)]
+pub(super) fn tojson(value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    type Arguments = (
+        Option<Value>,
+        Option<Value>,
+        Option<Value>,
+        Option<Value>,
+        Kwargs,
+    );
+    let args: Vec<Value> = args.iter().cloned().map(Value::from).collect();
+    let (ascii, indent, separators, sort, kwargs): Arguments = from_args(&args)?;
+    let named = |positional: Option<Value>, name: &str| -> Result<Option<Value>, Error> {
+        let value = match positional {
+            Some(value) => Some(value),
             None => kwargs.get::<Option<Value>>(name)?,
         };
         Ok(value.filter(|value| !value.is_none()))
     };
-    let ensure_ascii = argument(0, "ensure_ascii")?.is_some_and(|value| value.is_true());
-    let indent = argument(1, "indent")?.map(indent_text).transpose()?;
-    let separators = argument(2, "separators")?
-        .map(separator_texts)
-        .transpose()?;
-    let sort_keys = argument(3, "sort_keys")?.is_some_and(|value| value.is_true());
+    let ensure_ascii = named(ascii, "ensure_ascii")?.is_some_and(|value| value.is_true());
+    let indent = named(indent, "indent")?;
+    let indent = indent.as_ref().map(indent_text).transpose()?;
+    let separators = named(separators, "separators")?;
+    let separators = separators.as_ref().map(separator_texts).transpose()?;
+    let sort_keys = named(sort, "sort_keys")?.is_some_and(|value| value.is_true());
     kwargs.assert_all_used()?;
     let between = if indent.is_some() { "," } else { ", " };
     let (item, key) = separators.unwrap_or((between.to_owned(), ": ".to_owned()));
@@ -36,17 +48,17 @@ pub(super) fn tojson(value: &Value, args: Rest<Value>) -> Result<Value, Error> {
     Ok(Value::from(writer.out))
 }
 
-fn indent_text(value: Value) -> Result<String, Error> {
+fn indent_text(value: &Value) -> Result<String, Error> {
     match value.as_str() {
         Some(text) => Ok(text.to_owned()),
         None => {
-            let width = usize::try_from(value)?;
+            let width = usize::try_from(value.clone())?;
             Ok(" ".repeat(width.min(MAX_INDENT)))
         }
     }
 }
 
-fn separator_texts(value: Value) -> Result<(String, String), Error> {
+fn separator_texts(value: &Value) -> Result<(String, String), Error> {
     let texts: Vec<String> = value.try_iter()?.map(|text| text.to_string()).collect();
     <[String; 2]>::try_from(texts)
         .map(|[item, key]| (item, key))

@@ -35,8 +35,8 @@ impl Strings<'_> {
 pub(super) struct ContextObject {
     messages: Value,
     add_generation_prompt: bool,
-    tools: Option<Value>,
-    documents: Option<Value>,
+    tools: Value,
+    documents: Value,
     variables: Vec<(String, Value)>,
     special_tokens: Arc<[(String, Value)]>,
     now: Option<LocalTime>,
@@ -59,8 +59,8 @@ impl ContextObject {
         ContextObject {
             messages: Value::from(messages),
             add_generation_prompt: options.add_generation_prompt,
-            tools: conversation.tools.as_ref().map(json_value),
-            documents: conversation.documents.as_ref().map(json_value),
+            tools: conversation.tools.as_ref().map(json_value).into(),
+            documents: conversation.documents.as_ref().map(json_value).into(),
             variables: variables
                 .filter(|(_, value)| !value.is_null())
                 .map(|(name, value)| (name.clone(), json_value(value)))
@@ -80,8 +80,8 @@ impl Object for ContextObject {
         match key {
             "messages" => Some(self.messages.clone()),
             "add_generation_prompt" => Some(Value::from(self.add_generation_prompt)),
-            "tools" => self.tools.clone(),
-            "documents" => self.documents.clone(),
+            "tools" => Some(self.tools.clone()),
+            "documents" => Some(self.documents.clone()),
             STRFTIME_NOW => self
                 .now
                 .map(|now| Value::from_function(move |format: Cow<'_, str>| now.strftime(&format))),
