@@ -21,6 +21,9 @@ pub trait Simd: Copy {
     /// Whether a tile of 4 × 4 sums of [`LANES`] `f32` fits the registers.
     const WIDE: bool;
     type F32: Lanes<f32, Self>;
+    /// Starts to fetch what will be read soon.
+    #[inline(always)]
+    fn prefetch<T>(self, _soon: &T) {}
 }
 
 /// [`LANES`] numbers in vector registers.
@@ -109,17 +112,18 @@ pub(crate) fn sum_lanes<F: Float>(mut lanes: [F; LANES]) -> F {
 /// `Σ a_i · b_i` in [`LANES`] sums.
 #[inline(always)]
 pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
-    let [[sum]] = dots(simd, [a], [b]);
+    let [[sum]] = dots(simd, [a], [b], None);
     sum
 }
 
 /// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All slices have one
-/// length.
+/// length. Fetches `soon` along the way.
 #[inline(always)]
 pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
     simd: S,
     a: [&[F]; M],
     b: [&[F]; N],
+    soon: Option<[&[F]; N]>,
 ) -> [[F; N]; M] {
     const { assert!(N <= 4) };
     let len = a[0].len();
@@ -129,6 +133,9 @@ pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
     );
     let mut lanes = [[F::Lanes::splat(simd, F::ZERO); N]; M];
     for chunk in 0..len / LANES {
+        for soon in soon.iter().flatten() {
+            simd.prefetch(&soon[chunk * LANES]);
+        }
         let b = b.map(|(chunks, _)| F::Lanes::load(simd, &chunks[chunk]));
         for m in 0..M {
             let a = F::Lanes::load(simd, &a[m].0[chunk]);
@@ -137,7 +144,7 @@ pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
             }
         }
     }
-    if len % LANES > 0 {
+    if !len.is_multiple_of(LANES) {
         let b = b.map(|(_, rest)| F::Lanes::load_part(simd, rest));
         for m in 0..M {
             let a = F::Lanes::load_part(simd, a[m].1);
@@ -172,7 +179,7 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Self::Output {
-            dots(simd, self.0, self.1)
+            dots(simd, self.0, self.1, None)
         }
     }
 

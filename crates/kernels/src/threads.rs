@@ -59,7 +59,7 @@ impl Threads {
     /// Cuts `parts` into at most one contiguous piece for each thread, none shorter than `min_len`, and runs them at
     /// once. Where it cuts depends on the lengths and the number of threads only.
     pub fn split<P: Parts>(&self, parts: P, min_len: usize, run: impl Fn(P) + Sync) {
-        let pieces = (parts.len() / min_len.max(1)).clamp(1, self.num_threads());
+        let pieces = (parts.num_rows() / min_len.max(1)).clamp(1, self.num_threads());
         match &self.pool {
             Some(pool) if pieces > 1 => pool.install(|| split_in(parts, pieces, &run)),
             _ => run(parts),
@@ -104,8 +104,8 @@ fn split_in<P: Parts>(parts: P, pieces: usize, run: &(impl Fn(P) + Sync)) {
         return run(parts);
     }
     let left = pieces / 2;
-    let at = parts.len() * left / pieces;
-    let (first, second) = parts.split_at(at);
+    let at = parts.num_rows() * left / pieces;
+    let (first, second) = parts.split_at_row(at);
     rayon::join(
         || split_in(first, left, run),
         || split_in(second, pieces - left, run),
@@ -115,57 +115,53 @@ fn split_in<P: Parts>(parts: P, pieces: usize, run: &(impl Fn(P) + Sync)) {
 /// Something that can be cut in two at a row: slices by element, matrices by row, a tuple at the same row of each.
 pub trait Parts: Send + Sized {
     /// Number of rows.
-    fn len(&self) -> usize;
+    fn num_rows(&self) -> usize;
     /// The rows before `row`, and the others.
-    fn split_at(self, row: usize) -> (Self, Self);
-    /// Whether there are no rows.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
+    fn split_at_row(self, row: usize) -> (Self, Self);
 }
 
 impl Parts for Range<usize> {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         ExactSizeIterator::len(self)
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         let middle = self.start + row;
         (self.start..middle, middle..self.end)
     }
 }
 
 impl<F: Sync> Parts for &[F] {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         <[F]>::len(self)
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         <[F]>::split_at(self, row)
     }
 }
 
 impl<F: Send> Parts for &mut [F] {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         <[F]>::len(self)
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         <[F]>::split_at_mut(self, row)
     }
 }
 
 impl<F: Sync> Parts for Mat<'_, F> {
-    fn len(&self) -> usize {
-        self.num_rows()
+    fn num_rows(&self) -> usize {
+        Self::num_rows(self)
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         (self.rows(0..row), self.rows(row..self.num_rows()))
     }
 }
 
 impl<F: Send> Parts for MatMut<'_, F> {
-    fn len(&self) -> usize {
-        self.num_rows()
+    fn num_rows(&self) -> usize {
+        Self::num_rows(self)
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         self.split_rows(row)
     }
 }
@@ -173,14 +169,14 @@ impl<F: Send> Parts for MatMut<'_, F> {
 macro_rules! tuple_parts {
     ($first:ident $(, $rest:ident)+) => {
         impl<$first: Parts $(, $rest: Parts)+> Parts for ($first, $($rest),+) {
-            fn len(&self) -> usize {
-                self.0.len()
+            fn num_rows(&self) -> usize {
+                self.0.num_rows()
             }
             #[expect(non_snake_case, reason = "a type and its value share a name")]
-            fn split_at(self, row: usize) -> (Self, Self) {
+            fn split_at_row(self, row: usize) -> (Self, Self) {
                 let ($first, $($rest),+) = self;
-                let $first = $first.split_at(row);
-                $(let $rest = $rest.split_at(row);)+
+                let $first = $first.split_at_row(row);
+                $(let $rest = $rest.split_at_row(row);)+
                 (($first.0, $($rest.0),+), ($first.1, $($rest.1),+))
             }
         }

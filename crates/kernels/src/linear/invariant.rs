@@ -9,7 +9,10 @@ use crate::{Float, Mat, MatMut, Parts, Threads};
 const MIN_WORK: usize = 1 << 18;
 
 /// Numbers of `x` that stay in the second-level cache while the weight passes by.
-const BLOCK: usize = 1 << 16;
+const BLOCK: usize = 1 << 17;
+
+/// Numbers of a weight that may still lie in the caches from its last use.
+const CACHE: usize = 1 << 20;
 
 /// `y = alpha · x·wᵀ + beta · y`, each element reduced in the same order whatever the number of rows, the row's place
 /// among them, the number of threads, and the instruction set.
@@ -59,12 +62,12 @@ struct Columns<'a, F> {
 }
 
 impl<F: Float> Parts for Columns<'_, F> {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         self.w.num_rows()
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         let (first, second) = self.y.split_cols(row);
-        let (w_first, w_second) = self.w.split_at(row);
+        let (w_first, w_second) = self.w.split_at_row(row);
         (
             Self {
                 w: w_first,
@@ -96,11 +99,7 @@ impl<F: Float> Op for Product<'_, F> {
         let mut start = 0;
         while start < rows {
             let end = rows.min(start + block);
-            if S::WIDE {
-                self.panel::<S, 4, 4>(simd, start..end);
-            } else {
-                self.panel::<S, 2, 2>(simd, start..end);
-            }
+            self.panel(simd, start..end);
             start = end;
         }
     }
@@ -109,20 +108,29 @@ impl<F: Float> Op for Product<'_, F> {
 impl<F: Float> Product<'_, F> {
     /// All columns of some rows, in tiles that fit the vector registers.
     #[inline(always)]
-    fn panel<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, rows: Range<usize>) {
+    fn panel<S: Simd>(&mut self, simd: S, rows: Range<usize>) {
         let cols = self.w.num_rows();
+        // A weight that comes from memory comes fastest as one stream.
+        if rows.len() == 1 && cols * self.w.num_cols() > CACHE {
+            for col in 0..cols {
+                self.tile::<S, 1, 1>(simd, rows.start, col);
+            }
+            return;
+        }
         let mut col = 0;
         while col + 4 <= cols {
             let mut row = rows.start;
-            while row + M <= rows.end {
-                for n in (0..4).step_by(N) {
-                    self.tile::<S, M, N>(simd, row, col + n);
-                }
-                row += M;
-            }
             while row < rows.end {
-                self.tile::<S, 1, 4>(simd, row, col);
-                row += 1;
+                row += match rows.end - row {
+                    4.. if S::WIDE => self.tile::<S, 4, 4>(simd, row, col),
+                    3 if S::WIDE => self.tile::<S, 3, 4>(simd, row, col),
+                    2.. if S::WIDE => self.tile::<S, 2, 4>(simd, row, col),
+                    2.. => {
+                        self.tile::<S, 2, 2>(simd, row, col);
+                        self.tile::<S, 2, 2>(simd, row, col + 2)
+                    }
+                    _ => self.tile::<S, 1, 4>(simd, row, col),
+                };
             }
             col += 4;
         }
@@ -133,11 +141,20 @@ impl<F: Float> Product<'_, F> {
         }
     }
 
+    /// Some rows of some columns; how many rows.
     #[inline(always)]
-    fn tile<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) {
+    fn tile<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        col: usize,
+    ) -> usize {
         let x = std::array::from_fn(|m| self.x.row(row + m));
         let w = std::array::from_fn(|n| self.w.row(col + n));
-        let sums = dots::<F, S, M, N>(simd, x, w);
+        // One row alone streams the weight as fast as memory gives it; more rows would make memory wait for them.
+        let soon = (M > 1 && row == 0 && col + 4 + N <= self.w.num_rows())
+            .then(|| std::array::from_fn(|n| self.w.row(col + 4 + n)));
+        let sums = dots::<F, S, M, N>(simd, x, w, soon);
         for (m, sums) in sums.iter().enumerate() {
             let y = &mut self.y.row_mut(row + m)[col..col + N];
             for (y, &sum) in y.iter_mut().zip(sums) {
@@ -149,5 +166,6 @@ impl<F: Float> Product<'_, F> {
                 };
             }
         }
+        M
     }
 }

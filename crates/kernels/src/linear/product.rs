@@ -106,10 +106,10 @@ struct RowBlocks<'a, F> {
 }
 
 impl<F: Float> Parts for RowBlocks<'_, F> {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         self.out.num_rows()
     }
-    fn split_at(self, row: usize) -> (Self, Self) {
+    fn split_at_row(self, row: usize) -> (Self, Self) {
         let (first, second) = self.out.split_rows(row);
         let rows = self.a.rows();
         (
@@ -131,10 +131,10 @@ struct ColBlocks<'a, F> {
 }
 
 impl<F: Float> Parts for ColBlocks<'_, F> {
-    fn len(&self) -> usize {
+    fn num_rows(&self) -> usize {
         self.out.num_cols()
     }
-    fn split_at(self, col: usize) -> (Self, Self) {
+    fn split_at_row(self, col: usize) -> (Self, Self) {
         let (first, second) = self.out.split_cols(col);
         let cols = self.b.cols();
         (

@@ -2,8 +2,9 @@
 
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::{
-    __m256, __m512, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm512_add_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permute_ps, _mm512_set1_ps, _mm512_shuffle_f32x4,
+    __m256, __m512, _MM_HINT_T0, _mm_prefetch, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+    _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permute_ps, _mm512_set1_ps,
+    _mm512_shuffle_f32x4,
 };
 
 use super::{LANES, Lanes, Op, Simd};
@@ -65,11 +66,30 @@ impl Avx2 {
 impl Simd for Avx512 {
     const WIDE: bool = true;
     type F32 = Lanes512;
+
+    #[inline(always)]
+    fn prefetch<T>(self, soon: &T) {
+        prefetch(soon);
+    }
 }
 
 impl Simd for Avx2 {
     const WIDE: bool = false;
     type F32 = Lanes256;
+
+    #[inline(always)]
+    fn prefetch<T>(self, soon: &T) {
+        prefetch(soon);
+    }
+}
+
+#[inline(always)]
+fn prefetch<T>(soon: &T) {
+    // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
+    #[expect(unsafe_code, reason = "an SSE instruction")]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(soon).cast());
+    }
 }
 
 /// 16 `f32`; only made from [`Avx512`], so the instructions exist.
