@@ -178,24 +178,46 @@ impl ModelConfig {
         }
     }
 
+    /// The names and shapes of the tensors a checkpoint must hold.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let table = vec![self.vocab_size, self.hidden_size];
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), table.clone())];
+        for layer in 0..self.num_hidden_layers {
+            for projection in Projection::ALL {
+                let ((d_in, d_out), path) =
+                    (self.projection_dims(projection), projection.path(layer));
+                tensors.push((format!("{path}.weight"), vec![d_out, d_in]));
+                if self.projection_bias(projection) {
+                    tensors.push((format!("{path}.bias"), vec![d_out]));
+                }
+            }
+            let block_norms = ["input_layernorm", "post_attention_layernorm"]
+                .map(|norm| (norm, self.hidden_size));
+            let head_norms =
+                ["self_attn.q_norm", "self_attn.k_norm"].map(|norm| (norm, self.head_dim));
+            let head_norms = head_norms.into_iter().filter(|_| self.qk_norm);
+            tensors.extend(
+                block_norms
+                    .into_iter()
+                    .chain(head_norms)
+                    .map(|(norm, width)| {
+                        (format!("model.layers.{layer}.{norm}.weight"), vec![width])
+                    }),
+            );
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![self.hidden_size]));
+        if !self.tie_word_embeddings {
+            tensors.push(("lm_head.weight".to_owned(), table));
+        }
+        tensors
+    }
+
     /// How many numbers the base model holds, a tied head counted once.
     pub fn num_parameters(&self) -> u64 {
-        let projections: usize = Projection::ALL
+        self.tensors()
             .iter()
-            .map(|&projection| {
-                let (d_in, d_out) = self.projection_dims(projection);
-                d_in * d_out
-                    + if self.projection_bias(projection) {
-                        d_out
-                    } else {
-                        0
-                    }
-            })
-            .sum();
-        let norms = 2 * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        (self.num_hidden_layers as u64) * (projections + norms) as u64
-            + (tables * self.vocab_size * self.hidden_size + self.hidden_size) as u64
+            .map(|(_, shape)| shape.iter().map(|&dim| dim as u64).product::<u64>())
+            .sum()
     }
 }
 

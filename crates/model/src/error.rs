@@ -75,6 +75,14 @@ pub enum Error {
         /// What to do next.
         next: &'static str,
     },
+    /// What was given as a model's source is none.
+    #[error(
+        "{model} is neither a folder nor a Hub id; give a path that exists, or an id such as Qwen/Qwen2.5-0.5B"
+    )]
+    NoModel {
+        /// What was given.
+        model: String,
+    },
     /// A file could not be read or written.
     #[error("cannot read or write {}; check that it exists and that you may", path.display())]
     Io {
@@ -113,7 +121,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the same call may succeed later: only what the store calls retryable.
+    /// Whether the same call may succeed later: what the store calls so.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Store(source) => source.is_retryable(),

@@ -30,6 +30,7 @@
 //! - [`Decoder`], [`Batch`], [`KvPages`]: running it.
 //! - [`Part`], [`Gradients`], [`Activations`]: training an [`Adapter`].
 //! - [`peft`], [`merge`]: the files others read.
+//! - [`import_model`], [`load_model_files`]: models in the store.
 //!
 //! # Features
 //! | feature | adds |
@@ -40,6 +41,9 @@ mod error;
 
 mod config;
 mod weights;
+
+mod import;
+mod model_files;
 
 mod batch;
 mod decoder;
@@ -60,8 +64,10 @@ pub use batch::{Batch, BlockTables, Part};
 pub use config::{Architecture, ModelConfig, Projection, RopeConfig, RopeScaling};
 pub use decoder::Decoder;
 pub use error::{Error, Result};
+pub use import::import_model;
 pub use kv_pages::KvPages;
 pub use lora::{Adapter, Gradients, LoraConfig, Parameter, TargetModules, merge, peft};
+pub use model_files::{ModelFiles, load_model_files};
 pub use training::Activations;
 pub use updraft_kernels::Threads;
 pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights};

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use crate::config::{Architecture, ModelConfig, Projection};
+use crate::config::{Architecture, ModelConfig};
 use crate::random::Random;
 use crate::weights::{SINGLE_FILE, Weights};
 
@@ -41,7 +41,8 @@ pub fn config(architecture: Architecture) -> ModelConfig {
 /// # Panics
 /// If the configuration is not valid.
 pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = shapes(config)
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
+        .tensors()
         .into_iter()
         .map(|(name, shape)| {
             let mut random = Random::new(seed, &name);
@@ -79,43 +80,4 @@ pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
         Bytes::from(safetensors(config, seed)),
     )];
     Weights::from_files(files).expect("the tiny model's own file")
-}
-
-/// The tensors of a checkpoint.
-fn shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let hidden = config.hidden_size;
-    let mut shapes = vec![
-        (
-            "model.embed_tokens.weight".to_owned(),
-            vec![config.vocab_size, hidden],
-        ),
-        ("model.norm.weight".to_owned(), vec![hidden]),
-    ];
-    if !config.tie_word_embeddings {
-        shapes.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
-    }
-    for layer in 0..config.num_hidden_layers {
-        for projection in Projection::ALL {
-            let (d_in, d_out) = config.projection_dims(projection);
-            shapes.push((
-                format!("{}.weight", projection.path(layer)),
-                vec![d_out, d_in],
-            ));
-            if config.projection_bias(projection) {
-                shapes.push((format!("{}.bias", projection.path(layer)), vec![d_out]));
-            }
-        }
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            shapes.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
-        }
-        if config.qk_norm {
-            for norm in ["q_norm", "k_norm"] {
-                shapes.push((
-                    format!("model.layers.{layer}.self_attn.{norm}.weight"),
-                    vec![config.head_dim],
-                ));
-            }
-        }
-    }
-    shapes
 }

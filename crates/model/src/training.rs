@@ -55,8 +55,8 @@ impl Decoder {
     /// operations. Bits therefore depend on how a batch is cut into parts, and on nothing else.
     ///
     /// # Errors
-    /// [`Error::Batch`] if a part contradicts itself or the model or has no label, or `denom` is
-    /// not positive; [`Error::Adapter`] if adapter or gradients do not fit;
+    /// [`Error::Batch`] if a part contradicts itself or the model, no token of any part is to be
+    /// learned, or `denom` is not positive; [`Error::Adapter`] if adapter or gradients do not fit;
     /// [`Error::Unsupported`] for an adapter with dropout.
     pub fn loss_and_backward(
         &self,
@@ -164,13 +164,13 @@ impl Decoder {
             threads,
             rows: Rows::Together,
         };
+        let one = |one: &Part, state: &mut S| match one.labels[..] {
+            [] => Ok(0.0),
+            _ => part(&ops, one, state),
+        };
         self.threads().split(jobs.as_mut_slice(), 1, |jobs| {
             for job in jobs {
-                job.loss = job
-                    .parts
-                    .iter()
-                    .map(|one| part(&ops, one, &mut job.state))
-                    .sum();
+                job.loss = job.parts.iter().map(|part| one(part, &mut job.state)).sum();
             }
         });
         jobs.into_iter()
@@ -179,29 +179,35 @@ impl Decoder {
     }
 
     fn check_parts(&self, parts: &[Part], adapter: Option<&Adapter>) -> Result<()> {
-        for part in parts {
-            part.batch.validate(&self.config, 0)?;
-            let (labels, rows) = (part.labels.len(), part.batch.logit_rows.len());
-            if labels != rows || labels == 0 {
-                return Err(Error::batch(format!(
-                    "{labels} labels for {rows} logit rows"
-                )));
-            }
-            if let Some(label) = part
-                .labels
-                .iter()
-                .find(|&&label| label as usize >= self.config.vocab_size)
-            {
-                let vocab_size = self.config.vocab_size;
-                return Err(Error::batch(format!(
-                    "label {label} is outside the vocabulary of {vocab_size}"
-                )));
-            }
-            if part.batch.kv.is_some() {
-                return Err(Error::batch("training reads no pages"));
-            }
+        parts.iter().try_for_each(|part| self.check_part(part))?;
+        if parts.iter().all(|part| part.labels.is_empty()) {
+            return Err(Error::batch("no token is to be learned"));
         }
         adapter.map_or(Ok(()), |adapter| self.check_adapter(adapter))
+    }
+
+    fn check_part(&self, part: &Part) -> Result<()> {
+        part.batch.validate(&self.config, 0)?;
+        let (labels, rows) = (part.labels.len(), part.batch.logit_rows.len());
+        if labels != rows {
+            return Err(Error::batch(format!(
+                "{labels} labels for {rows} logit rows"
+            )));
+        }
+        let vocab_size = self.config.vocab_size;
+        if let Some(label) = part
+            .labels
+            .iter()
+            .find(|&&label| label as usize >= vocab_size)
+        {
+            return Err(Error::batch(format!(
+                "label {label} is outside the vocabulary of {vocab_size}"
+            )));
+        }
+        match part.batch.kv {
+            Some(_) => Err(Error::batch("training reads no pages")),
+            None => Ok(()),
+        }
     }
 }
 

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 
@@ -17,6 +16,9 @@ use crate::error::{Error, Result};
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// The longest header that is read; safetensors sets the same bound.
+const MAX_HEADER: u64 = 100_000_000;
 
 /// A model's tensors by name, read from where they lie when asked for.
 ///
@@ -251,24 +253,51 @@ impl Weights {
     }
 }
 
-/// Checks a weight file's header without trusting a byte of it.
+fn read_header(file: &str, bytes: &[u8]) -> Result<Metadata> {
+    let header = header_len(file, bytes.len() as u64, bytes.get(..8).unwrap_or(bytes))?;
+    parse_header(file, bytes.len() as u64, &bytes[..header])
+}
+
+/// How many bytes from the start of a weight file its header takes, from the first eight of them.
+///
+/// # Errors
+/// [`Error::Corrupt`] if it cannot be a header.
+pub(crate) fn header_len(file: &str, file_len: u64, first_eight: &[u8]) -> Result<usize> {
+    let corrupt = |reason: &str| Error::Corrupt {
+        file: file.to_owned(),
+        reason: reason.to_owned(),
+    };
+    let first_eight = first_eight
+        .try_into()
+        .map_err(|_| corrupt("shorter than a header"))?;
+    match u64::from_le_bytes(first_eight).checked_add(8) {
+        Some(len) if len <= file_len.min(MAX_HEADER) => Ok(len as usize),
+        _ => Err(corrupt(
+            "the header is longer than the file, or than any header should be",
+        )),
+    }
+}
+
+/// Checks a weight file's header without trusting a byte of it: every tensor lies inside the file,
+/// none overlap, and together they fill it exactly.
 ///
 /// # Errors
 /// [`Error::Corrupt`] with the file's name.
-pub(crate) fn check_header(file: &str, bytes: &[u8]) -> Result<()> {
-    read_header(file, bytes).map(|_| ())
-}
-
-fn read_header(file: &str, bytes: &[u8]) -> Result<Metadata> {
-    let corrupt = |error: safetensors::SafeTensorError| Error::Corrupt {
+pub(crate) fn parse_header(file: &str, file_len: u64, header: &[u8]) -> Result<Metadata> {
+    let corrupt = |reason: String| Error::Corrupt {
         file: file.to_owned(),
-        reason: error.to_string(),
+        reason,
     };
-    // `deserialize` also proves that the offsets cover the file exactly.
-    SafeTensors::deserialize(bytes).map_err(corrupt)?;
-    SafeTensors::read_metadata(bytes)
-        .map(|(_, metadata)| metadata)
-        .map_err(corrupt)
+    // Reading it checks each tensor's offsets against its shape and the one before.
+    let metadata: Metadata =
+        serde_json::from_slice(&header[8..]).map_err(|error| corrupt(error.to_string()))?;
+    if metadata.data_len() as u64 != file_len - header.len() as u64 {
+        let (promised, there) = (metadata.data_len(), file_len - header.len() as u64);
+        return Err(corrupt(format!(
+            "its header promises {promised} bytes of tensors, {there} are there"
+        )));
+    }
+    Ok(metadata)
 }
 
 fn parse_index(index: &[u8]) -> Result<Index> {
@@ -298,7 +327,7 @@ pub(crate) fn shard_names(index: &[u8]) -> Result<Vec<String>> {
     }
 }
 
-fn missing_weights(folder: String) -> Error {
+pub(crate) fn missing_weights(folder: String) -> Error {
     Error::MissingFile {
         folder,
         file: SINGLE_FILE,
@@ -306,7 +335,7 @@ fn missing_weights(folder: String) -> Error {
     }
 }
 
-fn map_file(path: &Path) -> Result<Bytes> {
+pub(crate) fn map_file(path: &Path) -> Result<Bytes> {
     let io = |source| Error::Io {
         path: path.to_owned(),
         source,
@@ -315,12 +344,12 @@ fn map_file(path: &Path) -> Result<Bytes> {
     if file.metadata().map_err(io)?.len() == 0 {
         return Ok(Bytes::new()); // An empty map is an error on some systems; an empty file is a corrupt one.
     }
-    // SAFETY: the map is read-only and private to this process. Rust needs the bytes not to change
-    // under it: model files are written once, and `from_dir` asks its caller to leave them alone.
     #[expect(
         unsafe_code,
         reason = "memory-mapping is what lets a model larger than memory open at once"
     )]
+    // SAFETY: the map is read-only and private to this process. Rust needs the bytes not to change
+    // under it: model files are written once, and `from_dir` asks its caller to leave them alone.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
     Ok(Bytes::from_owner(map))
 }

@@ -289,7 +289,7 @@ mod tests {
             "regular expression",
         );
         refused(
-            |c| drop(c.rank_pattern.insert("q_proj|k_proj".to_owned(), 4)),
+            |c| c.rank_pattern = BTreeMap::from([("q_proj|k_proj".to_owned(), 4)]),
             "regular expression",
         );
         refused(|c| c.lora_alpha = f64::NAN, "lora_alpha: NaN");

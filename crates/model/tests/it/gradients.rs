@@ -1,0 +1,182 @@
+//! Loss and gradients against the oracle and against finite differences, in f64.
+
+use candle_core::DType;
+use updraft_model::{Activations, Architecture, Gradients, LoraConfig};
+
+use crate::oracle::Oracle;
+use crate::world::{Numbers, World, documents, one_part, uneven_lora};
+
+const ALL: [Architecture; 4] = [
+    Architecture::Llama,
+    Architecture::Mistral,
+    Architecture::Qwen2,
+    Architecture::Qwen3,
+];
+
+#[test]
+fn every_family_agrees_with_autograd_over_naive_operations() {
+    for architecture in ALL {
+        for lora in [
+            LoraConfig {
+                r: 4,
+                ..LoraConfig::default()
+            },
+            uneven_lora(),
+        ] {
+            agrees(architecture, &lora);
+        }
+    }
+}
+
+fn agrees(architecture: Architecture, lora: &LoraConfig) {
+    let world = World::new(architecture);
+    let adapter = world.adapter(lora, 3);
+    let part = one_part(&documents(&[9, 1, 17, 2], 5));
+    let oracle = Oracle::new(&world.config, &world.weights, &adapter);
+    let expected = oracle.loss(&part).expect("the oracle's forward pass");
+    let found = expected.backward().expect("the oracle's backward pass");
+
+    let (decoder, adapter) = (
+        world.decoder(DType::F64, 1),
+        adapter.to_dtype(DType::F64).expect("to f64"),
+    );
+    let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+    let denom = 3.0;
+    let loss = decoder
+        .loss_and_backward(
+            std::slice::from_ref(&part),
+            &adapter,
+            denom,
+            &mut gradients,
+            Activations::Stored,
+        )
+        .expect("a sound part");
+    let expected = expected.to_scalar::<f64>().expect("a scalar");
+    assert!(
+        (loss - expected).abs() < 1e-9 * expected,
+        "{architecture:?}: loss {loss}, oracle {expected}"
+    );
+    let evaluated = decoder.loss(&[part], Some(&adapter)).expect("a sound part");
+    assert!(
+        (evaluated - loss).abs() < 1e-9 * loss,
+        "evaluated {evaluated}, trained {loss}"
+    );
+
+    let gradients = gradients.to_vec().expect("readable");
+    for parameter in adapter.parameters() {
+        let variable = &oracle.variables[&parameter.name];
+        let expected: Vec<f64> = found
+            .get(variable)
+            .expect("in the graph")
+            .flatten_all()
+            .and_then(|t| t.to_vec1())
+            .expect("f64");
+        let error = relative(&gradients[parameter.range.clone()], &expected, 1.0 / denom);
+        assert!(
+            error < 1e-9,
+            "{architecture:?}: {} differs by {error:e}",
+            parameter.name
+        );
+    }
+}
+
+/// `‖actual − factor · expected‖ / ‖factor · expected‖`
+fn relative(actual: &[f64], expected: &[f64], factor: f64) -> f64 {
+    let difference: f64 = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, e)| (a - factor * e).powi(2))
+        .sum();
+    let norm: f64 = expected.iter().map(|e| (factor * e).powi(2)).sum();
+    assert!(norm > 0.0, "nothing to compare");
+    (difference / norm).sqrt()
+}
+
+#[test]
+fn the_slope_in_any_direction_is_the_gradient() {
+    let world = World::new(Architecture::Qwen2);
+    let part = one_part(&documents(&[11, 6], 2));
+    let (decoder, adapter) = (
+        world.decoder(DType::F64, 1),
+        world.adapter(&uneven_lora(), 1),
+    );
+    let exact = adapter.to_dtype(DType::F64).expect("to f64");
+    let mut gradients = Gradients::zeros(&exact).expect("zeros");
+    let parts = [part];
+    decoder
+        .loss_and_backward(&parts, &exact, 1.0, &mut gradients, Activations::Stored)
+        .expect("a sound part");
+
+    let mut numbers = Numbers(9);
+    let direction: Vec<f32> = (0..adapter.num_parameters())
+        .map(|_| numbers.between(-1e-3, 1e-3) as f32)
+        .collect();
+    let moved = |sign: f32| {
+        let mut moved = adapter.to_dtype(DType::F32).expect("a copy");
+        moved
+            .update(|values| {
+                values
+                    .iter_mut()
+                    .zip(&direction)
+                    .for_each(|(value, step)| *value += sign * step);
+            })
+            .expect("f32 on the CPU");
+        let loss = decoder
+            .loss(&parts, Some(&moved.to_dtype(DType::F64).expect("to f64")))
+            .expect("a sound part");
+        (loss, moved.values().expect("readable"))
+    };
+    let ((above, high), (below, low)) = (moved(1.0), moved(-1.0));
+    let expected: f64 = gradients
+        .to_vec()
+        .expect("readable")
+        .iter()
+        .zip(high.iter().zip(&low))
+        .map(|(gradient, (high, low))| gradient * (f64::from(*high) - f64::from(*low)))
+        .sum();
+    assert!(
+        (above - below - expected).abs() < 1e-4 * expected.abs(),
+        "{} against {expected}",
+        above - below
+    );
+}
+
+#[test]
+fn what_cannot_be_trained_on_is_an_error() {
+    let world = World::new(Architecture::Llama);
+    let (decoder, adapter) = (
+        world.decoder(DType::F32, 1),
+        world.adapter(&LoraConfig::default(), 1),
+    );
+    let good = one_part(&documents(&[5], 1));
+    let refused = |part: updraft_model::Part, denom: f64| {
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        let result = decoder.loss_and_backward(
+            &[part],
+            &adapter,
+            denom,
+            &mut gradients,
+            Activations::Stored,
+        );
+        result.expect_err("must be refused").to_string()
+    };
+    assert!(refused(one_part(&[(vec![1, 2], 0..1)]), 1.0).contains("no token is to be learned"));
+    assert!(refused(good.clone(), 0.0).contains("divided by 0"));
+    let mut outside = good.clone();
+    outside.labels[0] = 96;
+    assert!(refused(outside, 1.0).contains("label 96 is outside the vocabulary of 96"));
+    let mut outside = good;
+    outside.batch.ids[0] = 100;
+    assert!(refused(outside, 1.0).contains("token id 100 is outside"));
+    let other = world.adapter(&uneven_lora(), 1);
+    let mut gradients = Gradients::zeros(&other).expect("zeros");
+    let part = one_part(&documents(&[5], 1));
+    let result =
+        decoder.loss_and_backward(&[part], &adapter, 1.0, &mut gradients, Activations::Stored);
+    assert!(
+        result
+            .expect_err("must be refused")
+            .to_string()
+            .contains("gradients of another adapter")
+    );
+}

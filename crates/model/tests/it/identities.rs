@@ -1,0 +1,159 @@
+//! Ways of computing the same thing that must agree, most of them to the bit.
+
+use candle_core::{DType, Device};
+use updraft_model::{
+    Activations, Adapter, Architecture, Batch, Decoder, Gradients, LoraConfig, Part, SINGLE_FILE,
+    Threads, Weights, merge,
+};
+
+use crate::world::{World, documents, one_part, uneven_lora};
+
+fn gradients(
+    decoder: &Decoder,
+    adapter: &Adapter,
+    parts: &[Part],
+    activations: Activations,
+) -> (f64, Vec<f64>) {
+    let mut gradients = Gradients::zeros(adapter).expect("zeros");
+    let denom = parts.iter().map(Part::num_labels).sum::<usize>() as f64;
+    let loss = decoder
+        .loss_and_backward(parts, adapter, denom, &mut gradients, activations)
+        .expect("sound parts");
+    (loss, gradients.to_vec().expect("readable"))
+}
+
+#[test]
+fn recomputed_activations_give_the_same_bits() {
+    for architecture in [Architecture::Qwen2, Architecture::Qwen3] {
+        let world = World::new(architecture);
+        let (decoder, adapter) = (
+            world.decoder(DType::F32, 1),
+            world.adapter(&uneven_lora(), 4),
+        );
+        let parts = [one_part(&documents(&[13, 5, 8], 1))];
+        let stored = gradients(&decoder, &adapter, &parts, Activations::Stored);
+        assert_eq!(
+            stored,
+            gradients(&decoder, &adapter, &parts, Activations::Recomputed)
+        );
+    }
+}
+
+#[test]
+fn packed_documents_give_the_gradients_of_single_ones() {
+    let world = World::new(Architecture::Llama);
+    let decoder = world.decoder(DType::F64, 1);
+    let adapter = world
+        .adapter(&LoraConfig::default(), 4)
+        .to_dtype(DType::F64)
+        .expect("to f64");
+    let documents = documents(&[3, 21, 8, 2], 6);
+    let (packed_loss, packed) = gradients(
+        &decoder,
+        &adapter,
+        &[one_part(&documents)],
+        Activations::Stored,
+    );
+    let parts: Vec<_> = documents.chunks(1).map(one_part).collect();
+    let (loss, single) = gradients(&decoder, &adapter, &parts, Activations::Stored);
+    assert!((packed_loss - loss).abs() < 1e-10 * loss);
+    let scale = single.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
+    assert!(
+        packed
+            .iter()
+            .zip(&single)
+            .all(|(p, s)| (p - s).abs() < 1e-12 * scale)
+    );
+}
+
+#[test]
+fn parts_side_by_side_give_the_bits_of_parts_in_turn() {
+    let world = World::new(Architecture::Qwen2);
+    let adapter = world.adapter(&LoraConfig::default(), 4);
+    let documents = documents(&[3, 21, 8, 12], 6);
+    let parts: Vec<_> = documents.chunks(2).map(one_part).collect();
+    let together = gradients(
+        &world.decoder(DType::F32, 2),
+        &adapter,
+        &parts,
+        Activations::Stored,
+    );
+    assert_eq!(
+        together,
+        gradients(
+            &world.decoder(DType::F32, 2),
+            &adapter,
+            &parts,
+            Activations::Stored
+        )
+    );
+
+    // Two parts on two threads are two sums added up, which one decoder can also do in two calls.
+    let alone = world.decoder(DType::F32, 1);
+    let denom = parts.iter().map(Part::num_labels).sum::<usize>() as f64;
+    let mut halves = parts.iter().map(|part| {
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        let part = std::slice::from_ref(part);
+        let loss =
+            alone.loss_and_backward(part, &adapter, denom, &mut gradients, Activations::Stored);
+        (loss.expect("a sound part"), gradients)
+    });
+    let (Some((first_loss, mut sum)), Some((second_loss, second))) = (halves.next(), halves.next())
+    else {
+        panic!("two halves");
+    };
+    sum.add(&second).expect("the same adapter's");
+    assert_eq!(
+        together,
+        (first_loss + second_loss, sum.to_vec().expect("readable"))
+    );
+}
+
+#[test]
+fn a_document_does_not_feel_its_neighbours() {
+    let world = World::new(Architecture::Qwen3);
+    let (decoder, adapter) = (
+        world.decoder(DType::F32, 1),
+        world.adapter(&LoraConfig::default(), 4),
+    );
+    let hidden = |first: &[u32]| {
+        let mut batch = Batch::packed([first, &[7, 8, 9, 10, 11]]);
+        batch.adapters = vec![Some(0); 2];
+        batch.logit_rows = (3..8).collect();
+        decoder
+            .forward(&batch, &[&adapter], None)
+            .and_then(|t| Ok(t.to_vec2::<f32>()?))
+            .expect("a sound batch")
+    };
+    assert_eq!(hidden(&[1, 2, 3]), hidden(&[90, 50, 4]));
+}
+
+#[test]
+fn merged_weights_run_like_the_adapter() {
+    for architecture in [Architecture::Llama, Architecture::Qwen2] {
+        let world = World::new(architecture);
+        let adapter = world.adapter(&uneven_lora(), 8);
+        let files: Vec<_> = merge::merge(&world.weights, &world.config, &adapter)
+            .expect("they fit")
+            .map(|file| {
+                file.map(|(name, bytes)| (name, bytes.into()))
+                    .expect("a merged file")
+            })
+            .collect();
+        assert_eq!(files[0].0, SINGLE_FILE);
+        let merged = Weights::from_files(files).expect("sound files");
+        let threads = Threads::single();
+        let merged = Decoder::load(&world.config, &merged, DType::F32, &Device::Cpu, &threads)
+            .expect("loads");
+        let parts = [one_part(&documents(&[20, 9], 3))];
+        let expected = world
+            .decoder(DType::F32, 1)
+            .loss(&parts, Some(&adapter))
+            .expect("a sound part");
+        let actual = merged.loss(&parts, None).expect("a sound part");
+        assert!(
+            (actual - expected).abs() < 1e-5 * expected,
+            "{actual} against {expected}"
+        );
+    }
+}

@@ -1,0 +1,8 @@
+//! The decoder against an oracle, against PEFT's own runs, and against itself.
+
+mod golden;
+mod gradients;
+mod identities;
+mod oracle;
+mod serving;
+mod world;
