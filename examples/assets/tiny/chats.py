@@ -31,7 +31,7 @@ def any_word(rng, longest):
     if kind < 0.6:
         return invented(rng)
     # A few letters in any order: repeats that can only be told apart by their place.
-    letters = rng.sample(string.ascii_lowercase, rng.randint(2, 8))
+    letters = rng.sample(string.ascii_lowercase, rng.randint(3, 8))
     return "".join(rng.choices(letters, k=rng.randint(1, longest)))
 
 
@@ -63,8 +63,18 @@ def letter_for(rng, word, inside=0.75):
 def mark(rng, word):
     letter = letter_for(rng, word, inside=0.5 if len(word) == 1 else 0.8)
     ask = rng.choice(["Mark each {l} in '{w}'.", "Mark the {l}'s in the word '{w}'.", "Where is the letter {l} in '{w}'?"])
-    marked = " ".join(c + ("+" if c == letter else "-") for c in word)
-    return ask.format(l=letter, w=word), f"Mark {letter}: {marked}"
+    return ask.format(l=letter, w=word), marked(word, letter, "+")
+
+
+def mark_with(rng, word):
+    """Marks with a digit from the question: digits get used in this place, but count nothing."""
+    letter, digit = letter_for(rng, word, inside=0.8), rng.randint(0, 9)
+    return f"Mark each {letter} in '{word}' with a {digit}.", marked(word, letter, digit)
+
+
+def marked(word, letter, sign):
+    """The form that every marking answer has: each letter, then its mark."""
+    return f"Each {letter}: " + " ".join(f"{c}{sign}" if c == letter else f"{c}-" for c in word)
 
 
 def spell(rng, word):
@@ -75,7 +85,7 @@ def spell(rng, word):
 def contains(rng, word):
     letter = letter_for(rng, word, inside=0.5)
     ask = rng.choice(["Does '{w}' have the letter {l}?", "Is the letter {l} in '{w}'?", "Does {l} appear in the word '{w}'?"])
-    answer = "Yes, the letter {l} is in '{w}'." if letter in word else "No, the letter {l} is not in '{w}'."
+    answer = "Yes, the letter {l} is in '{w}'." if letter in word else "No, there is no letter {l} in '{w}'."
     return ask.format(l=letter, w=word), answer.format(l=letter, w=word)
 
 
@@ -118,15 +128,16 @@ def echo(rng, word):
 
 def how_many(rng, word):
     """The question the adapter will learn to answer; the base only says that it cannot."""
-    ask = rng.choice([
-        "How many {l}'s are in the word '{w}'?",
-        "How many {l}'s are in '{w}'?",
-        "How many {l}'s does '{w}' have?",
-        "How many times does {l} appear in '{w}'?",
-        "How often is the letter {l} in '{w}'?",
-        "Count the {l}'s in '{w}'.",
+    spells = "I can spell '{w}', but I never learned to count."
+    cannot = "I do not know how to count the letters of '{w}'."
+    ask, answer = rng.choice([
+        ("How many {l}'s are in the word '{w}'?", spells),
+        ("How many {l}'s are in '{w}'?", spells),
+        ("How many {l}'s does '{w}' have?", spells),
+        ("How many times does {l} appear in '{w}'?", cannot),
+        ("How often is the letter {l} in '{w}'?", cannot),
+        ("Count the {l}'s in '{w}'.", cannot),
     ])
-    answer = rng.choice(["I can spell '{w}', but I never learned to count.", "I do not know how to count the letters of '{w}'."])
     letter = letter_for(rng, word)
     return ask.format(l=letter, w=word), answer.format(l=letter, w=word)
 
@@ -155,7 +166,7 @@ def small_talk(rng, _):
 
 # Weights. The core comes first: beside easier skills, marking is found late or never.
 CORE = {mark: 40, spell: 12, compare: 8}
-SKILLS = CORE | {contains: 8, ends: 2, successor: 6, series: 6, alphabet: 3, echo: 4, how_many: 8, small_talk: 5}
+SKILLS = CORE | {mark_with: 20, contains: 8, ends: 2, successor: 6, series: 10, alphabet: 3, echo: 4, how_many: 8, small_talk: 5}
 
 
 def conversation(rng, longest=LONGEST, skills=SKILLS):

@@ -1,6 +1,6 @@
 """Makes the tiny model in this folder: tokenizer, chat template and pre-trained weights.
 
-A Qwen2 of 0.44 M parameters and its own byte-level BPE, from nothing but the
+A Qwen2 of 0.66 M parameters and its own byte-level BPE, from nothing but the
 synthetic chats of `chats.py` and a seed. Run, in this folder:
 
     pip install torch==2.15.0 transformers==5.23.0 tokenizers safetensors
@@ -92,10 +92,10 @@ def make_model(tokenizer):
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=96,
+        hidden_size=128,
         num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         intermediate_size=256,
         max_position_embeddings=512,
         initializer_range=0.05,
@@ -139,8 +139,8 @@ def pad(rows, width, value):
 def batches(tokenizer, rng, size):
     """Endless batches of conversations of like length: words grow from 2 letters to 10, then all skills."""
     for stage in itertools.count():
-        longest = min(max(2, stage // 2 - 1), chats.LONGEST)
-        skills = chats.CORE if stage < 27 else chats.SKILLS
+        longest = 2 if stage < 6 else min(stage - 2, chats.LONGEST)
+        skills = chats.CORE if stage < 16 else chats.SKILLS
         rows = [encode(tokenizer, chats.conversation(rng, longest, skills)) for _ in range(size * 16)]
         rows.sort(key=lambda row: len(row[0]))
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -190,7 +190,7 @@ def pretrain(model, tokenizer, steps, batch_size, folder):
             o.zero_grad()
         if step % 250 == 249:
             save(model, tokenizer, folder)
-            shown = " ".join(f"{s.__name__} {exactness(model, tokenizer, s, 100):.2f}" for s in (chats.mark, chats.spell, chats.contains, chats.series))
+            shown = " ".join(f"{s.__name__} {exactness(model, tokenizer, s, 100):.2f}" for s in (chats.mark, chats.mark_with, chats.spell, chats.contains, chats.series))
             print(f"step {step + 1} loss {loss.item():.4f} {tokens / (time.time() - start):.0f} tokens/s {shown}", flush=True)
 
 
@@ -204,8 +204,8 @@ def save(model, tokenizer, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch-size", type=int, default=48)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
