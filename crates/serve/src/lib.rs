@@ -1,1 +1,97 @@
 //! An OpenAI-compatible server that batches continuously.
+//!
+//! [`router`] puts chat completions, completions and the list of models over any [`Engine`];
+//! [`ModelEngine`] is the engine that runs a model folder, or `done/<model>/<dataset>` from a
+//! store, with LoRA adapters beside it. Requests share every forward pass under one token budget,
+//! keys and values lie in pages, and a client that disconnects frees its pages within one step.
+//!
+//! What it is not: a trainer (`updraft-train`), a load balancer (`updraft-provision`'s gateway),
+//! or a runner for every architecture: `updraft-model` says which it knows.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use updraft_serve::{ApiKeys, EchoEngine, ServeOptions, router};
+//!
+//! // Any engine will do; this one says back what it is told.
+//! let engine = Arc::new(EchoEngine::new(["echo"]));
+//! let options = ServeOptions { api_keys: ApiKeys::new(["token-abc123"]), ..Default::default() };
+//! let app: axum::Router = router(engine, options);
+//! // `app` is an ordinary axum router: nest it, layer it, or let `updraft_serve::serve` run it.
+//! # drop(app);
+//! ```
+//!
+//! # The parts
+//! - [`Engine`], the one trait: token ids in, a stream of them out. [`EchoEngine`] is its fake,
+//!   [`Engines`] puts several under one roof.
+//! - [`Scheduler`], a pure state machine over [`BlockAllocator`]: which tokens of which sequences
+//!   the next forward pass computes.
+//! - [`sample`], a pure function: logits, [`SamplingParams`] and the past to a token.
+//! - [`router`] and [`serve`]: HTTP, keys, errors in OpenAI's form, graceful shutdown.
+//!
+//! # Compatibility
+//! Departures from OpenAI and vLLM:
+//! - The chunk that carries `finish_reason` has an empty delta, as OpenAI's; vLLM puts the last
+//!   token there.
+//! - `error.code` is a string or null, never a number.
+//! - A full queue is a 429 with `Retry-After`, not a 503.
+//! - Log-probabilities are of the model's own distribution, before penalties and temperature.
+//! - `/tokenize` and `/detokenize` need a key where `/v1` does.
+//! - What would change the answer but is not supported (`tools`, `response_format` other than
+//!   text, `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.
+//!
+//! # Features
+//! | feature | adds |
+//! | --- | --- |
+//! | `conformance` | [`conformance_tests!`]: the suite every [`Engine`] passes |
+
+mod engine;
+mod error;
+
+mod echo;
+mod engines;
+mod model_engine;
+
+mod blocks;
+mod scheduler;
+
+mod rng;
+mod sampler;
+mod sampling;
+
+mod api;
+mod app;
+mod auth;
+mod clock;
+mod generate;
+mod metrics;
+mod router;
+mod shutdown;
+
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
+
+pub use app::ServeOptions;
+pub use auth::ApiKeys;
+pub use blocks::BlockAllocator;
+pub use clock::Clock;
+pub use echo::EchoEngine;
+pub use engine::{
+    Engine, EngineStats, FinishReason, GenerateRequest, ModelInfo, TokenEvent, TokenLogprobs,
+    TokenStream, Usage, check_request,
+};
+pub use engines::Engines;
+pub use error::{BoxError, Error, Result};
+pub use model_engine::{
+    AdapterSource, EngineOptions, ModelEngine, ModelSource, ServedAdapter, ServedModel,
+};
+pub use rng::uniform;
+pub use router::router;
+pub use sampler::{Past, sample, token_logprobs};
+pub use sampling::SamplingParams;
+pub use scheduler::{Scheduler, SchedulerConfig, SequenceId, Slice, Step};
+pub use shutdown::{listen, serve};
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,356 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use futures::{StreamExt, TryStreamExt, future, stream};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use updraft_chat::{Chat, Content, Conversation, LocalTime, Message, Part, RenderOptions, Role};
+
+use super::error::ApiError;
+use super::fields::{Fields, Form};
+use super::json::JsonBody;
+use super::logprobs::ChatLogprobs;
+use super::sse;
+use super::unsupported;
+use super::usage::UsageBody;
+use crate::app::{App, Shared};
+use crate::engine::{FinishReason, Usage};
+use crate::error::{Error, Result, one_line};
+use crate::generate::{self, ChoiceEvent, TextRequest, TextStream, Token};
+
+/// Likeliest tokens per position at most, as OpenAI's.
+const MAX_TOP_LOGPROBS: i64 = 20;
+
+/// The fields that only chat has.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ChatFields {
+    messages: Vec<Message>,
+    #[serde(default)]
+    logprobs: Option<bool>,
+    #[serde(default)]
+    top_logprobs: Option<i64>,
+    #[serde(default)]
+    add_generation_prompt: Option<bool>,
+    #[serde(default)]
+    continue_final_message: Option<bool>,
+    #[serde(default)]
+    chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// Answers a conversation, at once or as a stream.
+pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Response, ApiError> {
+    app.check_ready()?;
+    let fields: Fields = body.read()?;
+    unsupported::refuse(&body)?;
+    let chat_fields: ChatFields = body.read()?;
+    let form = fields.form()?;
+    let model = app.model_or_default(fields.model.clone())?;
+    let chat = app.chat(&model)?;
+    let logprobs = chat_fields.logprobs()?;
+    let prompt_ids = prompt(&app, &chat, chat_fields).await?;
+    let mut request = fields.request(&app, &model, &chat, prompt_ids, None)?;
+    request.request.logprobs = logprobs;
+    let answer = Answer {
+        id: app.id("chatcmpl"),
+        created: app.options.clock.unix_seconds(),
+        model,
+        logprobs: logprobs.is_some(),
+        chat,
+        form,
+    };
+    let choices = start(&app, &answer, &request).await?;
+    if answer.form.stream {
+        return answer.stream(choices).await;
+    }
+    Ok(Json(answer.whole(choices).await?).into_response())
+}
+
+/// Starts every choice: the same request, each with its own seed.
+async fn start(app: &App, answer: &Answer, request: &TextRequest) -> Result<Vec<TextStream>> {
+    let num_choices = answer.form.num_choices;
+    app.check_choices(1, num_choices)?;
+    let mut choices = Vec::with_capacity(num_choices as usize);
+    for index in 0..num_choices {
+        let request = request.for_choice(index);
+        choices.push(generate::start(app.clone(), answer.chat.clone(), request).await?);
+    }
+    Ok(choices)
+}
+
+impl ChatFields {
+    fn logprobs(&self) -> Result<Option<u32>> {
+        let wanted = self.logprobs.unwrap_or(false);
+        match self.top_logprobs {
+            None => Ok(wanted.then_some(0)),
+            Some(top) if !(0..=MAX_TOP_LOGPROBS).contains(&top) => {
+                let message = format!("top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}");
+                Err(Error::invalid("top_logprobs", message))
+            }
+            Some(0) if !wanted => Ok(None),
+            Some(_) if !wanted => Err(Error::invalid(
+                "top_logprobs",
+                "top_logprobs needs `logprobs: true`",
+            )),
+            Some(top) => Ok(Some(top as u32)),
+        }
+    }
+}
+
+/// Renders and tokenizes on a thread that may block: a long conversation takes a while.
+pub(crate) async fn prompt(app: &Shared, chat: &Arc<Chat>, fields: ChatFields) -> Result<Vec<u32>> {
+    let continue_final_message = fields.continue_final_message.unwrap_or(false);
+    if continue_final_message && fields.add_generation_prompt == Some(true) {
+        let message = "continue_final_message and add_generation_prompt exclude each other";
+        return Err(Error::invalid("continue_final_message", message));
+    }
+    let options = RenderOptions {
+        add_generation_prompt: fields
+            .add_generation_prompt
+            .unwrap_or(!continue_final_message),
+        continue_final_message,
+        now: Some(LocalTime::utc(app.options.clock.now())),
+        ..RenderOptions::default()
+    };
+    let mut conversation = conversation(fields.messages)?;
+    conversation.variables = fields.chat_template_kwargs.unwrap_or_default();
+    let chat = Arc::clone(chat);
+    let rendered = tokio::task::spawn_blocking(move || chat.prompt(&conversation, &options)).await;
+    let rendered = rendered.map_err(|panic| Error::Step {
+        source: panic.into(),
+    })?;
+    rendered.map_err(|error| Error::invalid("messages", one_line(&error)))
+}
+
+/// Messages as templates want them: known roles, one text each, parsed tool arguments.
+fn conversation(mut messages: Vec<Message>) -> Result<Conversation> {
+    if messages.is_empty() {
+        return Err(Error::invalid("messages", "messages must not be empty"));
+    }
+    for (index, message) in messages.iter_mut().enumerate() {
+        message.role = match std::mem::take(&mut message.role) {
+            Role::Other(role) if role == "developer" => Role::System,
+            Role::Other(role) => {
+                let known = "developer, system, user, assistant or tool";
+                let message = format!("the role `{role}` is not {known}");
+                return Err(Error::invalid(format!("messages[{index}].role"), message));
+            }
+            known => known,
+        };
+        let only_calls = message.role == Role::Assistant && message.tool_calls.is_some();
+        let content = std::mem::take(&mut message.content);
+        message.content = match content {
+            Content::Parts(parts) => Content::Text(text_of(index, &parts)?),
+            Content::Absent | Content::Null if !only_calls => {
+                let message = format!("messages[{index}] has no content");
+                return Err(Error::invalid(
+                    format!("messages[{index}].content"),
+                    message,
+                ));
+            }
+            other => other,
+        };
+        for call in message.tool_calls.iter_mut().flatten() {
+            call.function.arguments = std::mem::take(&mut call.function.arguments).into_json();
+        }
+    }
+    Ok(Conversation::new(messages))
+}
+
+/// The texts of a message's parts, a line each, as templates that know only text expect.
+fn text_of(index: usize, parts: &[Part]) -> Result<String> {
+    let mut texts = Vec::with_capacity(parts.len());
+    for (part_index, part) in parts.iter().enumerate() {
+        let text = match part {
+            Part::Text(text) => Some(text.as_str()),
+            Part::Other(fields) if fields.get("type").is_some_and(|kind| kind == "text") => {
+                part.text()
+            }
+            Part::Other(_) => None,
+        };
+        texts.push(text.ok_or_else(|| {
+            let param = format!("messages[{index}].content[{part_index}]");
+            Error::invalid(param, "only content parts of type `text` are supported")
+        })?);
+    }
+    Ok(texts.join("\n"))
+}
+
+/// What all parts of one answer have in common.
+#[derive(Debug)]
+struct Answer {
+    id: String,
+    created: u64,
+    model: String,
+    logprobs: bool,
+    chat: Arc<Chat>,
+    form: Form,
+}
+
+#[derive(Debug, Serialize)]
+struct Completion {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: Vec<Choice>,
+    usage: UsageBody,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice {
+    index: u32,
+    message: AssistantMessage,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct AssistantMessage {
+    role: &'static str,
+    content: String,
+    refusal: Option<()>,
+}
+
+#[derive(Debug, Serialize)]
+struct Chunk {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: Vec<ChunkChoice>,
+    /// Absent unless usage is asked for; then null in all chunks but the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ChunkChoice {
+    index: u32,
+    delta: ChunkDelta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct ChunkDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+impl Answer {
+    async fn whole(self, streams: Vec<TextStream>) -> Result<Completion> {
+        let collected = streams.into_iter().map(generate::collect);
+        let collected = future::try_join_all(collected).await?;
+        let usages: Vec<_> = collected.iter().map(|text| text.usage).collect();
+        let choice = |(index, text): (u32, generate::Collected)| Choice {
+            index,
+            logprobs: self
+                .logprobs
+                .then(|| ChatLogprobs::of(&self.chat, &text.tokens)),
+            message: AssistantMessage {
+                role: "assistant",
+                content: text.text,
+                refusal: None,
+            },
+            finish_reason: text.reason.as_str(),
+        };
+        Ok(Completion {
+            object: "chat.completion",
+            choices: (0..).zip(collected).map(choice).collect(),
+            usage: UsageBody::of(&usages, self.form.num_choices),
+            id: self.id,
+            created: self.created,
+            model: self.model,
+        })
+    }
+
+    /// Waits for the first event, so that an early error is a status, then streams.
+    async fn stream(self, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+        let events = generate::merge(streams).await?;
+        let roles: Vec<_> = (0..self.form.num_choices)
+            .map(|index| Ok(self.role(index)))
+            .collect();
+        let chunks = events.try_filter_map(move |event| future::ready(Ok(self.chunk(event))));
+        Ok(sse::respond(stream::iter(roles).chain(chunks)))
+    }
+
+    fn chunk(&self, event: ChoiceEvent) -> Option<Chunk> {
+        match event {
+            ChoiceEvent::Text {
+                text,
+                tokens,
+                index,
+            } => self.delta(index, text, &tokens),
+            ChoiceEvent::Finished { reason, index } => Some(self.finish(index, reason)),
+            ChoiceEvent::Prompt { .. } => None,
+            ChoiceEvent::AllFinished { usages } => self.usage(&usages),
+        }
+    }
+
+    fn role(&self, index: u32) -> Chunk {
+        let delta = ChunkDelta {
+            role: Some("assistant"),
+            content: Some(String::new()),
+        };
+        self.envelope(vec![ChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+        }])
+    }
+
+    fn delta(&self, index: u32, text: String, tokens: &[Token]) -> Option<Chunk> {
+        let logprobs = self.logprobs.then(|| ChatLogprobs::of(&self.chat, tokens));
+        if text.is_empty() && (logprobs.is_none() || tokens.is_empty()) {
+            return None;
+        }
+        let delta = ChunkDelta {
+            role: None,
+            content: Some(text),
+        };
+        Some(self.envelope(vec![ChunkChoice {
+            index,
+            delta,
+            logprobs,
+            finish_reason: None,
+        }]))
+    }
+
+    fn finish(&self, index: u32, reason: FinishReason) -> Chunk {
+        let finish_reason = Some(reason.as_str());
+        let delta = ChunkDelta::default();
+        self.envelope(vec![ChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason,
+        }])
+    }
+
+    fn usage(&self, usages: &[Usage]) -> Option<Chunk> {
+        let usage = UsageBody::of(usages, self.form.num_choices);
+        let last = Chunk {
+            usage: Some(Some(usage)),
+            ..self.envelope(Vec::new())
+        };
+        self.form.include_usage.then_some(last)
+    }
+
+    fn envelope(&self, choices: Vec<ChunkChoice>) -> Chunk {
+        Chunk {
+            id: self.id.clone(),
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: self.model.clone(),
+            choices,
+            usage: self.form.include_usage.then_some(None),
+        }
+    }
+}

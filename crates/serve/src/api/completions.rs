@@ -1,0 +1,312 @@
+//! `POST /v1/completions`: plain text or token ids continued, as llama.cpp and evaluation
+//! harnesses use it.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use futures::{StreamExt, TryStreamExt, future, stream};
+use serde::{Deserialize, Serialize};
+use updraft_chat::{Chat, TokenizerExt};
+
+use super::error::ApiError;
+use super::fields::{Fields, Form};
+use super::json::JsonBody;
+use super::logprobs::TextLogprobs;
+use super::sse;
+use super::unsupported;
+use super::usage::UsageBody;
+use crate::app::App;
+use crate::engine::{TokenLogprobs, Usage};
+use crate::error::{Error, Result, one_line};
+use crate::generate::{self, ChoiceEvent, Collected, TextStream, Token};
+
+/// What an absent `max_tokens` means, as OpenAI's.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+/// Likeliest tokens per position at most.
+const MAX_LOGPROBS: i64 = 20;
+
+/// The fields that only text completions have.
+#[derive(Debug, Deserialize)]
+struct TextFields {
+    prompt: Prompt,
+    #[serde(default)]
+    echo: Option<bool>,
+    #[serde(default)]
+    logprobs: Option<i64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "prompt must be a string, a list of strings, a list of token ids or a list of those"
+)]
+enum Prompt {
+    Text(String),
+    Ids(Vec<u32>),
+    Texts(Vec<String>),
+    IdLists(Vec<Vec<u32>>),
+}
+
+/// One prompt in both its forms.
+#[derive(Debug, Clone)]
+struct PromptText {
+    ids: Vec<u32>,
+    text: String,
+}
+
+/// Continues one prompt or several, at once or as a stream.
+pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Response, ApiError> {
+    app.check_ready()?;
+    let fields: Fields = body.read()?;
+    unsupported::refuse(&body)?;
+    let text_fields: TextFields = body.read()?;
+    let form = fields.form()?;
+    let model = app.model_or_default(fields.model.clone())?;
+    let chat = app.chat(&model)?;
+    let logprobs = text_fields.logprobs()?;
+    let echo = text_fields.echo.unwrap_or(false);
+    let prompts = text_fields.prompt.into_prompts(&chat).await?;
+    app.check_choices(prompts.len(), form.num_choices)?;
+
+    let mut streams: Vec<TextStream> = Vec::new();
+    for prompt in &prompts {
+        let ids = prompt.ids.clone();
+        let mut request = fields.request(&app, &model, &chat, ids, Some(DEFAULT_MAX_TOKENS))?;
+        request.request.logprobs = logprobs;
+        request.request.prompt_logprobs = logprobs.filter(|_| echo);
+        for index in 0..form.num_choices {
+            let request = request.for_choice(index);
+            streams.push(generate::start(app.clone(), chat.clone(), request).await?);
+        }
+    }
+    let answer = Answer {
+        id: app.id("cmpl"),
+        created: app.options.clock.unix_seconds(),
+        model,
+        logprobs: logprobs.is_some(),
+        echo,
+        prompts,
+        chat,
+        form,
+    };
+    if answer.form.stream {
+        return answer.stream(streams).await;
+    }
+    Ok(Json(answer.whole(streams).await?).into_response())
+}
+
+impl TextFields {
+    fn logprobs(&self) -> Result<Option<u32>> {
+        match self.logprobs {
+            None => Ok(None),
+            Some(top) if (0..=MAX_LOGPROBS).contains(&top) => Ok(Some(top as u32)),
+            Some(_) => {
+                let message = format!("logprobs must be between 0 and {MAX_LOGPROBS}");
+                Err(Error::invalid("logprobs", message))
+            }
+        }
+    }
+}
+
+impl Prompt {
+    /// Both forms of each prompt; tokenizing may take a while, so it happens on a blocking thread.
+    async fn into_prompts(self, chat: &Arc<Chat>) -> Result<Vec<PromptText>> {
+        let chat = Arc::clone(chat);
+        let prompts = tokio::task::spawn_blocking(move || {
+            let tokenizer = chat.tokenizer();
+            let from_ids = |ids: Vec<u32>| {
+                Ok(PromptText {
+                    text: tokenizer.decode(&ids),
+                    ids,
+                })
+            };
+            let from_text = |text: String| {
+                Ok(PromptText {
+                    ids: tokenizer.encode(&text)?,
+                    text,
+                })
+            };
+            match self {
+                Self::Text(text) => Ok(vec![from_text(text)?]),
+                Self::Ids(ids) => Ok(vec![from_ids(ids)?]),
+                Self::Texts(texts) => texts.into_iter().map(from_text).collect(),
+                Self::IdLists(lists) => lists.into_iter().map(from_ids).collect(),
+            }
+        });
+        let prompts = prompts.await.map_err(|panic| Error::Step {
+            source: panic.into(),
+        })?;
+        let prompts = prompts
+            .map_err(|error: updraft_chat::Error| Error::invalid("prompt", one_line(&error)))?;
+        match prompts.iter().any(|prompt| prompt.ids.is_empty()) || prompts.is_empty() {
+            true => Err(Error::invalid("prompt", "the prompt is empty")),
+            false => Ok(prompts),
+        }
+    }
+}
+
+/// What all parts of one answer have in common.
+#[derive(Debug)]
+struct Answer {
+    id: String,
+    created: u64,
+    model: String,
+    logprobs: bool,
+    echo: bool,
+    prompts: Vec<PromptText>,
+    chat: Arc<Chat>,
+    form: Form,
+}
+
+/// The whole answer, or one chunk of it: text completions stream the same object.
+#[derive(Debug, Serialize)]
+struct Completion {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Choice {
+    index: u32,
+    text: String,
+    logprobs: Option<TextLogprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+impl Answer {
+    fn prompt(&self, index: u32) -> &PromptText {
+        &self.prompts[(index / self.form.num_choices) as usize]
+    }
+
+    async fn whole(self, streams: Vec<TextStream>) -> Result<Completion> {
+        let collected = streams.into_iter().map(generate::collect);
+        let collected = future::try_join_all(collected).await?;
+        let usages: Vec<Usage> = collected.iter().map(|text| text.usage).collect();
+        let choices = (0..)
+            .zip(&collected)
+            .map(|(index, text)| self.whole_choice(index, text));
+        let choices = choices.collect();
+        let usage = UsageBody::of(&usages, self.form.num_choices);
+        Ok(Completion {
+            usage: Some(Some(usage)),
+            ..self.envelope(choices)
+        })
+    }
+
+    fn whole_choice(&self, index: u32, collected: &Collected) -> Choice {
+        let mut offset = 0;
+        let mut logprobs = TextLogprobs::default();
+        self.push_prompt(&mut logprobs, index, &collected.prompt, &mut offset);
+        self.push_tokens(&mut logprobs, &collected.tokens, &mut offset);
+        let echoed = if self.echo {
+            self.prompt(index).text.as_str()
+        } else {
+            ""
+        };
+        Choice {
+            index,
+            text: format!("{echoed}{}", collected.text),
+            logprobs: self.logprobs.then_some(logprobs),
+            finish_reason: Some(collected.reason.as_str()),
+        }
+    }
+
+    fn push_prompt(
+        &self,
+        logprobs: &mut TextLogprobs,
+        index: u32,
+        prompt: &[Option<TokenLogprobs>],
+        offset: &mut usize,
+    ) {
+        for (&id, token) in self.prompt(index).ids.iter().zip(prompt) {
+            logprobs.push(&self.chat, id, token.as_ref(), offset);
+        }
+    }
+
+    fn push_tokens(&self, logprobs: &mut TextLogprobs, tokens: &[Token], offset: &mut usize) {
+        for token in tokens {
+            logprobs.push(&self.chat, token.id, token.logprobs.as_ref(), offset);
+        }
+    }
+
+    /// Waits for the first event, so that an early error is a status, then streams.
+    async fn stream(self, streams: Vec<TextStream>) -> Result<Response, ApiError> {
+        let mut offsets = vec![0; streams.len()];
+        let events = generate::merge(streams).await?;
+        let echoes: Vec<_> = (0..offsets.len() as u32)
+            .filter(|_| self.echo && !self.logprobs) // With logprobs the prompt comes as an event.
+            .map(|index| Ok(self.part(index, self.prompt(index).text.clone(), None)))
+            .collect();
+        let chunks =
+            events.try_filter_map(move |event| future::ready(Ok(self.chunk(event, &mut offsets))));
+        Ok(sse::respond(stream::iter(echoes).chain(chunks)))
+    }
+
+    fn chunk(&self, event: ChoiceEvent, offsets: &mut [usize]) -> Option<Completion> {
+        let mut logprobs = TextLogprobs::default();
+        match event {
+            ChoiceEvent::Prompt {
+                index,
+                logprobs: prompt,
+            } => {
+                self.push_prompt(&mut logprobs, index, &prompt, &mut offsets[index as usize]);
+                Some(self.part(index, self.prompt(index).text.clone(), Some(logprobs)))
+            }
+            ChoiceEvent::Text {
+                index,
+                text,
+                tokens,
+            } => {
+                self.push_tokens(&mut logprobs, &tokens, &mut offsets[index as usize]);
+                let logprobs = self.logprobs.then_some(logprobs);
+                let nothing = text.is_empty() && (logprobs.is_none() || tokens.is_empty());
+                (!nothing).then(|| self.part(index, text, logprobs))
+            }
+            ChoiceEvent::Finished { index, reason } => {
+                let finish_reason = Some(reason.as_str());
+                let choice = Choice {
+                    index,
+                    text: String::new(),
+                    logprobs: None,
+                    finish_reason,
+                };
+                Some(self.envelope(vec![choice]))
+            }
+            ChoiceEvent::AllFinished { usages } => {
+                let usage = UsageBody::of(&usages, self.form.num_choices);
+                let last = Completion {
+                    usage: Some(Some(usage)),
+                    ..self.envelope(Vec::new())
+                };
+                self.form.include_usage.then_some(last)
+            }
+        }
+    }
+
+    fn part(&self, index: u32, text: String, logprobs: Option<TextLogprobs>) -> Completion {
+        self.envelope(vec![Choice {
+            index,
+            text,
+            logprobs,
+            finish_reason: None,
+        }])
+    }
+
+    fn envelope(&self, choices: Vec<Choice>) -> Completion {
+        Completion {
+            id: self.id.clone(),
+            object: "text_completion",
+            created: self.created,
+            model: self.model.clone(),
+            choices,
+            usage: (self.form.stream && self.form.include_usage).then_some(None),
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Server-sent events: `data: {json}`, at last `data: [DONE]`.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::http::HeaderValue;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::{Stream, StreamExt};
+use serde::Serialize;
+
+use super::error::ApiError;
+use crate::error::Error;
+
+/// How often a silent stream says that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Streams chunks. An error becomes the last chunk, in OpenAI's form, before `[DONE]`.
+pub(crate) fn respond<C: Serialize + Send + 'static>(
+    chunks: impl Stream<Item = Result<C, Error>> + Send + 'static,
+) -> Response {
+    let mut failed = false;
+    let frames = chunks
+        .take_while(move |chunk| {
+            std::future::ready(!std::mem::replace(&mut failed, chunk.is_err()))
+        })
+        .map(|chunk| match chunk {
+            Ok(chunk) => serde_json::to_string(&chunk).expect("chunks have string keys only"),
+            Err(error) => ApiError::from(error).to_json(),
+        })
+        .chain(futures::stream::once(async { "[DONE]".to_owned() }))
+        .map(|data| Ok::<_, Infallible>(Event::default().data(data)));
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive");
+    let mut response = Sse::new(frames).keep_alive(keep_alive).into_response();
+    // Proxies that buffer would turn a stream into one late answer.
+    response
+        .headers_mut()
+        .insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}

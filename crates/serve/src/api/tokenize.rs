@@ -1,0 +1,97 @@
+//! `POST /tokenize` and `/detokenize`, in vLLM's and llama.cpp's words.
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use updraft_chat::TokenizerExt;
+
+use super::chat::{self, ChatFields};
+use super::error::ApiError;
+use super::json::JsonBody;
+use super::logprobs::token_text;
+use crate::app::App;
+use crate::error::{Error, one_line};
+
+#[derive(Debug, Deserialize)]
+struct TokenizeFields {
+    #[serde(default)]
+    model: Option<String>,
+    /// vLLM's name.
+    #[serde(default)]
+    prompt: Option<String>,
+    /// llama.cpp's.
+    #[serde(default)]
+    content: Option<String>,
+    #[serde(default)]
+    return_token_strs: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Tokenized {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<u32>,
+    token_strs: Option<Vec<String>>,
+}
+
+/// The token ids of a text, or of a conversation as the model would see it.
+pub(crate) async fn tokenize(
+    State(app): State<App>,
+    body: JsonBody,
+) -> Result<Json<Tokenized>, ApiError> {
+    let fields: TokenizeFields = body.read()?;
+    let model = app.model_or_default(fields.model)?;
+    let chat = app.chat(&model)?;
+    let tokens = match fields.prompt.or(fields.content) {
+        Some(text) => {
+            let chat = chat.clone();
+            let ids = tokio::task::spawn_blocking(move || chat.tokenizer().encode(&text)).await;
+            let ids = ids.map_err(|panic| Error::Step {
+                source: panic.into(),
+            })?;
+            ids.map_err(|error| Error::invalid("prompt", one_line(&error)))?
+        }
+        None => chat::prompt(&app, &chat, body.read::<ChatFields>()?).await?,
+    };
+    let strings = || tokens.iter().map(|&id| token_text(&chat, id)).collect();
+    Ok(Json(Tokenized {
+        count: tokens.len(),
+        max_model_len: app.max_model_len(&model)?,
+        token_strs: fields.return_token_strs.unwrap_or(false).then(strings),
+        tokens,
+    }))
+}
+
+#[derive(Debug, Deserialize)]
+struct DetokenizeFields {
+    #[serde(default)]
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Detokenized {
+    /// vLLM's name.
+    prompt: String,
+    /// llama.cpp's.
+    content: String,
+}
+
+/// The text of token ids.
+pub(crate) async fn detokenize(
+    State(app): State<App>,
+    body: JsonBody,
+) -> Result<Json<Detokenized>, ApiError> {
+    let fields: DetokenizeFields = body.read()?;
+    let chat = app.chat(&app.model_or_default(fields.model)?)?;
+    let vocab_size = chat.tokenizer().vocab_size();
+    if let Some(id) = fields.tokens.iter().find(|&&id| id as usize >= vocab_size) {
+        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
+        return Err(Error::invalid("tokens", message).into());
+    }
+    let content = chat.tokenizer().decode(&fields.tokens);
+    Ok(Json(Detokenized {
+        prompt: content.clone(),
+        content,
+    }))
+}

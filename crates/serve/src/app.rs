@@ -1,0 +1,193 @@
+//! What every handler shares.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use updraft_chat::Chat;
+
+use crate::auth::ApiKeys;
+use crate::clock::Clock;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::metrics::Metrics;
+use crate::rng;
+
+/// How the HTTP side behaves.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// Who may ask; everybody by default.
+    pub api_keys: ApiKeys,
+    /// The largest request body; a longer one is a 413.
+    pub max_body_bytes: usize,
+    /// The most completions of one request: its prompts times `n`.
+    pub max_choices: usize,
+    /// How long requests under way may take to end once shutdown begins.
+    pub drain_timeout: Duration,
+    /// The time in answers.
+    pub clock: Clock,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        Self {
+            api_keys: ApiKeys::default(),
+            max_body_bytes: 32 << 20,
+            max_choices: 128,
+            drain_timeout: Duration::from_secs(30),
+            clock: Clock::system(),
+        }
+    }
+}
+
+/// Where the server is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// Takes requests.
+    Ready,
+    /// Ends what it began, and refuses more.
+    Draining,
+    /// Ends everything now.
+    Stopping,
+}
+
+/// The shared state; cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct App(Arc<Shared>);
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) engine: Arc<dyn Engine>,
+    pub(crate) options: ServeOptions,
+    pub(crate) metrics: Metrics,
+    pub(crate) started: u64,
+    phase: watch::Sender<Phase>,
+    ids: Ids,
+}
+
+impl Deref for App {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl App {
+    pub(crate) fn new(engine: Arc<dyn Engine>, options: ServeOptions) -> Self {
+        Self(Arc::new(Shared {
+            engine,
+            started: options.clock.unix_seconds(),
+            options,
+            metrics: Metrics::default(),
+            phase: watch::Sender::new(Phase::Ready),
+            ids: Ids::default(),
+        }))
+    }
+}
+
+impl Shared {
+    pub(crate) fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
+    }
+
+    /// Ends once the server is this far in its life.
+    pub(crate) fn entered(&self, least: Phase) -> impl Future<Output = ()> + Send + 'static {
+        let mut phase = self.phase.subscribe();
+        async move {
+            // An error means that the server is gone, which is as good.
+            let _ = phase.wait_for(|phase| *phase >= least).await;
+        }
+    }
+
+    /// Refuses new work once the server drains.
+    pub(crate) fn check_ready(&self) -> Result<()> {
+        match self.phase() {
+            Phase::Ready => Ok(()),
+            Phase::Draining | Phase::Stopping => Err(Error::Unavailable {
+                reason: "the server is shutting down",
+            }),
+        }
+    }
+
+    /// An identifier nobody else has, such as `chatcmpl-…`.
+    pub(crate) fn id(&self, prefix: &str) -> String {
+        let (high, low) = self.ids.next();
+        format!("{prefix}-{high:016x}{low:08x}")
+    }
+
+    /// A seed for a request that brings none.
+    pub(crate) fn seed(&self) -> u64 {
+        let (high, low) = self.ids.next();
+        rng::mix(high ^ rng::mix(low))
+    }
+
+    /// The template and tokenizer of a model.
+    pub(crate) fn chat(&self, model: &str) -> Result<Arc<Chat>> {
+        self.engine.chat(model).ok_or_else(|| Error::ModelNotFound {
+            model: model.to_owned(),
+        })
+    }
+
+    /// The context of a model.
+    pub(crate) fn max_model_len(&self, model: &str) -> Result<u32> {
+        let models = self.engine.models();
+        let info = models.iter().find(|info| info.id == model);
+        info.map(|info| info.max_model_len)
+            .ok_or_else(|| Error::ModelNotFound {
+                model: model.to_owned(),
+            })
+    }
+
+    /// Bounds the completions of one request before any is begun.
+    pub(crate) fn check_choices(&self, num_prompts: usize, num_choices: u32) -> Result<()> {
+        let limit = self.options.max_choices;
+        if num_prompts.saturating_mul(num_choices as usize) <= limit {
+            return Ok(());
+        }
+        let message = format!("at most {limit} completions (prompts times n) are possible at once");
+        Err(Error::invalid("n", message))
+    }
+
+    /// The requested model's id, or the first model's if none is named.
+    pub(crate) fn model_or_default(&self, model: Option<String>) -> Result<String> {
+        match model.filter(|model| !model.is_empty()) {
+            Some(model) => Ok(model),
+            None => match self.engine.models().into_iter().next() {
+                Some(first) => Ok(first.id),
+                None => Err(Error::Unavailable {
+                    reason: "no model is loaded",
+                }),
+            },
+        }
+    }
+}
+
+/// A counter behind a number drawn once per server from the operating system.
+#[derive(Debug)]
+struct Ids {
+    salt: u64,
+    next: AtomicU64,
+}
+
+impl Default for Ids {
+    fn default() -> Self {
+        Self {
+            salt: RandomState::new().build_hasher().finish(),
+            next: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Ids {
+    fn next(&self) -> (u64, u64) {
+        (self.salt, self.next.fetch_add(1, Ordering::Relaxed))
+    }
+}

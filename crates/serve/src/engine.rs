@@ -1,0 +1,224 @@
+//! The seam between HTTP and models: token ids in, a stream of token ids out.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use updraft_chat::Chat;
+
+use crate::error::Result;
+use crate::sampling::SamplingParams;
+
+/// Something that continues prompts.
+///
+/// # Contract
+/// - [`models`](Engine::models) never changes its order while names stay, and its first entry
+///   answers requests that name no model. Every model listed has a [`chat`](Engine::chat).
+/// - [`generate`](Engine::generate) checks the request before it returns: an unknown model, an
+///   empty prompt, a token outside the vocabulary, a prompt and completion beyond the context and
+///   a full queue are errors there, not in the stream.
+/// - A stream holds [`TokenEvent::Prompt`] at most once and first, then tokens, then exactly one
+///   [`TokenEvent::Finished`] or one error, then nothing.
+/// - A stop token ends the stream and is counted in the usage, but is not sent.
+/// - **Dropping the stream cancels the request**: what it held is free within one step.
+/// - The same request, greedy or seeded, gives the same tokens whatever else is running.
+///
+/// The suite is [`conformance_tests!`](crate::conformance_tests) behind feature `conformance`.
+#[async_trait]
+pub trait Engine: Debug + Send + Sync {
+    /// The models and adapters a request may name.
+    fn models(&self) -> Vec<ModelInfo>;
+
+    /// The template and tokenizer of a model; `None` if the engine does not serve it.
+    fn chat(&self, model: &str) -> Option<Arc<Chat>>;
+
+    /// Admits a request and returns its tokens as they come.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](crate::Error::ModelNotFound),
+    /// [`InvalidRequest`](crate::Error::InvalidRequest),
+    /// [`ContextLength`](crate::Error::ContextLength),
+    /// [`Overloaded`](crate::Error::Overloaded) or
+    /// [`Unavailable`](crate::Error::Unavailable); nothing was computed then.
+    async fn generate(&self, request: GenerateRequest) -> Result<TokenStream>;
+
+    /// What each decoder is doing now.
+    fn stats(&self) -> Vec<EngineStats>;
+}
+
+/// The events of one request; dropping it cancels the request.
+pub type TokenStream = BoxStream<'static, Result<TokenEvent>>;
+
+/// One name under which a client may ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// The name in requests; may contain slashes.
+    pub id: String,
+    /// Where the weights came from: a folder or a stage.
+    pub root: String,
+    /// The base model's id if this is an adapter.
+    pub parent: Option<String>,
+    /// The most tokens a prompt and its completion may have together.
+    pub max_model_len: u32,
+}
+
+/// A prompt to continue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateRequest {
+    /// The id of a model or adapter.
+    pub model: String,
+    /// The prompt, already rendered and tokenized.
+    pub prompt_ids: Vec<u32>,
+    /// The most tokens to generate; 0 computes the prompt only.
+    pub max_tokens: u32,
+    /// How to choose each token.
+    pub sampling: SamplingParams,
+    /// Tokens that end the completion, the model's own end of turn among them.
+    pub stop_token_ids: Vec<u32>,
+    /// No stop token is chosen before this many tokens.
+    pub min_tokens: u32,
+    /// Report log-probabilities: of the chosen token, and of this many likeliest ones.
+    pub logprobs: Option<u32>,
+    /// The same for each prompt token given those before it.
+    pub prompt_logprobs: Option<u32>,
+}
+
+impl GenerateRequest {
+    /// A greedy request without stop tokens.
+    #[must_use]
+    pub fn greedy(model: impl Into<String>, prompt_ids: Vec<u32>, max_tokens: u32) -> Self {
+        Self {
+            model: model.into(),
+            prompt_ids,
+            max_tokens,
+            sampling: SamplingParams::greedy(),
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// What happens to a request, in order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TokenEvent {
+    /// Log-probabilities of the prompt's tokens, if asked for; the first has none.
+    Prompt(Vec<Option<TokenLogprobs>>),
+    /// One more token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Its log-probability, if asked for.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The completion is whole.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it cost.
+        usage: Usage,
+    },
+}
+
+/// Natural-log probabilities at one position, of the model's own distribution: before penalties,
+/// bias and temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token at this position.
+    pub logprob: f32,
+    /// The likeliest tokens, best first, as many as asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token, or a stop string.
+    Stop,
+    /// `max_tokens` were generated.
+    Length,
+}
+
+impl FinishReason {
+    /// OpenAI's word for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// Tokens of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens in the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens generated, a final stop token among them.
+    pub completion_tokens: u32,
+}
+
+/// One decoder at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineStats {
+    /// The base model's id.
+    pub model: String,
+    /// `false` once its thread has ended; it will answer nothing any more.
+    pub alive: bool,
+    /// Requests in the batch.
+    pub running: usize,
+    /// Requests that wait for a place in it.
+    pub waiting: usize,
+    /// The part of the KV cache in use, 0 to 1.
+    pub kv_cache_usage: f64,
+    /// Sequences put back and computed again since start.
+    pub preemptions: u64,
+}
+
+/// The checks of [`Engine::generate`] that every engine makes alike.
+///
+/// # Errors
+/// As [`Engine::generate`], without [`ModelNotFound`](crate::Error::ModelNotFound) and what
+/// depends on load.
+pub fn check_request(
+    request: &GenerateRequest,
+    vocab_size: usize,
+    max_model_len: u32,
+) -> Result<()> {
+    use crate::error::Error;
+    if request.prompt_ids.is_empty() {
+        return Err(Error::invalid("prompt", "the prompt is empty"));
+    }
+    let inside = |id: &u32| (*id as usize) < vocab_size;
+    if let Some(id) = request.prompt_ids.iter().find(|id| !inside(id)) {
+        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
+        return Err(Error::invalid("prompt", message));
+    }
+    if let Some(id) = request.stop_token_ids.iter().find(|id| !inside(id)) {
+        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
+        return Err(Error::invalid("stop_token_ids", message));
+    }
+    if let Some((id, _)) = request
+        .sampling
+        .logit_bias
+        .iter()
+        .find(|(id, _)| !inside(id))
+    {
+        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
+        return Err(Error::invalid("logit_bias", message));
+    }
+    request.sampling.validate()?;
+    let prompt_tokens = u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX);
+    if prompt_tokens.saturating_add(request.max_tokens) > max_model_len {
+        let max_tokens = request.max_tokens;
+        return Err(Error::ContextLength {
+            prompt_tokens,
+            max_tokens,
+            max_model_len,
+        });
+    }
+    Ok(())
+}

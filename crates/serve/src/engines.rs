@@ -1,0 +1,88 @@
+//! Several engines under one roof.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use updraft_chat::Chat;
+
+use crate::engine::{Engine, EngineStats, GenerateRequest, ModelInfo, TokenStream};
+use crate::error::{Error, Result};
+
+/// Serves the models of several engines, such as a base model and its merged fine-tune.
+#[derive(Debug)]
+pub struct Engines(Vec<Arc<dyn Engine>>);
+
+impl Engines {
+    /// These engines, the first one's first model being the default.
+    ///
+    /// # Errors
+    /// [`Error::Options`] if there is none, or two serve the same name.
+    pub fn new(engines: Vec<Arc<dyn Engine>>) -> Result<Self> {
+        let mut ids: Vec<String> = engines
+            .iter()
+            .flat_map(|engine| engine.models())
+            .map(|info| info.id)
+            .collect();
+        ids.sort_unstable();
+        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            let id = &pair[0];
+            return Err(Error::Options(format!(
+                "two models are named `{id}`; give each a name of its own"
+            )));
+        }
+        match ids.is_empty() {
+            true => Err(Error::Options(
+                "no model is named; name at least one".into(),
+            )),
+            false => Ok(Self(engines)),
+        }
+    }
+
+    fn of(&self, model: &str) -> Option<&Arc<dyn Engine>> {
+        self.0.iter().find(|engine| engine.chat(model).is_some())
+    }
+}
+
+#[async_trait]
+impl Engine for Engines {
+    fn models(&self) -> Vec<ModelInfo> {
+        self.0.iter().flat_map(|engine| engine.models()).collect()
+    }
+
+    fn chat(&self, model: &str) -> Option<Arc<Chat>> {
+        self.of(model)?.chat(model)
+    }
+
+    async fn generate(&self, request: GenerateRequest) -> Result<TokenStream> {
+        match self.of(&request.model) {
+            Some(engine) => engine.generate(request).await,
+            None => Err(Error::ModelNotFound {
+                model: request.model,
+            }),
+        }
+    }
+
+    fn stats(&self) -> Vec<EngineStats> {
+        self.0.iter().flat_map(|engine| engine.stats()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EchoEngine;
+
+    #[test]
+    fn names_are_unique_and_there_is_one() {
+        let engine = |names: &[&str]| -> Arc<dyn Engine> {
+            Arc::new(EchoEngine::new(names.iter().copied()))
+        };
+        let twice = Engines::new(vec![engine(&["a", "b"]), engine(&["b"])]);
+        let error = twice.expect_err("b is there twice").to_string();
+        assert!(error.contains("`b`"), "{error}");
+        assert!(Engines::new(Vec::new()).is_err());
+        let both = Engines::new(vec![engine(&["a"]), engine(&["b"])]).expect("distinct");
+        let ids: Vec<_> = both.models().into_iter().map(|info| info.id).collect();
+        assert_eq!(ids, ["a", "b"]);
+    }
+}

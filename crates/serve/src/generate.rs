@@ -1,0 +1,320 @@
+//! From tokens to text: detokenizing, stop strings, and the times between.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::future::BoxFuture;
+use futures::stream::{BoxStream, SelectAll};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
+use updraft_chat::{Chat, Detokenizer, StopMatcher};
+
+use crate::app::{App, Phase};
+use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, TokenStream, Usage};
+use crate::error::{Error, Result};
+
+/// A request whose answer is text.
+#[derive(Debug, Clone)]
+pub(crate) struct TextRequest {
+    pub(crate) request: GenerateRequest,
+    /// Strings that end the completion.
+    pub(crate) stop: Vec<String>,
+    /// Whether the stop string that was found stays in the text.
+    pub(crate) include_stop: bool,
+    /// Whether control tokens leave no text.
+    pub(crate) skip_special_tokens: bool,
+}
+
+impl TextRequest {
+    /// The same request as the `index`-th of several choices: only its draws differ.
+    pub(crate) fn for_choice(&self, index: u32) -> Self {
+        let mut request = self.clone();
+        let sampling = &mut request.request.sampling;
+        sampling.seed = sampling.seed.wrapping_add(u64::from(index));
+        request
+    }
+}
+
+/// A generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Token {
+    pub(crate) id: u32,
+    pub(crate) logprobs: Option<TokenLogprobs>,
+}
+
+/// What happens to one completion.
+#[derive(Debug)]
+pub(crate) enum TextEvent {
+    /// The prompt's log-probabilities.
+    Prompt(Vec<Option<TokenLogprobs>>),
+    /// Whole characters, and the tokens that begin in them. Either may be empty.
+    Text { text: String, tokens: Vec<Token> },
+    /// The end.
+    Finished { reason: FinishReason, usage: Usage },
+}
+
+/// The text of one completion as it comes; dropping it cancels the request.
+pub(crate) type TextStream = BoxStream<'static, Result<TextEvent>>;
+
+/// Admits a request and turns its tokens into text.
+pub(crate) async fn start(app: App, chat: Arc<Chat>, text: TextRequest) -> Result<TextStream> {
+    let arrived = Instant::now();
+    let prompt_tokens = u32::try_from(text.request.prompt_ids.len()).unwrap_or(u32::MAX);
+    let tokens = app
+        .engine
+        .generate(text.request)
+        .await
+        .inspect_err(|error| {
+            if matches!(error, Error::Overloaded { .. }) {
+                app.metrics.rejected();
+            }
+        })?;
+    let stopping = app.entered(Phase::Stopping).boxed();
+    let detokenizer = Detokenizer::new(chat.tokenizer().clone());
+    let stops = StopMatcher::new(text.stop);
+    let completion = Completion {
+        tokens,
+        stopping,
+        detokenizer: match text.skip_special_tokens {
+            true => detokenizer,
+            false => detokenizer.with_special_tokens(),
+        },
+        stops: match text.include_stop {
+            true => stops.including_stop(),
+            false => stops,
+        },
+        pending: Pending::default(),
+        usage: Usage {
+            prompt_tokens,
+            completion_tokens: 0,
+        },
+        ready: VecDeque::new(),
+        done: false,
+        arrived,
+        last_token: None,
+        app,
+    };
+    Ok(stream::try_unfold(completion, Completion::next).boxed())
+}
+
+struct Completion {
+    app: App,
+    tokens: TokenStream,
+    stopping: BoxFuture<'static, ()>,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    pending: Pending,
+    usage: Usage,
+    /// Events that are due before the next token is awaited.
+    ready: VecDeque<TextEvent>,
+    done: bool,
+    arrived: Instant,
+    last_token: Option<Instant>,
+}
+
+impl Completion {
+    async fn next(mut self) -> Result<Option<(TextEvent, Self)>> {
+        while self.ready.is_empty() && !self.done {
+            let event = tokio::select! {
+                event = self.tokens.try_next() => event?,
+                () = &mut self.stopping => None,
+            };
+            match event {
+                Some(TokenEvent::Prompt(logprobs)) => {
+                    self.ready.push_back(TextEvent::Prompt(logprobs));
+                }
+                Some(TokenEvent::Token { id, logprobs }) => self.token(Token { id, logprobs }),
+                Some(TokenEvent::Finished { reason, usage }) => {
+                    self.usage = usage;
+                    self.flush(reason);
+                }
+                None => {
+                    return Err(Error::Unavailable {
+                        reason: "the server is shutting down",
+                    });
+                }
+            }
+        }
+        Ok(self.ready.pop_front().map(|event| (event, self)))
+    }
+
+    fn token(&mut self, token: Token) {
+        self.time_token();
+        self.usage.completion_tokens += 1;
+        let text = self.detokenizer.push(token.id);
+        self.pending.push(token, text.len());
+        let (text, stopped) = self.stops.push(text);
+        let tokens = self.pending.release(text.len());
+        self.ready.push_back(TextEvent::Text { text, tokens });
+        if stopped.is_some() {
+            self.finish(FinishReason::Stop);
+        }
+    }
+
+    /// The engine is done: what was held back comes out, unless it completes a stop string.
+    fn flush(&mut self, mut reason: FinishReason) {
+        let (mut text, stopped) = self.stops.push(self.detokenizer.finish());
+        let tokens = if stopped.is_some() {
+            reason = FinishReason::Stop;
+            self.pending.release(text.len())
+        } else {
+            text.push_str(&self.stops.finish());
+            self.pending.release_all()
+        };
+        self.ready.push_back(TextEvent::Text { text, tokens });
+        self.finish(reason);
+    }
+
+    fn finish(&mut self, reason: FinishReason) {
+        let usage = self.usage;
+        self.ready.push_back(TextEvent::Finished { reason, usage });
+        self.done = true;
+        self.tokens = stream::empty().boxed(); // Frees the engine's blocks now.
+        self.app
+            .metrics
+            .finished(reason, usage, self.arrived.elapsed());
+    }
+
+    fn time_token(&mut self) {
+        let now = Instant::now();
+        match self.last_token.replace(now) {
+            None => self.app.metrics.first_token(now - self.arrived),
+            Some(last) => self.app.metrics.next_token(now - last),
+        }
+    }
+}
+
+/// Tokens whose text is not out yet.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Each with where its text starts.
+    tokens: VecDeque<(usize, Token)>,
+    decoded_bytes: usize,
+    released_bytes: usize,
+}
+
+impl Pending {
+    fn push(&mut self, token: Token, text_bytes: usize) {
+        self.tokens.push_back((self.decoded_bytes, token));
+        self.decoded_bytes += text_bytes;
+    }
+
+    /// The tokens that begin before the end of the text released so far.
+    fn release(&mut self, text_bytes: usize) -> Vec<Token> {
+        self.released_bytes += text_bytes;
+        let held = self
+            .tokens
+            .partition_point(|(start, _)| *start < self.released_bytes);
+        self.tokens.drain(..held).map(|(_, token)| token).collect()
+    }
+
+    fn release_all(&mut self) -> Vec<Token> {
+        self.tokens.drain(..).map(|(_, token)| token).collect()
+    }
+}
+
+/// A whole completion.
+#[derive(Debug)]
+pub(crate) struct Collected {
+    pub(crate) prompt: Vec<Option<TokenLogprobs>>,
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<Token>,
+    pub(crate) reason: FinishReason,
+    pub(crate) usage: Usage,
+}
+
+/// Waits for the end of a completion.
+pub(crate) async fn collect(mut events: TextStream) -> Result<Collected> {
+    let mut whole = Collected {
+        prompt: Vec::new(),
+        text: String::new(),
+        tokens: Vec::new(),
+        reason: FinishReason::Length,
+        usage: Usage::default(),
+    };
+    while let Some(event) = events.try_next().await? {
+        match event {
+            TextEvent::Prompt(logprobs) => whole.prompt = logprobs,
+            TextEvent::Text { text, tokens } => {
+                whole.text.push_str(&text);
+                whole.tokens.extend(tokens);
+            }
+            TextEvent::Finished { reason, usage } => {
+                whole.reason = reason;
+                whole.usage = usage;
+            }
+        }
+    }
+    Ok(whole)
+}
+
+/// What happens to several completions of one request.
+#[derive(Debug)]
+pub(crate) enum ChoiceEvent {
+    /// As [`TextEvent::Prompt`].
+    Prompt {
+        index: u32,
+        logprobs: Vec<Option<TokenLogprobs>>,
+    },
+    /// As [`TextEvent::Text`].
+    Text {
+        index: u32,
+        text: String,
+        tokens: Vec<Token>,
+    },
+    /// One is done.
+    Finished { index: u32, reason: FinishReason },
+    /// All are done.
+    AllFinished { usages: Vec<Usage> },
+}
+
+/// The events of several completions as they come. Waits for the first, so that an error before
+/// it can still be an HTTP status.
+pub(crate) async fn merge(
+    choices: Vec<TextStream>,
+) -> Result<impl Stream<Item = Result<ChoiceEvent>> + Send + 'static> {
+    let usages = vec![Usage::default(); choices.len()];
+    let numbered = (0..)
+        .zip(choices)
+        .map(|(index, choice)| choice.map_ok(move |event| (index, event)).boxed());
+    let mut merged = Merged {
+        events: stream::select_all(numbered),
+        usages: Some(usages),
+    };
+    let first = merged.step().await?;
+    let rest = stream::try_unfold(merged, |mut merged| async move {
+        Ok(merged.step().await?.map(|event| (event, merged)))
+    });
+    Ok(stream::iter(first.map(Ok)).chain(rest))
+}
+
+struct Merged {
+    events: SelectAll<BoxStream<'static, Result<(u32, TextEvent)>>>,
+    /// `None` once they are told.
+    usages: Option<Vec<Usage>>,
+}
+
+impl Merged {
+    async fn step(&mut self) -> Result<Option<ChoiceEvent>> {
+        let Some((index, event)) = self.events.try_next().await? else {
+            return Ok(self
+                .usages
+                .take()
+                .map(|usages| ChoiceEvent::AllFinished { usages }));
+        };
+        Ok(Some(match event {
+            TextEvent::Prompt(logprobs) => ChoiceEvent::Prompt { index, logprobs },
+            TextEvent::Text { text, tokens } => ChoiceEvent::Text {
+                index,
+                text,
+                tokens,
+            },
+            TextEvent::Finished { reason, usage } => {
+                if let Some(usages) = &mut self.usages {
+                    usages[index as usize] = usage;
+                }
+                ChoiceEvent::Finished { index, reason }
+            }
+        }))
+    }
+}

@@ -1,0 +1,327 @@
+//! Models from folders and stores, and what is said when something is missing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use updraft_model::{Adapter, Architecture, LoraConfig, ModelConfig, Threads, merge, peft, tiny};
+use updraft_serve::{AdapterSource, EngineOptions, ModelEngine, ModelSource, Result, ServeOptions};
+use updraft_store::{ManifestDraft, Opened, StageId, Store, open_stage};
+
+use crate::client::Server;
+
+const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
+    {{ message.content }}<|im_end|>\n{% endfor %}\
+    {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+/// The files of a tiny model, by name.
+fn model_files() -> Vec<(&'static str, Vec<u8>)> {
+    let mut config: Value =
+        serde_json::from_slice(&tiny::config_json(Architecture::Qwen2)).expect("JSON");
+    config["vocab_size"] = json!(258);
+    let config = serde_json::to_vec(&config).expect("JSON");
+    let weights = tiny::safetensors(&ModelConfig::from_json(&config).expect("sound"), 3);
+    vec![
+        ("config.json", config),
+        ("model.safetensors", weights),
+        ("tokenizer.json", tokenizer().to_string().into_bytes()),
+        (
+            "tokenizer_config.json",
+            br#"{"eos_token": "<|im_end|>"}"#.to_vec(),
+        ),
+        ("chat_template.jinja", TEMPLATE.into()),
+        (
+            "generation_config.json",
+            br#"{"eos_token_id": 257}"#.to_vec(),
+        ),
+    ]
+}
+
+/// A byte-level BPE without merges: one token per byte, and two control tokens.
+fn tokenizer() -> Value {
+    // GPT-2's alphabet: printable bytes are themselves, the others follow from U+0100.
+    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let mut next = 0x100;
+    let mut vocab = Map::new();
+    for byte in 0..=u8::MAX {
+        let symbol = if printable(byte) {
+            char::from(byte)
+        } else {
+            next += 1;
+            char::from_u32(next - 1).expect("a letter")
+        };
+        vocab.insert(symbol.to_string(), json!(byte));
+    }
+    let added = |id: u32, content: &str| {
+        json!({
+            "id": id, "content": content, "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false,
+        })
+    };
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [added(256, "<|im_start|>"), added(257, "<|im_end|>")],
+        "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
+
+fn adapter(config: &ModelConfig) -> Adapter {
+    let lora = LoraConfig {
+        r: 4,
+        ..LoraConfig::default()
+    };
+    let device = candle_core::Device::Cpu;
+    let mut adapter = Adapter::init(&lora, config, 1, &device).expect("sound settings");
+    adapter
+        .update(|values| {
+            for (index, value) in values.iter_mut().enumerate() {
+                *value = (updraft_serve::uniform(9, index as u64) - 0.5) as f32;
+            }
+        })
+        .expect("on the CPU");
+    adapter
+}
+
+/// What training leaves: the adapter, and the base with the adapter merged into it.
+fn done_files() -> Vec<(String, Vec<u8>)> {
+    let base = model_files();
+    let config = ModelConfig::from_json(&base[0].1).expect("sound");
+    let weights = tiny::weights(&config, 3);
+    let adapter = adapter(&config);
+    let lora = peft::write_adapter(&adapter).expect("sound");
+    let mut files = vec![
+        (
+            "lora_model/adapter_config.json".to_owned(),
+            lora.config_json,
+        ),
+        (
+            "lora_model/adapter_model.safetensors".to_owned(),
+            lora.safetensors,
+        ),
+    ];
+    for file in merge::merge(&weights, &config, &adapter).expect("it fits") {
+        let (name, bytes) = file.expect("f32");
+        files.push((format!("fused/{name}"), bytes));
+    }
+    let others = base
+        .into_iter()
+        .filter(|(name, _)| *name != "model.safetensors");
+    files.extend(others.map(|(name, bytes)| (format!("fused/{name}"), bytes)));
+    files
+}
+
+fn write(folder: &Path, files: &[(&str, Vec<u8>)]) {
+    for (name, bytes) in files {
+        std::fs::write(folder.join(name), bytes).expect("a temporary folder");
+    }
+}
+
+async fn commit<N: AsRef<str>>(store: &Store, id: &StageId, files: Vec<(N, Vec<u8>)>) {
+    let inputs = json!({"test": id.to_string()});
+    let Opened::Open(stage) = open_stage(store, id, "test", &inputs)
+        .await
+        .expect("a store")
+    else {
+        panic!("the store is new");
+    };
+    let mut objects = Vec::new();
+    for (name, bytes) in files {
+        objects.push(
+            stage
+                .put_object(name.as_ref(), bytes.into())
+                .await
+                .expect("written"),
+        );
+    }
+    let draft = ManifestDraft {
+        objects,
+        ..ManifestDraft::default()
+    };
+    stage.commit(draft).await.expect("committed");
+}
+
+async fn load(source: &ModelSource, adapters: &[AdapterSource]) -> Result<ModelEngine> {
+    let options = EngineOptions::default();
+    ModelEngine::load("tiny", source, adapters, &Threads::single(), &options).await
+}
+
+async fn refused(source: &ModelSource) -> String {
+    let error = load(source, &[]).await.expect_err("it cannot be served");
+    let message = error.to_string();
+    assert!(!message.contains('\n'), "one line: {message}");
+    message
+}
+
+/// What a model says to a fixed question; the same each time.
+async fn ask(server: &Server, model: &str) -> String {
+    let body = json!({
+        "model": model, "messages": [{"role": "user", "content": "How many?"}],
+        "temperature": 0, "max_tokens": 24, "logprobs": true,
+    });
+    let answer = server.post("/v1/chat/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    answer.json()["choices"][0]["message"]["content"]
+        .as_str()
+        .expect("text")
+        .to_owned()
+}
+
+async fn serve(engine: ModelEngine) -> Server {
+    Server::start(Arc::new(engine), ServeOptions::default()).await
+}
+
+#[tokio::test]
+async fn a_folder_is_served_and_streams_what_it_answers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let server = serve(
+        load(&ModelSource::folder(folder.path()), &[])
+            .await
+            .expect("it loads"),
+    )
+    .await;
+    let models = server.get("/v1/models").await.json();
+    assert_eq!(models["data"][0]["max_model_len"], 256);
+    let body = json!({
+        "messages": [{"role": "user", "content": "é"}], "temperature": 0, "max_tokens": 40,
+    });
+    let whole = server.post("/v1/chat/completions", &body).await.json();
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    let chunks = server
+        .post("/v1/chat/completions", &streamed)
+        .await
+        .chunks();
+    let text = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
+    assert_eq!(
+        whole["choices"][0]["message"]["content"],
+        text.collect::<String>()
+    );
+    // <|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n
+    assert_eq!(whole["usage"]["prompt_tokens"], 1 + 5 + 2 + 1 + 1 + 1 + 10);
+}
+
+#[tokio::test]
+async fn stages_are_served_from_folders_and_objects_alike() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let local = Store::open(folder.path().to_str().expect("UTF-8")).expect("a folder");
+    let mut answers = Vec::new();
+    for store in [local, Store::memory()] {
+        commit(
+            &store,
+            &StageId::models("tiny").expect("a name"),
+            model_files(),
+        )
+        .await;
+        commit(
+            &store,
+            &StageId::done("tiny", "letters").expect("a name"),
+            done_files(),
+        )
+        .await;
+        let tuned = ModelSource::stage(&store, "done/tiny/letters");
+        let adapter = AdapterSource {
+            name: "lora".into(),
+            source: tuned.clone(),
+        };
+        let base = load(&ModelSource::stage(&store, "models/tiny"), &[adapter])
+            .await
+            .expect("base");
+        let base = serve(base).await;
+        let tuned = serve(load(&tuned, &[]).await.expect("tuned")).await;
+        let models = base.get("/v1/models").await.json();
+        assert_eq!(models["data"][1]["id"], "lora");
+        assert_eq!(models["data"][1]["parent"], "tiny");
+        let (plain, lora, fused) = (
+            ask(&base, "tiny").await,
+            ask(&base, "lora").await,
+            ask(&tuned, "tiny").await,
+        );
+        assert_ne!(plain, lora, "the adapter does something");
+        assert_eq!(lora, fused, "unmerged and merged answer alike");
+        answers.push((plain, lora));
+    }
+    assert_eq!(answers[0], answers[1]);
+}
+
+#[tokio::test]
+async fn what_is_missing_is_named_with_the_next_step() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path();
+    let source = ModelSource::folder(path);
+    assert!(
+        refused(&ModelSource::folder(path.join("nowhere")))
+            .await
+            .contains("nowhere")
+    );
+    for (file, words) in [
+        (
+            "tokenizer.json",
+            "has no tokenizer.json; save the model's tokenizer",
+        ),
+        (
+            "chat_template.jinja",
+            "has no chat template; add chat_template.jinja",
+        ),
+        (
+            "config.json",
+            "has no config.json; give a model folder",
+        ),
+        ("model.safetensors", "has no model.safetensors; "),
+    ] {
+        write(path, &model_files());
+        std::fs::remove_file(path.join(file)).expect("it was there");
+        let message = refused(&source).await;
+        assert!(message.contains(words), "{file}: {message}");
+    }
+    write(path, &model_files());
+    std::fs::write(path.join("model.safetensors"), b"truncated").expect("written");
+    assert!(refused(&source).await.contains("cannot load"));
+}
+
+#[tokio::test]
+async fn stages_that_cannot_be_served_are_named() {
+    let store = Store::memory();
+    for (name, words) in [
+        ("models/none", "memory:// holds no finished `models/none`"),
+        ("done/none/letters", "holds no finished"),
+        ("standardized/letters", "is data"),
+        ("nonsense", "cannot load"),
+    ] {
+        let message = refused(&ModelSource::stage(&store, name)).await;
+        assert!(message.contains(words), "{name}: {message}");
+    }
+}
+
+#[tokio::test]
+async fn two_names_cannot_be_the_same() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let lora = tempfile::tempdir().expect("a temporary folder");
+    let config = ModelConfig::from_json(&model_files()[0].1).expect("sound");
+    let files = peft::write_adapter(&adapter(&config)).expect("sound");
+    write(
+        lora.path(),
+        &[
+            ("adapter_config.json", files.config_json),
+            ("adapter_model.safetensors", files.safetensors),
+        ],
+    );
+    let adapter = AdapterSource {
+        name: "tiny".into(),
+        source: ModelSource::folder(lora.path()),
+    };
+    let error = load(&ModelSource::folder(folder.path()), &[adapter]).await;
+    assert!(
+        error
+            .expect_err("a name twice")
+            .to_string()
+            .contains("`tiny`")
+    );
+}
