@@ -9,10 +9,10 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::kv_pages::KvPages;
+use crate::kv_pages::{KvPages, Places};
 use crate::layers::{AdapterRows, Block, Embedding, Loader, Pass, RmsNorm, SavedBlock, Stream};
 use crate::lora::Adapter;
-use crate::ops::{Ops, Places, Rows, check_device, new_rope_table};
+use crate::ops::{Ops, Rows, check_device, new_rope_table};
 use crate::weights::Weights;
 
 /// A decoder-only language model with frozen weights, ready to run.
@@ -121,10 +121,11 @@ impl Decoder {
             threads: self.threads.clone(),
             rows,
         };
-        let mut stream = self
-            .run(&ops, batch, &adapter_rows(batch, adapters), kv, |_| {})?
-            .rows(&ops, &batch.logit_rows)?;
-        Ok(self.norm.forward(&ops, &mut stream)?.0)
+        self.threads.install(|| {
+            let stream = self.run(&ops, batch, &adapter_rows(batch, adapters), kv, |_| {})?;
+            let mut stream = stream.rows(&ops, &batch.logit_rows)?;
+            Ok(self.norm.forward(&ops, &mut stream)?.0)
+        })
     }
 
     /// The logits of hidden states, `[N, C]` → `[N, V]`; each row's bits depend on that row alone.

@@ -110,14 +110,23 @@ pub enum Error {
         device: String,
     },
     /// The caller asked to stop.
-    #[error("cancelled")]
+    #[error("cancelled; run again to continue")]
     Cancelled,
     /// A tensor operation failed.
     #[error("tensor operation failed")]
     Candle(#[from] candle_core::Error),
     /// The store failed.
-    #[error("store operation failed")]
-    Store(#[from] updraft_store::Error),
+    #[error(transparent)]
+    Store(updraft_store::Error),
+}
+
+impl From<updraft_store::Error> for Error {
+    fn from(error: updraft_store::Error) -> Self {
+        match error {
+            updraft_store::Error::Cancelled => Self::Cancelled,
+            error => Self::Store(error),
+        }
+    }
 }
 
 impl Error {

@@ -2,23 +2,20 @@
 
 mod source;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::Bytes;
 use safetensors::tensor::Metadata;
 use serde_json::{Value, json};
 use updraft_store::{
     CancelToken, FinishedStage, JournalEntry, ManifestDraft, ObjectEntry, Opened, Progress,
-    ProgressSink, StageId, StageWriter, Store, open_stage,
+    ProgressSink, StageId, StageWriter, Store, fetch, open_stage,
 };
 
 use self::source::{Source, SourceFile};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::model_files::{CONFIG_FILE, TOKENIZER_FILE, is_small_file, required};
-use crate::weights::{
-    INDEX_FILE, SINGLE_FILE, header_len, missing_weights, parse_header, shard_names,
-};
+use crate::weights::{INDEX_FILE, Index, SINGLE_FILE, header_len, missing_weights, parse_header};
 
 /// Goes up when the same source would give other objects.
 const STAGE_VERSION: u32 = 1;
@@ -44,15 +41,24 @@ pub async fn import_model(
     cancel: &CancelToken,
 ) -> Result<FinishedStage> {
     let id = StageId::models(name)?;
-    let source = Source::open(source).await?;
-    let model = Model::examine(&source).await?;
+    import(store, &id, &Source::open(source).await?, progress, cancel).await
+}
+
+async fn import(
+    store: &Store,
+    id: &StageId,
+    source: &Source,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<FinishedStage> {
+    let model = Model::examine(source).await?;
     let files = source.identify(model.files, cancel).await?;
-    let inputs = json!({ "source": source.id(), "files": ids(&files), "version": STAGE_VERSION });
-    let writer = match open_stage(store, &id, "import", &inputs).await? {
+    let inputs = json!({ "files": ids(&files), "version": STAGE_VERSION });
+    let writer = match open_stage(store, id, "import", &inputs).await? {
         Opened::Finished(stage) => return Ok(stage),
         Opened::Open(writer) => writer,
     };
-    let objects = copy(&source, &files, &writer, progress, cancel).await?;
+    let objects = copy(source, &files, &writer, progress, cancel).await?;
     let counts = BTreeMap::from([
         (
             "bytes".to_owned(),
@@ -83,33 +89,25 @@ struct Model {
 
 impl Model {
     async fn examine(source: &Source) -> Result<Self> {
-        let all = source.files().await?;
+        let all = source.files()?;
         let find = |name: &str| all.iter().find(|file| file.name == name);
-        let mut small = BTreeMap::new();
-        for file in all
-            .iter()
-            .filter(|file| [CONFIG_FILE, INDEX_FILE, TOKENIZER_FILE].contains(&file.name.as_str()))
-        {
-            // The tokenizer's bytes are not looked at here; that it is there is what counts.
-            let len = if file.name == TOKENIZER_FILE {
-                0
-            } else {
-                file.bytes
-            };
-            small.insert(file.name.clone(), source.read(file, 0..len).await?);
-        }
-        let config = ModelConfig::from_json(required(&small, source.name(), CONFIG_FILE)?)?;
-        required(&small, source.name(), TOKENIZER_FILE)?;
-        let shards = match small.get(INDEX_FILE) {
-            Some(index) => shard_names(index)?,
-            None => vec![SINGLE_FILE.to_owned()],
+        let file = required(find(CONFIG_FILE), &source.name(), CONFIG_FILE)?;
+        let config = ModelConfig::from_json(&source.read(file, 0..file.bytes).await?)?;
+        required(find(TOKENIZER_FILE), &source.name(), TOKENIZER_FILE)?;
+        let index = match find(INDEX_FILE) {
+            Some(file) => Some(Index::parse(&source.read(file, 0..file.bytes).await?)?),
+            None => None,
+        };
+        let shards = match &index {
+            Some(index) => index.files(),
+            None => BTreeSet::from([SINGLE_FILE.to_owned()]),
         };
         let mut headers = Vec::new();
         for shard in &shards {
-            let file = find(shard).ok_or_else(|| missing_weights(source.name().to_owned()))?;
+            let file = find(shard).ok_or_else(|| missing_weights(source.name()))?;
             headers.push(read_header(source, file).await?);
         }
-        check_tensors(&config, &headers)?;
+        check_tensors(&config, index.as_ref(), &headers)?;
         let mut files: Vec<_> = all
             .iter()
             .filter(|file| {
@@ -132,25 +130,28 @@ async fn read_header(source: &Source, file: &SourceFile) -> Result<Metadata> {
     )
 }
 
-/// Every tensor the decoder will ask for is there once, with its shape.
-fn check_tensors(config: &ModelConfig, headers: &[Metadata]) -> Result<()> {
+/// Every tensor the decoder will ask for is there with its shape, and all that the index promises.
+fn check_tensors(config: &ModelConfig, index: Option<&Index>, headers: &[Metadata]) -> Result<()> {
+    let find = |name: &String| {
+        let found = headers.iter().find_map(|header| header.info(name));
+        found.ok_or_else(|| Error::MissingTensor {
+            name: name.clone(),
+            files: headers.len(),
+        })
+    };
     for (name, expected) in config.tensors() {
-        let found = headers.iter().find_map(|header| header.info(&name));
-        let Some(info) = found else {
-            return Err(Error::MissingTensor {
-                name,
-                files: headers.len(),
-            });
-        };
-        if info.shape != expected {
+        let actual = &find(&name)?.shape;
+        if *actual != expected {
             return Err(Error::Shape {
                 name,
                 expected,
-                actual: info.shape.clone(),
+                actual: actual.clone(),
             });
         }
     }
-    Ok(())
+    index.map_or(Ok(()), |index| {
+        index.tensors().try_for_each(|name| find(name).map(drop))
+    })
 }
 
 /// What decides the stage's key: each file by its content.
@@ -173,60 +174,29 @@ async fn copy(
     let (mut done, mut objects) = (0, Vec::new());
     let report = |done| progress.report(&Progress::new("import", done, Some(total), "bytes"));
     for (index, file) in (0..).zip(files) {
-        if let Some(entry) = journal.remove(&index) {
-            objects.extend(entry.objects);
-        } else {
-            let object =
-                copy_file(source, file, writer, |bytes| report(done + bytes), cancel).await?;
-            let entry = JournalEntry {
-                objects: vec![object],
-                ..JournalEntry::default()
-            };
-            objects.extend(writer.put_journal(index, &entry).await?.objects);
-        }
+        let entry = match journal.remove(&index) {
+            Some(entry) => entry,
+            None => {
+                let mut copied = done;
+                let progress = |bytes| {
+                    copied += bytes;
+                    report(copied);
+                };
+                let (body, object) = (source.stream(file)?, writer.object_writer(&file.name)?);
+                let object =
+                    fetch::copy(body, object, file.sha256.as_deref(), cancel, progress).await?;
+                let entry = JournalEntry {
+                    objects: vec![object],
+                    ..JournalEntry::default()
+                };
+                writer.put_journal(index, &entry).await?
+            }
+        };
+        objects.extend(entry.objects);
         done += file.bytes;
         report(done);
     }
     Ok(objects)
-}
-
-/// Copies one file piece by piece and checks that what arrived is what was identified.
-async fn copy_file(
-    source: &Source,
-    file: &SourceFile,
-    writer: &StageWriter,
-    report: impl Fn(u64),
-    cancel: &CancelToken,
-) -> Result<ObjectEntry> {
-    const PIECE: u64 = 8 << 20;
-    let mut object = writer.object_writer(&file.name)?;
-    while object.written() < file.bytes {
-        if cancel.is_cancelled() {
-            object.abort().await;
-            return Err(Error::Cancelled);
-        }
-        let start = object.written();
-        let piece: Bytes = source
-            .read(file, start..file.bytes.min(start + PIECE))
-            .await?;
-        if piece.is_empty() {
-            return Err(changed(file));
-        }
-        object.write(piece).await?;
-        report(object.written());
-    }
-    let entry = object.finish().await?;
-    match &file.sha256 {
-        Some(sha256) if *sha256 != entry.sha256 => Err(changed(file)),
-        _ => Ok(entry),
-    }
-}
-
-fn changed(file: &SourceFile) -> Error {
-    Error::Corrupt {
-        file: file.name.clone(),
-        reason: "it changed while it was copied".to_owned(),
-    }
 }
 
 #[cfg(test)]

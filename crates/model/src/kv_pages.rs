@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::batch::{Batch, BlockTables};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -85,5 +86,42 @@ impl KvPages {
     /// What one page takes over all layers.
     pub fn bytes_per_block(config: &ModelConfig, block_size: usize, dtype: DType) -> u64 {
         2 * (config.num_hidden_layers * block_size * config.kv_dim() * dtype.size_in_bytes()) as u64
+    }
+}
+
+/// Where the tokens of a batch lie in pages, worked out once for all layers.
+pub(crate) struct Places<'a> {
+    pub(crate) tables: &'a BlockTables,
+    /// The slot of each new token, `[T]`.
+    pub(crate) slots: Vec<u32>,
+    /// Each sequence's tokens in the pages, the new ones included.
+    pub(crate) context_lens: Vec<u32>,
+}
+
+impl<'a> Places<'a> {
+    /// The batch is validated; the tables must stay within `num_blocks` pages.
+    pub(crate) fn new(batch: &Batch, tables: &'a BlockTables, num_blocks: usize) -> Result<Self> {
+        let (mut slots, mut context_lens) = (Vec::with_capacity(batch.num_tokens()), Vec::new());
+        for (s, table) in tables.tables.iter().enumerate() {
+            if let Some(page) = table.iter().find(|&&page| page as usize >= num_blocks) {
+                return Err(Error::batch(format!(
+                    "sequence {s} names page {page} of {num_blocks}"
+                )));
+            }
+            let positions = &batch.positions[batch.rows(s)];
+            slots.extend(positions.iter().map(|&position| {
+                let (block, offset) = (
+                    position as usize / tables.block_size,
+                    position as usize % tables.block_size,
+                );
+                table[block] * tables.block_size as u32 + offset as u32
+            }));
+            context_lens.push(positions.last().map_or(0, |last| last + 1));
+        }
+        Ok(Self {
+            tables,
+            slots,
+            context_lens,
+        })
     }
 }

@@ -35,7 +35,8 @@
 //! # Features
 //! | feature | adds |
 //! | --- | --- |
-//! | `conformance` | [`tiny`]: random tiny models for the tests of other crates |
+//! | `hub` | [`import_model`] takes Hugging Face Hub ids too |
+//! | `conformance` | `tiny`: random tiny models for the tests of other crates |
 
 mod error;
 

@@ -1,6 +1,6 @@
 //! A model's files, opened from a folder or from a stage in the store.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use bytes::Bytes;
@@ -8,7 +8,7 @@ use updraft_store::FinishedStage;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::weights::{INDEX_FILE, SINGLE_FILE, Weights, map_file, shard_names};
+use crate::weights::{INDEX_FILE, Index, SINGLE_FILE, Weights, map_file};
 
 /// The file every model has.
 pub(crate) const CONFIG_FILE: &str = "config.json";
@@ -84,7 +84,8 @@ impl ModelFiles {
         files: BTreeMap<String, Bytes>,
         weights: impl FnOnce(&ModelConfig) -> Result<Weights>,
     ) -> Result<Self> {
-        let config = ModelConfig::from_json(required(&files, folder, CONFIG_FILE)?)?;
+        let config =
+            ModelConfig::from_json(required(files.get(CONFIG_FILE), folder, CONFIG_FILE)?)?;
         Ok(Self {
             weights: weights(&config)?,
             config,
@@ -128,13 +129,10 @@ pub async fn load_model_files(stage: &FinishedStage, prefix: &str) -> Result<Mod
         .into_iter()
         .collect();
     let shards = match weights.first() {
-        Some((_, index)) => shard_names(index)?,
-        None => vec![SINGLE_FILE.to_owned()],
+        Some((_, index)) => Index::parse(index)?.files(),
+        None => BTreeSet::from([SINGLE_FILE.to_owned()]),
     };
-    for (name, object) in own
-        .iter()
-        .filter(|(name, _)| shards.iter().any(|shard| shard == name))
-    {
+    for (name, object) in own.iter().filter(|(name, _)| shards.contains(*name)) {
         let bytes = match stage.store().local_path(&stage.path(&object.path)) {
             Some(path) => map_file(&path)?,
             None => stage.read(object).await?,
@@ -156,18 +154,17 @@ pub async fn load_model_files(stage: &FinishedStage, prefix: &str) -> Result<Mod
     ModelFiles::new(&folder, files, |_| Weights::from_files(weights))
 }
 
-/// A small file that must be there.
-pub(crate) fn required<'a>(
-    files: &'a BTreeMap<String, Bytes>,
-    folder: &str,
-    file: &'static str,
-) -> Result<&'a Bytes> {
-    files.get(file).ok_or_else(|| Error::MissingFile {
+/// A file that must be there.
+pub(crate) fn required<T>(found: Option<T>, folder: &str, file: &'static str) -> Result<T> {
+    let next = match file {
+        TOKENIZER_FILE => {
+            "save the tokenizer beside the model in its fast form (tokenizer.save_pretrained)"
+        }
+        _ => "give a model folder as transformers writes it, or a Hub id such as Qwen/Qwen2.5-0.5B",
+    };
+    found.ok_or_else(|| Error::MissingFile {
         folder: folder.to_owned(),
         file,
-        next: match file {
-            TOKENIZER_FILE => "save the tokenizer beside the model in its fast form (tokenizer.save_pretrained)",
-            _ => "give a model folder as transformers writes it, or a Hub id such as Qwen/Qwen2.5-0.5B",
-        },
+        next,
     })
 }

@@ -9,13 +9,13 @@ use updraft_kernels::{
     rope, swiglu,
 };
 
-use crate::batch::{Batch, BlockTables};
+use crate::batch::Batch;
 use crate::bridge::{
     Real, RopeTable, View, edit, edit_slice, read, tensor, typed, unsupported_dtype,
 };
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::kv_pages::LayerPages;
+use crate::kv_pages::{LayerPages, Places};
 
 /// What a row's bits may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -336,41 +336,6 @@ impl Ops {
             let loss =
                 linear_cross_entropy::forward_backward(&self.threads, hidden, head, labels, denom, out, &mut scratch);
             Ok((loss, tensor(dhidden, (rows, cols))?))
-        })
-    }
-}
-
-/// Where the tokens of a batch lie in pages, worked out once for all layers.
-pub(crate) struct Places<'a> {
-    tables: &'a BlockTables,
-    slots: Vec<u32>,
-    context_lens: Vec<u32>,
-}
-
-impl<'a> Places<'a> {
-    /// The batch is validated; the tables must stay within `num_blocks` pages.
-    pub(crate) fn new(batch: &Batch, tables: &'a BlockTables, num_blocks: usize) -> Result<Self> {
-        let (mut slots, mut context_lens) = (Vec::with_capacity(batch.num_tokens()), Vec::new());
-        for (s, table) in tables.tables.iter().enumerate() {
-            if let Some(page) = table.iter().find(|&&page| page as usize >= num_blocks) {
-                return Err(Error::batch(format!(
-                    "sequence {s} names page {page} of {num_blocks}"
-                )));
-            }
-            let positions = &batch.positions[batch.rows(s)];
-            slots.extend(positions.iter().map(|&position| {
-                let (block, offset) = (
-                    position as usize / tables.block_size,
-                    position as usize % tables.block_size,
-                );
-                table[block] * tables.block_size as u32 + offset as u32
-            }));
-            context_lens.push(positions.last().map_or(0, |last| last + 1));
-        }
-        Ok(Self {
-            tables,
-            slots,
-            context_lens,
         })
     }
 }

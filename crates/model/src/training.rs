@@ -168,11 +168,13 @@ impl Decoder {
             [] => Ok(0.0),
             _ => part(&ops, one, state),
         };
-        self.threads().split(jobs.as_mut_slice(), 1, |jobs| {
+        let run = |jobs: &mut [Job<'_, S>]| {
             for job in jobs {
                 job.loss = job.parts.iter().map(|part| one(part, &mut job.state)).sum();
             }
-        });
+        };
+        self.threads()
+            .install(|| self.threads().split(jobs.as_mut_slice(), 1, run));
         jobs.into_iter()
             .map(|job| Ok((job.loss?, job.state)))
             .collect()

@@ -1,6 +1,6 @@
 //! A model's weight files: safetensors, memory-mapped or in memory, single or sharded.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 
@@ -51,8 +51,9 @@ struct Place {
     end: usize,
 }
 
-#[derive(Deserialize)]
-struct Index {
+/// Which file holds which tensor.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
@@ -71,7 +72,8 @@ impl Weights {
                 path: index_path,
                 source,
             })?;
-            let files = shard_names(&index)?
+            let files = Index::parse(&index)?
+                .files()
                 .into_iter()
                 .map(|name| Ok((name.clone(), map_file(&folder.join(name))?)))
                 .collect::<Result<Vec<_>>>()?;
@@ -98,7 +100,7 @@ impl Weights {
             }
             return Self::open(shards, None);
         };
-        let wanted = shard_names(&index)?;
+        let wanted = Index::parse(&index)?.files();
         shards.retain(|(name, _)| wanted.contains(name));
         shards.sort_by(|a, b| a.0.cmp(&b.0));
         Self::open(shards, Some(index))
@@ -156,7 +158,7 @@ impl Weights {
 
     /// A tensor the index promises must be there, or a half-fetched model would load.
     fn check_index(&self, index: &[u8]) -> Result<()> {
-        for name in parse_index(index)?.weight_map.keys() {
+        for name in Index::parse(index)?.tensors() {
             self.place(name)?;
         }
         Ok(())
@@ -300,30 +302,33 @@ pub(crate) fn parse_header(file: &str, file_len: u64, header: &[u8]) -> Result<M
     Ok(metadata)
 }
 
-fn parse_index(index: &[u8]) -> Result<Index> {
-    serde_json::from_slice(index).map_err(|error| Error::Corrupt {
-        file: INDEX_FILE.to_owned(),
-        reason: error.to_string(),
-    })
-}
-
-/// The shard files an index names, sorted; a name that leaves the folder is refused.
-///
-/// # Errors
-/// [`Error::Corrupt`] for an index that is not one.
-pub(crate) fn shard_names(index: &[u8]) -> Result<Vec<String>> {
-    let mut names: Vec<String> = parse_index(index)?.weight_map.into_values().collect();
-    names.sort_unstable();
-    names.dedup();
-    match names
-        .iter()
-        .find(|name| name.contains(['/', '\\']) || !name.ends_with(".safetensors"))
-    {
-        Some(name) => Err(Error::Corrupt {
+impl Index {
+    /// Reads an index; a file name that leaves the folder is refused.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for an index that is not one.
+    pub(crate) fn parse(index: &[u8]) -> Result<Self> {
+        let corrupt = |reason: String| Error::Corrupt {
             file: INDEX_FILE.to_owned(),
-            reason: format!("{name:?} is not a weight file's name"),
-        }),
-        None => Ok(names),
+            reason,
+        };
+        let index: Self =
+            serde_json::from_slice(index).map_err(|error| corrupt(error.to_string()))?;
+        let is_name = |name: &str| !name.contains(['/', '\\']) && name.ends_with(".safetensors");
+        match index.weight_map.values().find(|name| !is_name(name)) {
+            Some(name) => Err(corrupt(format!("{name:?} is not a weight file's name"))),
+            None => Ok(index),
+        }
+    }
+
+    /// The files it names, sorted.
+    pub(crate) fn files(&self) -> BTreeSet<String> {
+        self.weight_map.values().cloned().collect()
+    }
+
+    /// The tensors it promises, sorted.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &String> {
+        self.weight_map.keys()
     }
 }
 

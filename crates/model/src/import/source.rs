@@ -1,19 +1,26 @@
-//! Where a model comes from: a folder on this machine.
+//! Where a model comes from: a folder on this machine, or a repository on the Hub.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use futures::StreamExt;
+#[cfg(feature = "hub")]
+use futures::TryStreamExt;
+use futures::stream::{self, BoxStream};
 use serde_json::{Value, json};
+#[cfg(feature = "hub")]
+use updraft_store::hub::{HubClient, RepoFile, RepoRef, ResolvedRepo};
 use updraft_store::{CancelToken, sha256_hex};
 
 use crate::error::{Error, Result};
 use crate::weights::map_file;
 
 /// A place that holds a model's files.
-#[derive(Debug)]
 pub(super) enum Source {
-    Folder { path: PathBuf, name: String },
+    Folder(PathBuf),
+    #[cfg(feature = "hub")]
+    Hub(HubClient, ResolvedRepo),
 }
 
 /// One file of a source.
@@ -28,48 +35,76 @@ pub(super) struct SourceFile {
 }
 
 impl Source {
+    /// A folder if there is one of that name, else a Hub id.
     pub(super) async fn open(spec: &str) -> Result<Self> {
         let path = Path::new(spec);
         if path.is_dir() {
-            return Ok(Self::Folder {
-                path: path.to_owned(),
-                name: spec.to_owned(),
+            return Ok(Self::Folder(path.to_owned()));
+        }
+        if path.exists() || path.is_absolute() || spec.starts_with('.') {
+            return Err(Error::NoModel {
+                model: spec.to_owned(),
             });
         }
-        Err(Error::NoModel {
+        Self::on_the_hub(spec).await
+    }
+
+    #[cfg(feature = "hub")]
+    async fn on_the_hub(spec: &str) -> Result<Self> {
+        let (id, revision) = spec.split_once('@').unwrap_or((spec, "main"));
+        let repo = RepoRef::model(id).map_err(|_| Error::NoModel {
             model: spec.to_owned(),
+        })?;
+        Self::hub(HubClient::from_env()?, &repo.at(revision)).await
+    }
+
+    #[cfg(not(feature = "hub"))]
+    async fn on_the_hub(spec: &str) -> Result<Self> {
+        let what = format!("fetching {spec} from the Hub without the feature `hub`");
+        Err(Error::Unsupported {
+            what,
+            instead: "build with it, or give a folder that exists",
         })
     }
 
+    /// A repository, pinned to the commit it is now.
+    #[cfg(feature = "hub")]
+    pub(super) async fn hub(client: HubClient, repo: &RepoRef) -> Result<Self> {
+        let resolved = client.resolve(repo).await?;
+        Ok(Self::Hub(client, resolved))
+    }
+
     /// How messages call it.
-    pub(super) fn name(&self) -> &str {
+    pub(super) fn name(&self) -> String {
         match self {
-            Self::Folder { name, .. } => name,
+            Self::Folder(path) => path.display().to_string(),
+            #[cfg(feature = "hub")]
+            Self::Hub(_, repo) => repo.repo.to_string(),
         }
     }
 
-    /// What decides the content beside the files: nothing for a folder, whose path does not matter.
-    pub(super) fn id(&self) -> Value {
+    /// Its files at the top level.
+    pub(super) fn files(&self) -> Result<Vec<SourceFile>> {
         match self {
-            Self::Folder { .. } => json!("folder"),
+            Self::Folder(path) => list_folder(path),
+            #[cfg(feature = "hub")]
+            Self::Hub(_, repo) => Ok(repo
+                .files
+                .iter()
+                .filter(|file| !file.path.contains('/'))
+                .map(hub_file)
+                .collect()),
         }
     }
 
-    /// Its files at the top level, unidentified.
-    pub(super) async fn files(&self) -> Result<Vec<SourceFile>> {
-        match self {
-            Self::Folder { path, .. } => list_folder(path),
-        }
-    }
-
-    /// Fills in what the content of files is known by; for a folder that means reading them.
+    /// Fills in what the content of files is known by, which for a folder means reading them.
     pub(super) async fn identify(
         &self,
         files: Vec<SourceFile>,
         cancel: &CancelToken,
     ) -> Result<Vec<SourceFile>> {
         match self {
-            Self::Folder { path, .. } => {
+            Self::Folder(path) => {
                 let (path, cancel) = (path.clone(), cancel.clone());
                 let hash = move || {
                     files
@@ -81,17 +116,47 @@ impl Source {
                     .await
                     .expect("hashing does not panic")
             }
+            #[cfg(feature = "hub")]
+            Self::Hub(..) => Ok(files),
         }
     }
 
-    /// Bytes of a file.
+    /// Some bytes of a file.
     pub(super) async fn read(&self, file: &SourceFile, range: Range<u64>) -> Result<Bytes> {
         match self {
-            Self::Folder { path, .. } => {
+            Self::Folder(path) => {
                 let bytes = map_file(&path.join(&file.name))?;
                 let len = bytes.len() as u64;
                 Ok(bytes.slice(range.start.min(len) as usize..range.end.min(len) as usize))
             }
+            #[cfg(feature = "hub")]
+            Self::Hub(client, repo) => {
+                let pieces: Vec<Bytes> = client
+                    .read(repo, find(repo, file)?, range)
+                    .try_collect()
+                    .await?;
+                Ok(pieces.concat().into())
+            }
+        }
+    }
+
+    /// All bytes of a file, in order.
+    pub(super) fn stream(
+        &self,
+        file: &SourceFile,
+    ) -> Result<BoxStream<'static, updraft_store::Result<Bytes>>> {
+        const PIECE: usize = 8 << 20;
+        match self {
+            Self::Folder(path) => {
+                let bytes = map_file(&path.join(&file.name))?;
+                let starts = (0..bytes.len()).step_by(PIECE);
+                Ok(stream::iter(
+                    starts.map(move |start| Ok(bytes.slice(start..bytes.len().min(start + PIECE)))),
+                )
+                .boxed())
+            }
+            #[cfg(feature = "hub")]
+            Self::Hub(client, repo) => Ok(client.read_all(repo, find(repo, file)?)),
         }
     }
 }
@@ -104,7 +169,7 @@ fn list_folder(path: &Path) -> Result<Vec<SourceFile>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(io)? {
         let entry = entry.map_err(io)?;
-        // Followed on purpose: the Hub's cache is a folder of links.
+        // Followed on purpose: the Hub's own cache is a folder of links.
         let Ok(metadata) = std::fs::metadata(entry.path()) else {
             continue;
         };
@@ -130,4 +195,26 @@ fn hash_file(folder: &Path, file: SourceFile, cancel: &CancelToken) -> Result<So
         sha256: Some(sha256),
         ..file
     })
+}
+
+#[cfg(feature = "hub")]
+fn hub_file(file: &RepoFile) -> SourceFile {
+    SourceFile {
+        name: file.path.clone(),
+        bytes: file.size,
+        id: json!(file.lfs_sha256.as_ref().unwrap_or(&file.oid)),
+        sha256: file.lfs_sha256.clone(),
+    }
+}
+
+#[cfg(feature = "hub")]
+fn find<'a>(repo: &'a ResolvedRepo, file: &SourceFile) -> Result<&'a RepoFile> {
+    let unknown = || Error::Corrupt {
+        file: file.name.clone(),
+        reason: "not in the repository's listing".to_owned(),
+    };
+    repo.files
+        .iter()
+        .find(|own| own.path == file.name)
+        .ok_or_else(unknown)
 }

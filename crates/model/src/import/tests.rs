@@ -201,3 +201,106 @@ async fn a_cancelled_import_goes_on_later() {
     assert!(matches!(stopped, Err(Error::Cancelled)));
     import(&store, folder.path()).await.expect("goes on");
 }
+
+#[cfg(feature = "hub")]
+mod hub {
+    use updraft_store::hub::{HubClient, HubConfig, RepoRef};
+    use updraft_store::sha256_hex;
+    use wiremock::matchers::path;
+    use wiremock::{Mock, MockServer, ResponseTemplate};
+
+    use super::*;
+
+    /// A Hub whose `owner/tiny` is a folder's files, the weights as a large file.
+    async fn serve(folder: &Path, sha256_of_weights: &str) -> MockServer {
+        let server = MockServer::start().await;
+        let mut tree = vec![json!({ "type": "directory", "path": "onnx", "oid": "0", "size": 0 })];
+        for entry in std::fs::read_dir(folder).expect("a folder") {
+            let file = entry.expect("an entry").path();
+            let (name, bytes) = (
+                file.file_name().expect("a name").to_owned(),
+                std::fs::read(&file).expect("a file"),
+            );
+            let name = name.into_string().expect("UTF-8");
+            let mut item = json!({ "type": "file", "path": name, "oid": sha256_hex(&bytes)[..40], "size": bytes.len() });
+            if name == SINGLE_FILE {
+                item["lfs"] =
+                    json!({ "oid": sha256_of_weights, "size": bytes.len(), "pointerSize": 1 });
+            }
+            tree.push(item);
+            let content = Mock::given(path(format!("/owner/tiny/resolve/c0ffee/{name}")));
+            content
+                .respond_with(ResponseTemplate::new(200).set_body_bytes(bytes))
+                .mount(&server)
+                .await;
+        }
+        for (route, answer) in [
+            ("revision/main", json!({ "sha": "c0ffee" })),
+            ("tree/c0ffee", json!(tree)),
+        ] {
+            let answer = ResponseTemplate::new(200).set_body_json(answer);
+            Mock::given(path(format!("/api/models/owner/tiny/{route}")))
+                .respond_with(answer)
+                .mount(&server)
+                .await;
+        }
+        server
+    }
+
+    async fn import_from(server: &MockServer, store: &Store) -> Result<FinishedStage> {
+        let config = HubConfig {
+            endpoint: server.uri(),
+            ..HubConfig::default()
+        };
+        let repo = RepoRef::model("owner/tiny").expect("a repository's id");
+        let source = Source::hub(HubClient::new(config).expect("a client"), &repo).await?;
+        let id = StageId::models("owner/tiny").expect("a name");
+        super::super::import(store, &id, &source, &NoProgress, &CancelToken::new()).await
+    }
+
+    #[tokio::test]
+    async fn a_repository_arrives_like_a_folder() {
+        let (folder, store) = (folder(), Store::memory());
+        let weights = std::fs::read(folder.path().join(SINGLE_FILE)).expect("a file");
+        let server = serve(folder.path(), &sha256_hex(&weights)).await;
+        let stage = import_from(&server, &store)
+            .await
+            .expect("a sound repository");
+        let local = import(&store, folder.path()).await.expect("a sound folder");
+        let objects = stage.manifest().await.expect("committed").objects;
+        assert_eq!(objects, local.manifest().await.expect("committed").objects);
+        assert!(
+            import_from(&server, &store)
+                .await
+                .expect("finished before")
+                .reused()
+        );
+        let wanted = |request: &wiremock::Request| !request.url.path().ends_with(".bin");
+        assert!(
+            server
+                .received_requests()
+                .await
+                .expect("recorded")
+                .iter()
+                .all(wanted)
+        );
+    }
+
+    #[tokio::test]
+    async fn weights_that_are_not_what_the_hub_lists_are_not_committed() {
+        let (folder, store) = (folder(), Store::memory());
+        let server = serve(folder.path(), &"0".repeat(64)).await;
+        let error = import_from(&server, &store)
+            .await
+            .expect_err("another hash")
+            .to_string();
+        assert!(error.contains("its SHA-256 is"), "{error}");
+        let id = StageId::models("owner/tiny").expect("a name");
+        assert!(
+            updraft_store::current(&store, &id)
+                .await
+                .expect("memory answers")
+                .is_none()
+        );
+    }
+}

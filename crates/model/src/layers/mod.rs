@@ -18,9 +18,9 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::kv_pages::LayerPages;
+use crate::kv_pages::{LayerPages, Places};
 use crate::lora::GroupAdapter;
-use crate::ops::{Ops, Places};
+use crate::ops::Ops;
 use crate::weights::Weights;
 
 /// Where weights come from and what they become.

@@ -157,3 +157,41 @@ fn merged_weights_run_like_the_adapter() {
         );
     }
 }
+
+#[test]
+fn a_decoder_and_all_it_needs_may_be_shared_by_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<(
+        Decoder,
+        Adapter,
+        Gradients,
+        Weights,
+        updraft_model::KvPages,
+        Part,
+    )>();
+}
+
+#[test]
+fn what_cannot_be_loaded_is_named() {
+    let world = World::new(Architecture::Llama);
+    let refused = |config: &updraft_model::ModelConfig, dtype: DType| {
+        let loaded = Decoder::load(
+            config,
+            &world.weights,
+            dtype,
+            &Device::Cpu,
+            &Threads::single(),
+        );
+        loaded.expect_err("must be refused").to_string()
+    };
+    assert!(refused(&world.config, DType::BF16).starts_with("computing in BF16 is not supported"));
+    let mut deeper = world.config.clone();
+    deeper.num_hidden_layers = 3;
+    assert!(refused(&deeper, DType::F32).starts_with("tensor model.layers.2."));
+    let mut wider = world.config.clone();
+    wider.vocab_size = 97;
+    assert!(
+        refused(&wider, DType::F32)
+            .contains("embed_tokens.weight has shape [96, 32] where the model needs [97, 32]")
+    );
+}
