@@ -1,0 +1,368 @@
+//! The settings of a run, by the names of `transformers.TrainingArguments`.
+
+use serde::{Deserialize, Serialize};
+use updraft_model::Activations;
+
+use crate::plan::Batching;
+use crate::schedule::{Schedule, SchedulerType};
+use crate::{Error, Result};
+
+/// Settings of one training run.
+///
+/// Names and defaults are those of `transformers.TrainingArguments` (and of
+/// TRL's `SFTConfig` for `packing`); LoRA usually wants a higher
+/// `learning_rate` than the default, such as `2e-4`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Peak learning rate. Too high and the loss jumps, too low and it stays.
+    pub learning_rate: f64,
+    /// Passes over the data; a fraction stops inside a pass.
+    pub num_train_epochs: f64,
+    /// Optimizer steps; when set, it overrides `num_train_epochs` and the data
+    /// is passed over as often as that takes.
+    pub max_steps: Option<u64>,
+    /// Examples per micro-batch, or packed rows when `packing` is on. Memory
+    /// grows with it.
+    pub per_device_train_batch_size: u32,
+    /// Micro-batches per optimizer step. The step's loss and gradients do not
+    /// depend on how the same examples are divided.
+    pub gradient_accumulation_steps: u32,
+    /// Put several examples into one row of at most `max_seq_len` tokens.
+    /// Attention and positions stay per example, so only the composition of a
+    /// step changes.
+    pub packing: bool,
+    /// Tokens in a packed row. Without packing only a limit that the data must
+    /// already respect.
+    pub max_seq_len: u32,
+    /// Examples packed together. A larger window fills rows better and holds
+    /// more examples in memory.
+    pub packing_window: u32,
+    /// How the learning rate falls.
+    pub lr_scheduler_type: SchedulerType,
+    /// Optimizer steps over which the learning rate rises from zero.
+    pub warmup_steps: u64,
+    /// The same as a share of all steps; used when `warmup_steps` is zero.
+    pub warmup_ratio: f64,
+    /// Which optimizer.
+    pub optim: OptimizerKind,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment.
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment.
+    pub adam_beta2: f64,
+    /// Keeps AdamW's denominator away from zero.
+    pub adam_epsilon: f64,
+    /// Gradients are scaled down to this norm; zero leaves them alone.
+    pub max_grad_norm: f64,
+    /// Seed of the adapter's first values. The order of the examples is the
+    /// source's.
+    pub seed: u64,
+    /// Keep only each block's input and run the block again on the way back:
+    /// the same numbers, a third more work, a fraction of the memory.
+    pub gradient_checkpointing: bool,
+    /// Optimizer steps between checkpoints.
+    pub save_steps: u64,
+    /// Checkpoints kept; older ones are deleted.
+    pub save_total_limit: u32,
+}
+
+/// The optimizers, by their `TrainingArguments.optim` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerKind {
+    /// AdamW as PyTorch computes it.
+    AdamwTorch,
+    /// Accepted for the sake of existing recipes: an adapter's moments are
+    /// small, so they stay in f32 and the run is `adamw_torch`.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
+    /// Plain gradient descent.
+    Sgd,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 5e-5,
+            num_train_epochs: 3.0,
+            max_steps: None,
+            per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            packing: false,
+            max_seq_len: 4096,
+            packing_window: 4096,
+            lr_scheduler_type: SchedulerType::Linear,
+            warmup_steps: 0,
+            warmup_ratio: 0.0,
+            optim: OptimizerKind::AdamwTorch,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            seed: 42,
+            gradient_checkpointing: false,
+            save_steps: 500,
+            save_total_limit: 2,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Refuses settings that no run could follow.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the first bad field and what it may be.
+    pub fn validate(&self) -> Result<()> {
+        let finite = |x: f64| x.is_finite() && x >= 0.0;
+        let unit = |x: f64| (0.0..1.0).contains(&x);
+        check(
+            "learning_rate",
+            self.learning_rate,
+            finite(self.learning_rate),
+            "it must be finite and not negative",
+        )?;
+        let epochs = self.num_train_epochs;
+        check(
+            "num_train_epochs",
+            epochs,
+            finite(epochs) && epochs > 0.0,
+            "it must be finite and positive",
+        )?;
+        check(
+            "max_steps",
+            self.max_steps.unwrap_or(1),
+            self.max_steps != Some(0),
+            "a run has at least one step; leave it out to count epochs",
+        )?;
+        check(
+            "per_device_train_batch_size",
+            self.per_device_train_batch_size,
+            self.per_device_train_batch_size > 0,
+            "it must be at least one",
+        )?;
+        check(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            self.gradient_accumulation_steps > 0,
+            "it must be at least one",
+        )?;
+        check(
+            "max_seq_len",
+            self.max_seq_len,
+            self.max_seq_len > 1,
+            "a row needs at least two tokens to predict one",
+        )?;
+        check(
+            "packing_window",
+            self.packing_window,
+            self.packing_window > 0,
+            "it must be at least one",
+        )?;
+        check(
+            "warmup_ratio",
+            self.warmup_ratio,
+            (0.0..=1.0).contains(&self.warmup_ratio),
+            "it must lie between zero and one",
+        )?;
+        check(
+            "weight_decay",
+            self.weight_decay,
+            finite(self.weight_decay),
+            "it must be finite and not negative",
+        )?;
+        check(
+            "adam_beta1",
+            self.adam_beta1,
+            unit(self.adam_beta1),
+            "it must lie in [0, 1)",
+        )?;
+        check(
+            "adam_beta2",
+            self.adam_beta2,
+            unit(self.adam_beta2),
+            "it must lie in [0, 1)",
+        )?;
+        check(
+            "adam_epsilon",
+            self.adam_epsilon,
+            finite(self.adam_epsilon) && self.adam_epsilon > 0.0,
+            "it must be finite and positive",
+        )?;
+        check(
+            "max_grad_norm",
+            self.max_grad_norm,
+            finite(self.max_grad_norm),
+            "it must be finite and not negative; zero turns clipping off",
+        )?;
+        check(
+            "save_steps",
+            self.save_steps,
+            self.save_steps > 0,
+            "it must be at least one",
+        )?;
+        check(
+            "save_total_limit",
+            self.save_total_limit,
+            self.save_total_limit > 0,
+            "a resume needs at least one checkpoint",
+        )
+    }
+
+    /// The settings that decide the result, the others at their defaults: what
+    /// a stage's key is made of.
+    pub(crate) fn deciding(&self) -> Self {
+        let Self {
+            save_steps,
+            save_total_limit,
+            ..
+        } = Self::default();
+        Self {
+            save_steps,
+            save_total_limit,
+            ..self.clone()
+        }
+    }
+
+    /// How examples become micro-batches.
+    pub fn batching(&self) -> Batching {
+        let rows = self.per_device_train_batch_size as usize;
+        if self.packing {
+            Batching::Packed {
+                rows,
+                max_seq_len: self.max_seq_len,
+                window: self.packing_window as usize,
+            }
+        } else {
+            Batching::Examples { batch_size: rows }
+        }
+    }
+
+    /// What the backward pass finds when it arrives at a block.
+    pub fn activations(&self) -> Activations {
+        if self.gradient_checkpointing {
+            Activations::Recomputed
+        } else {
+            Activations::Stored
+        }
+    }
+
+    /// The learning-rate schedule over `total_steps` optimizer steps.
+    pub fn schedule(&self, total_steps: u64) -> Schedule {
+        let from_ratio = (total_steps as f64 * self.warmup_ratio).ceil() as u64;
+        let warmup_steps = if self.warmup_steps > 0 {
+            self.warmup_steps
+        } else {
+            from_ratio
+        };
+        Schedule {
+            kind: self.lr_scheduler_type,
+            learning_rate: self.learning_rate,
+            warmup_steps,
+            total_steps,
+        }
+    }
+}
+
+fn check(
+    field: &'static str,
+    value: impl ToString,
+    ok: bool,
+    expected: &'static str,
+) -> Result<()> {
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::Config {
+            field,
+            value: value.to_string(),
+            expected,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid() {
+        TrainConfig::default().validate().expect("defaults");
+    }
+
+    #[test]
+    fn a_bad_setting_is_named() {
+        let cases: [(&str, TrainConfig); 5] = [
+            (
+                "learning_rate",
+                TrainConfig {
+                    learning_rate: f64::NAN,
+                    ..Default::default()
+                },
+            ),
+            (
+                "num_train_epochs",
+                TrainConfig {
+                    num_train_epochs: 0.0,
+                    ..Default::default()
+                },
+            ),
+            (
+                "max_steps",
+                TrainConfig {
+                    max_steps: Some(0),
+                    ..Default::default()
+                },
+            ),
+            (
+                "adam_beta2",
+                TrainConfig {
+                    adam_beta2: 1.0,
+                    ..Default::default()
+                },
+            ),
+            (
+                "gradient_accumulation_steps",
+                TrainConfig {
+                    gradient_accumulation_steps: 0,
+                    ..Default::default()
+                },
+            ),
+        ];
+        for (expected, config) in cases {
+            match config.validate() {
+                Err(Error::Config { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_may_set_a_few_names_and_no_unknown_one() {
+        let config: TrainConfig = serde_json::from_str(
+            r#"{"learning_rate": 2e-4, "optim": "adamw_8bit", "lr_scheduler_type": "cosine", "max_steps": 60}"#,
+        )
+        .expect("TrainingArguments names");
+        assert_eq!(config.optim, OptimizerKind::Adamw8bit);
+        assert_eq!(config.max_steps, Some(60));
+        let error =
+            serde_json::from_str::<TrainConfig>(r#"{"lerning_rate": 1}"#).expect_err("a typo");
+        assert!(error.to_string().contains("lerning_rate"), "{error}");
+    }
+
+    #[test]
+    fn the_warmup_ratio_rounds_up_and_yields_to_steps() {
+        let config = TrainConfig {
+            warmup_ratio: 0.05,
+            ..Default::default()
+        };
+        assert_eq!(config.schedule(101).warmup_steps, 6);
+        let config = TrainConfig {
+            warmup_steps: 5,
+            ..config
+        };
+        assert_eq!(config.schedule(101).warmup_steps, 5);
+    }
+}

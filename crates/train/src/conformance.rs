@@ -1,0 +1,8 @@
+//! The promises of this crate's traits, one function each.
+//!
+//! [`example_source_tests!`](crate::example_source_tests) and
+//! [`optimizer_tests!`](crate::optimizer_tests) turn them into named tests, so
+//! that a failure names the broken promise.
+
+pub mod example_source;
+pub mod optimizer;

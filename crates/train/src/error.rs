@@ -1,0 +1,172 @@
+//! Why training stopped, by what the caller can do next.
+
+/// The error a foreign part (a source, a store) failed with.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a training call failed, by what you can do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting makes no sense; change it and start again.
+    #[error("setting {field} is {value}, but {expected}")]
+    Config {
+        /// The setting, by its `TrainingArguments` name.
+        field: &'static str,
+        /// What it was set to.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// Not one token of the data counts towards the loss.
+    #[error(
+        "no token of {source_id} is trained: check the chat template and the assistant messages"
+    )]
+    NothingToLearn {
+        /// The plan's id.
+        source_id: String,
+    },
+    /// One optimizer step found no trained token.
+    #[error("step {step} holds no trained token: drop the rows whose loss spans are empty")]
+    EmptyStep {
+        /// The optimizer step, counted from one.
+        step: u64,
+    },
+    /// An example does not fit.
+    #[error(
+        "row {row} has {tokens} tokens, more than {limit_name} {limit}: pretokenize with a lower cap"
+    )]
+    TooLong {
+        /// Storage row.
+        row: u64,
+        /// Its length.
+        tokens: u32,
+        /// Which limit: `max_seq_len` or the model's context.
+        limit_name: &'static str,
+        /// The limit.
+        limit: u32,
+    },
+    /// A source yielded something other than its plan said.
+    #[error("row {row} of {source_id} does not match its plan ({what}): prepare the data again")]
+    PlanMismatch {
+        /// The plan's id.
+        source_id: String,
+        /// Storage row.
+        row: u64,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A token the model has no embedding for.
+    #[error(
+        "token {token} is outside the model's vocabulary of {vocab_size}: the data was tokenized for another model"
+    )]
+    TokenOutOfRange {
+        /// The token id.
+        token: u32,
+        /// How many the model knows.
+        vocab_size: usize,
+    },
+    /// A loss span points outside its example.
+    #[error("loss span {start}..{end} lies outside an example of {tokens} tokens")]
+    SpanOutOfRange {
+        /// First trained token.
+        start: u32,
+        /// One past the last trained token.
+        end: u32,
+        /// Length of the example.
+        tokens: usize,
+    },
+    /// The loss left the finite numbers; the last checkpoint is intact.
+    #[error("the loss became {loss} at step {step}: lower learning_rate or max_grad_norm")]
+    LossNotFinite {
+        /// The optimizer step, counted from one.
+        step: u64,
+        /// NaN or an infinity.
+        loss: f64,
+    },
+    /// The gradient left the finite numbers; the last checkpoint is intact.
+    #[error("the gradient norm became {norm} at step {step}: lower learning_rate or max_grad_norm")]
+    GradientNotFinite {
+        /// The optimizer step, counted from one.
+        step: u64,
+        /// NaN or an infinity.
+        norm: f64,
+    },
+    /// A tensor given to an optimizer has another size than before.
+    #[error("{name} has {actual} elements, expected {expected}")]
+    Shape {
+        /// Parameter name.
+        name: String,
+        /// Elements expected.
+        expected: usize,
+        /// Elements found.
+        actual: usize,
+    },
+    /// A checkpoint belongs to another model, data set or configuration.
+    #[error(
+        "the checkpoint of step {step} was written by another run ({what} differs): use its settings, or another folder"
+    )]
+    ForeignCheckpoint {
+        /// Its step.
+        step: u64,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A checkpoint's bytes are not what its manifest says.
+    #[error("checkpoint {path} is damaged ({what})")]
+    DamagedCheckpoint {
+        /// Object path.
+        path: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A file written by the export does not give the trained model's logits.
+    #[error(
+        "{artifact} differs from the trained model by {difference:e}, more than {tolerance:e}: do not use it, report this as a bug"
+    )]
+    Verification {
+        /// `lora_model` or `fused`.
+        artifact: &'static str,
+        /// Relative distance of the logits.
+        difference: f64,
+        /// The distance allowed.
+        tolerance: f64,
+    },
+    /// The run was asked to stop; a checkpoint of this step was written when
+    /// a place for checkpoints was given.
+    #[error("cancelled after step {step}")]
+    Cancelled {
+        /// Optimizer steps done.
+        step: u64,
+    },
+    /// The data could not be read.
+    #[error("could not read the training data")]
+    Source(#[source] BoxError),
+    /// The worker thread of a run ended without an answer.
+    #[error("the training thread stopped")]
+    Thread(#[source] BoxError),
+    /// The model refused, with its own reason.
+    #[error(transparent)]
+    Model(#[from] updraft_model::Error),
+    /// The store refused, with its own reason.
+    #[error(transparent)]
+    Store(#[from] updraft_store::Error),
+}
+
+impl Error {
+    /// A failure of a data source, boxed.
+    pub fn source(error: impl Into<BoxError>) -> Self {
+        Self::Source(error.into())
+    }
+
+    /// Whether the same call may succeed later without a change.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_retryable(),
+            Self::Cancelled { .. } => true,
+            _ => false,
+        }
+    }
+}

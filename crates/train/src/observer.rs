@@ -1,0 +1,79 @@
+//! Who watches a run: one record per step, for logs, progress and pictures.
+
+use std::fmt::Debug;
+
+use serde::{Deserialize, Serialize};
+use updraft_store::{Progress, ProgressSink};
+
+/// What one optimizer step was, without any time: a rerun gives the same.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimizer step, from one.
+    pub step: u64,
+    /// Passes over the data done with this step.
+    pub epoch: f64,
+    /// Mean cross-entropy over the step's trained tokens, in nats.
+    pub loss: f64,
+    /// The learning rate this step used.
+    pub learning_rate: f64,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Tokens that count towards the loss.
+    pub trained_tokens: u64,
+    /// Examples read.
+    pub examples: u64,
+}
+
+/// A finished step, with how fast it went.
+#[derive(Debug, Clone, Copy)]
+pub struct StepStats<'a> {
+    /// The step.
+    pub record: &'a StepRecord,
+    /// Optimizer steps in the whole run.
+    pub total_steps: u64,
+    /// Tokens read per second since this process began to train.
+    pub tokens_per_second: f64,
+}
+
+/// Watches a run. Observers are told and never asked: they cannot fail it.
+pub trait Observer: Debug + Send {
+    /// A step is done.
+    fn on_step(&mut self, stats: &StepStats<'_>);
+
+    /// A checkpoint of this step is committed.
+    fn on_checkpoint(&mut self, _step: u64) {}
+}
+
+/// Hands each step to a [`ProgressSink`], with loss, learning rate, gradient
+/// norm, epoch and tokens per second as metrics.
+#[derive(Debug, Clone)]
+pub struct ProgressObserver<S>(S);
+
+impl<S: ProgressSink> ProgressObserver<S> {
+    /// Reports to `sink`.
+    pub fn new(sink: S) -> Self {
+        Self(sink)
+    }
+}
+
+impl<S: ProgressSink> Observer for ProgressObserver<S> {
+    fn on_step(&mut self, stats: &StepStats<'_>) {
+        let StepRecord {
+            step,
+            epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            ..
+        } = *stats.record;
+        let progress = Progress::new("train", step, Some(stats.total_steps), "steps")
+            .with_metric("loss", loss)
+            .with_metric("learning_rate", learning_rate)
+            .with_metric("grad_norm", grad_norm)
+            .with_metric("epoch", epoch)
+            .with_metric("tokens_per_second", stats.tokens_per_second);
+        self.0.report(&progress);
+    }
+}

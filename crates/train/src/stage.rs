@@ -1,0 +1,359 @@
+//! Training as a stage of a store: base model and data in; adapter, merged
+//! model and loss curve out; nothing to do the second time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use candle_core::{DType, Device};
+use serde::Serialize;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use updraft_model::{
+    Adapter, Decoder, INDEX_FILE, LoraConfig, ModelConfig, ModelFiles, Threads, Weights,
+    load_model_files, merge, peft,
+};
+use updraft_store::{
+    CancelToken, FinishedStage, ManifestDraft, ObjectEntry, Opened, Progress, ProgressSink,
+    StageId, StageKey, StageWriter, Store, open_stage,
+};
+
+use crate::checkpoints::Checkpoints;
+use crate::export::{FUSED, LORA_MODEL, adapter_folder, fused_folder, model_card};
+use crate::metrics::{loss_curve_svg, write_loss_log};
+use crate::observer::ProgressObserver;
+use crate::source::ExampleSource;
+use crate::trainer::{TrainReport, Trainer};
+use crate::verify::{Probe, compare, tolerance};
+use crate::{Error, Result, StepRecord, TrainConfig};
+
+/// Raised when the same inputs would give other bytes than before.
+const VERSION: u32 = 1;
+/// Folder of the checkpoints within the stage; in no manifest, gone when the
+/// stage is finished.
+const CHECKPOINTS: &str = "checkpoints";
+
+/// What to train on what.
+#[derive(Debug, Clone)]
+pub struct TrainStage {
+    /// Name of the base model, as in `models/<model>`.
+    pub model: String,
+    /// Name of the data set, as in `standardized/<dataset>`.
+    pub dataset: String,
+    /// The imported base model.
+    pub base: FinishedStage,
+    /// The data in the model's tokens.
+    pub data: FinishedStage,
+    /// The adapter to train. Its base model defaults to `model`.
+    pub lora: LoraConfig,
+    /// The run's settings.
+    pub config: TrainConfig,
+    /// Threads to train on. They decide the last bits of the result and are
+    /// not part of its key.
+    pub threads: Threads,
+}
+
+/// A trained model in the store.
+#[derive(Debug)]
+pub struct Trained {
+    /// `done/<model>/<dataset>/<key16>/`, with `lora_model/`, `fused/`,
+    /// `loss.jsonl` and `loss.svg`.
+    pub stage: FinishedStage,
+    /// How the training went; `None` when it was finished before.
+    pub report: Option<TrainReport>,
+}
+
+/// Everything that decides what the stage writes.
+#[derive(Serialize)]
+struct Inputs<'a> {
+    version: u32,
+    base: &'a StageKey,
+    data: &'a StageKey,
+    lora: &'a LoraConfig,
+    train: TrainConfig,
+}
+
+/// Trains, exports, verifies and commits to `done/<model>/<dataset>/`, or finds
+/// that done.
+///
+/// `source` reads `stage.data` in an order that `stage.config` decides; it is
+/// awaited only when there is something to train. A run that was killed or
+/// cancelled continues from its newest checkpoint and ends with the same
+/// objects. Both folders are read back from the store and asked for logits
+/// before the manifest is written: the adapter must give the trained ones
+/// exactly, the merged model within eight units in the last place of its
+/// number type (`1e-4` in f32), relative to their norm.
+///
+/// # Errors
+/// [`Error::Cancelled`] once `cancel` is, with a checkpoint written; else as
+/// [`Trainer::run`], [`Error::Verification`], [`Error::Model`] and
+/// [`Error::Store`].
+pub async fn train_stage(
+    store: &Store,
+    stage: &TrainStage,
+    source: impl Future<Output = Result<Arc<dyn ExampleSource>>>,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<Trained> {
+    let mut stage = stage.clone();
+    stage
+        .lora
+        .base_model_name_or_path
+        .get_or_insert_with(|| stage.model.clone());
+    stage.lora.validate()?;
+    stage.config.validate()?;
+    let id = StageId::done(&stage.model, &stage.dataset)?;
+    let inputs = Inputs {
+        version: VERSION,
+        base: stage.base.key(),
+        data: stage.data.key(),
+        lora: &stage.lora,
+        train: stage.config.deciding(),
+    };
+    let writer = match open_stage(store, &id, "train", &inputs).await? {
+        Opened::Finished(stage) => {
+            return Ok(Trained {
+                stage,
+                report: None,
+            });
+        }
+        Opened::Open(writer) => writer,
+    };
+
+    let base = load_model_files(&stage.base, "").await?;
+    let source = source.await?;
+    let checkpoints = Checkpoints::new(
+        store,
+        writer.path(CHECKPOINTS),
+        stage.config.save_total_limit as usize,
+    );
+    let abandoned = CancelOnDrop(CancelToken::new());
+    let (events, mut received) = unbounded_channel();
+    let work = Work {
+        stage,
+        base,
+        source,
+        writer: writer.clone(),
+        checkpoints: checkpoints.clone(),
+        runtime: Handle::current(),
+        cancel: [cancel.clone(), abandoned.0.clone()],
+    };
+    let work = tokio::task::spawn_blocking(move || work.run(Events(events)));
+    while let Some(event) = received.recv().await {
+        progress.report(&event);
+    }
+    let (draft, report) = work.await.map_err(|error| Error::Thread(error.into()))??;
+    let stage = writer.commit(draft).await?;
+    checkpoints.delete_all().await?;
+    Ok(Trained {
+        stage,
+        report: Some(report),
+    })
+}
+
+/// Stops the training thread when the stage's future is dropped.
+struct CancelOnDrop(CancelToken);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Carries events from the training thread to the stage's future.
+#[derive(Debug)]
+struct Events(UnboundedSender<Progress>);
+
+impl ProgressSink for Events {
+    fn report(&self, progress: &Progress) {
+        // A dropped receiver means that nobody looks any more.
+        let _ = self.0.send(progress.clone());
+    }
+}
+
+/// The part of the stage that computes, on a thread of its own.
+struct Work {
+    stage: TrainStage,
+    base: ModelFiles,
+    source: Arc<dyn ExampleSource>,
+    writer: StageWriter,
+    checkpoints: Checkpoints,
+    runtime: Handle,
+    cancel: [CancelToken; 2],
+}
+
+impl Work {
+    /// Trains, exports and verifies; returns what is to be committed.
+    fn run(self, events: Events) -> Result<(ManifestDraft, TrainReport)> {
+        let (config, threads) = (&self.base.config, &self.stage.threads);
+        let decoder = Decoder::load(
+            config,
+            &self.base.weights,
+            DType::F32,
+            &Device::Cpu,
+            threads,
+        )?;
+        let adapter = Adapter::init(
+            &self.stage.lora,
+            config,
+            self.stage.config.seed,
+            &Device::Cpu,
+        )?;
+        let (report, adapter, log) = self.train(&decoder, adapter, events)?;
+
+        let probe = self.probe()?;
+        let expected = probe.logits(&decoder, Some(&adapter))?;
+        let mut objects = self.write_adapter(&adapter, &log)?;
+        self.verify_adapter(&probe, &decoder, &expected)?;
+        drop(decoder); // A second one is loaded to verify the merged model.
+        objects.extend(self.write_fused(&adapter)?);
+        self.verify_fused(&objects, &probe, &expected)?;
+        objects.extend(self.write_curve(&log)?);
+
+        let counts = [
+            ("examples", report.examples),
+            ("steps", report.steps),
+            ("tokens", report.tokens),
+            ("trained_tokens", report.trained_tokens),
+        ];
+        let draft = ManifestDraft {
+            objects,
+            counts: counts.map(|(name, count)| (name.to_owned(), count)).into(),
+            attributes: BTreeMap::from([("train_loss".to_owned(), report.train_loss.into())]),
+            ..Default::default()
+        };
+        Ok((draft, report))
+    }
+
+    fn train(
+        &self,
+        decoder: &Decoder,
+        adapter: Adapter,
+        events: Events,
+    ) -> Result<(TrainReport, Adapter, Vec<StepRecord>)> {
+        let mut trainer = Trainer::new(decoder, adapter, &*self.source, self.stage.config.clone())?
+            .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
+            .with_observer(ProgressObserver::new(events));
+        for cancel in &self.cancel {
+            trainer = trainer.with_cancel(cancel.clone());
+        }
+        if let Some(checkpoint) = self
+            .runtime
+            .block_on(self.checkpoints.latest(decoder.config()))?
+        {
+            tracing::info!(
+                step = checkpoint.state.cursor.step,
+                "continuing from a checkpoint"
+            );
+            trainer = trainer.resume(checkpoint)?;
+        }
+        let report = trainer.run()?;
+        let (adapter, log) = trainer.into_parts();
+        Ok((report, adapter, log))
+    }
+
+    fn write_adapter(&self, adapter: &Adapter, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
+        let TrainStage {
+            dataset,
+            lora,
+            config,
+            ..
+        } = &self.stage;
+        let card = model_card(dataset, lora, config, log);
+        self.put_all(adapter_folder(adapter, card, &self.base.files)?)
+    }
+
+    fn write_fused(&self, adapter: &Adapter) -> Result<Vec<ObjectEntry>> {
+        let mut objects = self.put_all(fused_folder(&self.base.files))?;
+        for file in merge::merge(&self.base.weights, &self.base.config, adapter)? {
+            let (name, bytes) = file?;
+            objects.extend(self.put_all(vec![(format!("{FUSED}/{name}"), bytes.into())])?);
+        }
+        Ok(objects)
+    }
+
+    fn write_curve(&self, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
+        let title = format!("{} on {}", self.stage.model, self.stage.dataset);
+        self.put_all(vec![
+            (
+                "loss.jsonl".to_owned(),
+                write_loss_log(log).into_bytes().into(),
+            ),
+            (
+                "loss.svg".to_owned(),
+                loss_curve_svg(&title, log).into_bytes().into(),
+            ),
+        ])
+    }
+
+    fn put_all(&self, files: Vec<(String, Bytes)>) -> Result<Vec<ObjectEntry>> {
+        let put = |(name, bytes): (String, Bytes)| {
+            Ok(self
+                .runtime
+                .block_on(self.writer.put_object(&name, bytes))?)
+        };
+        files.into_iter().map(put).collect()
+    }
+
+    fn probe(&self) -> Result<Probe> {
+        let source_id = || self.source.plan().id.clone();
+        let first = self.source.open(0, 0)?.next();
+        let first = first.ok_or_else(|| Error::NothingToLearn {
+            source_id: source_id(),
+        })??;
+        Ok(Probe::new(&first))
+    }
+
+    fn verify_adapter(&self, probe: &Probe, decoder: &Decoder, expected: &[f32]) -> Result<()> {
+        let config = self.read(&format!("{LORA_MODEL}/{}", peft::CONFIG_FILE))?;
+        let weights = self.read(&format!("{LORA_MODEL}/{}", peft::WEIGHTS_FILE))?;
+        let adapter = peft::read_adapter(&config, &weights, decoder.config())?;
+        compare(
+            LORA_MODEL,
+            expected,
+            &probe.logits(decoder, Some(&adapter))?,
+            0.0,
+        )
+    }
+
+    fn verify_fused(&self, written: &[ObjectEntry], probe: &Probe, expected: &[f32]) -> Result<()> {
+        let config = ModelConfig::from_json(&self.read(&format!("{FUSED}/config.json"))?)?;
+        let weights = self.fused_weights(written)?;
+        let threads = &self.stage.threads;
+        let decoder = Decoder::load(&config, &weights, DType::F32, &Device::Cpu, threads)?;
+        compare(
+            FUSED,
+            expected,
+            &probe.logits(&decoder, None)?,
+            tolerance(&weights)?,
+        )
+    }
+
+    /// The merged weights as they lie in the store, mapped where that is possible.
+    fn fused_weights(&self, written: &[ObjectEntry]) -> Result<Weights> {
+        let folder = self.writer.path(FUSED);
+        if let Some(path) = self.writer.store().local_path(&folder) {
+            return Ok(Weights::from_dir(&path)?);
+        }
+        let weights = |name: &&str| name.ends_with(".safetensors") || *name == INDEX_FILE;
+        let files = written
+            .iter()
+            .filter_map(|object| object.path.strip_prefix(FUSED)?.strip_prefix('/'))
+            .filter(weights)
+            .map(|name| Ok((name.to_owned(), self.read(&format!("{FUSED}/{name}"))?)))
+            .collect::<Result<_>>()?;
+        Ok(Weights::from_files(files)?)
+    }
+
+    fn read(&self, name: &str) -> Result<Bytes> {
+        let path = self.writer.path(name);
+        let found = self.runtime.block_on(self.writer.store().get(&path))?;
+        found.ok_or_else(|| {
+            let url = self.writer.store().url_of(&path);
+            Error::Store(updraft_store::Error::Missing {
+                url,
+                next: "run again to write it",
+            })
+        })
+    }
+}

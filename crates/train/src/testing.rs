@@ -1,0 +1,32 @@
+//! Small worlds for this crate's tests.
+
+use updraft_chat::Example;
+
+use crate::StepRecord;
+
+/// An example of this many tokens whose second half is trained.
+pub(crate) fn example(tokens: usize) -> Example {
+    let input_ids = (0..tokens as u32)
+        .map(|i| (i * 31 + tokens as u32 * 17) % 64)
+        .collect();
+    Example {
+        input_ids,
+        loss_spans: vec![(tokens as u32 / 2).max(1)..tokens as u32],
+    }
+}
+
+/// Records of a run whose loss falls from 4, with awkward fractions.
+pub(crate) fn records(count: u64) -> Vec<StepRecord> {
+    (1..=count)
+        .map(|step| StepRecord {
+            step,
+            epoch: step as f64 / 7.0,
+            loss: 4.0 / (step as f64).sqrt() + 0.01 * (step as f64).sin(),
+            learning_rate: 2e-4 / step as f64,
+            grad_norm: 1.0 / 3.0 / step as f64,
+            tokens: 96,
+            trained_tokens: 31,
+            examples: 2,
+        })
+        .collect()
+}

@@ -1,0 +1,417 @@
+//! The training loop.
+
+use std::ops::ControlFlow;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use updraft_kernels::clip;
+use updraft_model::{Adapter, Decoder, Gradients, Parameter};
+use updraft_store::CancelToken;
+
+use crate::batch::parts;
+use crate::checkpoint::{Checkpoint, Machine, RunState};
+use crate::checkpoints::Checkpoints;
+use crate::loader::{StepExamples, StepReader, read_ahead};
+use crate::observer::{Observer, StepRecord, StepStats};
+use crate::optim::{self, Optimizer};
+use crate::plan::{Cursor, RunPlan};
+use crate::schedule::Schedule;
+use crate::source::ExampleSource;
+use crate::{Error, Result, TrainConfig};
+
+/// How often a run that waits for data looks whether it was cancelled.
+const CANCEL_CHECK: Duration = Duration::from_millis(50);
+
+/// Trains one adapter over a frozen decoder, from the first step to the last,
+/// as one continuous run over all of a source's data.
+///
+/// ```text
+/// loss = Σ cross-entropy / Σ trained tokens       over the whole optimizer step
+/// g    = ∂loss/∂(A, B) · min(1, max_grad_norm / (‖g‖₂ + 1e-6))
+/// ```
+///
+/// then one optimizer step at the schedule's learning rate.
+///
+/// # Source
+/// transformers 5, `trainer.py` and `loss/loss_utils.py`.
+#[derive(Debug)]
+pub struct Trainer<'a> {
+    decoder: &'a Decoder,
+    source: &'a dyn ExampleSource,
+    config: TrainConfig,
+    plan: RunPlan<'a>,
+    schedule: Schedule,
+    adapter: Adapter,
+    parameters: Vec<Parameter>,
+    gradients: Gradients,
+    optimizer: Box<dyn Optimizer>,
+    cursor: Cursor,
+    log: Vec<StepRecord>,
+    observers: Vec<Box<dyn Observer + 'a>>,
+    checkpoints: Option<(Checkpoints, Handle)>,
+    cancels: Vec<CancelToken>,
+}
+
+/// What a run was, as `Trainer.train()` of transformers prints it. The rates
+/// count this process alone, not what a checkpoint brought along.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainReport {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Passes over the data.
+    pub epoch: f64,
+    /// Mean of the steps' losses.
+    pub train_loss: f64,
+    /// Tokens read in the whole run.
+    pub tokens: u64,
+    /// Tokens that counted towards the loss in the whole run.
+    pub trained_tokens: u64,
+    /// Examples read in the whole run.
+    pub examples: u64,
+    /// Time this process trained.
+    pub train_runtime: Duration,
+    /// Examples per second.
+    pub train_samples_per_second: f64,
+    /// Optimizer steps per second.
+    pub train_steps_per_second: f64,
+    /// Tokens per second, padding-free.
+    pub train_tokens_per_second: f64,
+    /// The step this process continued from; zero for a fresh start.
+    pub resumed_from: u64,
+}
+
+impl<'a> Trainer<'a> {
+    /// A run that has not begun.
+    ///
+    /// # Errors
+    /// As [`RunPlan::new`]; [`Error::Model`] when the adapter does not fit the
+    /// decoder.
+    pub fn new(
+        decoder: &'a Decoder,
+        adapter: Adapter,
+        source: &'a dyn ExampleSource,
+        config: TrainConfig,
+    ) -> Result<Self> {
+        adapter.check(decoder.config())?;
+        let plan = RunPlan::new(source, &config)?;
+        plan.check_context(decoder.config().max_len())?;
+        Ok(Self {
+            decoder,
+            source,
+            plan,
+            schedule: config.schedule(plan.total_steps()),
+            parameters: adapter.parameters().to_vec(),
+            gradients: Gradients::zeros(&adapter)?,
+            optimizer: optim::build(&config, decoder.threads()),
+            adapter,
+            cursor: plan.start(),
+            log: Vec::new(),
+            observers: Vec::new(),
+            checkpoints: None,
+            cancels: Vec::new(),
+            config,
+        })
+    }
+
+    /// Tells an observer of every step.
+    pub fn with_observer(mut self, observer: impl Observer + 'a) -> Self {
+        self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Stops when this token is cancelled, or one given before.
+    pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
+        self.cancels.push(cancel);
+        self
+    }
+
+    /// Writes checkpoints every `save_steps` steps, at the end and when
+    /// cancelled. The store is asynchronous: `runtime` carries its calls, so
+    /// [`run`](Self::run) must be called outside of asynchronous code, such as
+    /// from `spawn_blocking`.
+    pub fn with_checkpoints(mut self, checkpoints: Checkpoints, runtime: Handle) -> Self {
+        self.checkpoints = Some((checkpoints, runtime));
+        self
+    }
+
+    /// Continues from a checkpoint instead of the start.
+    ///
+    /// # Errors
+    /// [`Error::ForeignCheckpoint`] when it was written with other data or
+    /// other settings.
+    pub fn resume(mut self, checkpoint: Checkpoint) -> Result<Self> {
+        let Checkpoint {
+            state,
+            adapter,
+            optimizer,
+            log,
+        } = checkpoint;
+        let step = state.cursor.step;
+        let ours = [
+            ("the data", state.cursor.plan == self.cursor.plan),
+            (
+                "TrainConfig",
+                state.config.deciding() == self.config.deciding(),
+            ),
+            ("LoraConfig", adapter.config() == self.adapter.config()),
+            (
+                "the adapter's shape",
+                adapter.parameters() == self.adapter.parameters(),
+            ),
+            ("the loss log", log.len() as u64 == step),
+        ];
+        if let Some((what, _)) = ours.into_iter().find(|(_, same)| !same) {
+            return Err(Error::ForeignCheckpoint { step, what });
+        }
+        let here = Machine::here(self.decoder.threads());
+        if state.machine != here {
+            tracing::warn!(
+                step, written_on = ?state.machine, ?here,
+                "continuing within tolerance, not to the bit: the checkpoint was computed differently"
+            );
+        }
+        self.optimizer.restore(optimizer)?;
+        (self.cursor, self.adapter, self.log) = (state.cursor, adapter, log);
+        Ok(self)
+    }
+
+    /// The adapter as trained so far.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// Every step so far.
+    pub fn log(&self) -> &[StepRecord] {
+        &self.log
+    }
+
+    /// Hands out the adapter and the log.
+    pub fn into_parts(self) -> (Adapter, Vec<StepRecord>) {
+        (self.adapter, self.log)
+    }
+
+    /// Trains to the last step.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] after writing a checkpoint;
+    /// [`Error::LossNotFinite`] and the others for data or settings that
+    /// cannot be trained on. The last checkpoint stays.
+    ///
+    /// # Panics
+    /// Inside asynchronous code, when checkpoints are written.
+    pub fn run(&mut self) -> Result<TrainReport> {
+        let total_steps = self.plan.total_steps();
+        self.run_until(total_steps)
+    }
+
+    /// Trains until `step` optimizer steps are done, or to the last step.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn run_until(&mut self, step: u64) -> Result<TrainReport> {
+        let began = Instant::now();
+        let resumed_from = self.cursor.step;
+        let reader = StepReader::new(self.source, self.plan, self.cursor.clone());
+        std::thread::scope(|scope| {
+            let steps = read_ahead(scope, reader);
+            while self.cursor.step < step.min(self.plan.total_steps()) {
+                match self.next(&steps)? {
+                    ControlFlow::Continue(examples) => self.step(&examples)?,
+                    ControlFlow::Break(()) => return self.cancelled(),
+                }
+                self.report(began, resumed_from);
+                if self.cursor.step % self.config.save_steps == 0
+                    || self.cursor.step == self.plan.total_steps()
+                {
+                    self.save()?;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(self.summary(began.elapsed(), resumed_from))
+    }
+
+    /// Waits for the next step's examples, or for being cancelled.
+    fn next(
+        &self,
+        steps: &Receiver<Result<StepExamples>>,
+    ) -> Result<ControlFlow<(), StepExamples>> {
+        loop {
+            if self.cancels.iter().any(CancelToken::is_cancelled) {
+                return Ok(ControlFlow::Break(()));
+            }
+            match steps.recv_timeout(CANCEL_CHECK) {
+                Ok(step) => return step.map(ControlFlow::Continue),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::source(
+                        "the reading thread stopped before the run's last step",
+                    ));
+                }
+            }
+        }
+    }
+
+    /// One optimizer step.
+    fn step(&mut self, examples: &StepExamples) -> Result<()> {
+        let step = self.cursor.step + 1;
+        let all = || examples.micro_batches.iter().flatten();
+        let trained_tokens: u64 = all()
+            .map(|example| u64::from(example.trained_tokens()))
+            .sum();
+        if trained_tokens == 0 {
+            return Err(Error::EmptyStep { step });
+        }
+
+        self.gradients.zero()?;
+        let mut loss_sum = 0.0;
+        for micro_batch in &examples.micro_batches {
+            let num_parts = self.decoder.threads().num_threads();
+            let parts = parts(micro_batch, num_parts, self.decoder.config().vocab_size)?;
+            loss_sum += self.decoder.loss_and_backward(
+                &parts,
+                &self.adapter,
+                trained_tokens as f64,
+                &mut self.gradients,
+                self.config.activations(),
+            )?;
+        }
+        let loss = loss_sum / trained_tokens as f64;
+        if !loss.is_finite() {
+            return Err(Error::LossNotFinite { step, loss });
+        }
+        let grad_norm = self
+            .gradients
+            .with(|values| clip::sum_of_squares(values).sqrt())?;
+        if !grad_norm.is_finite() {
+            return Err(Error::GradientNotFinite {
+                step,
+                norm: grad_norm,
+            });
+        }
+        let learning_rate = self.schedule.learning_rate(self.cursor.step);
+        self.update(grad_norm, learning_rate)?;
+
+        self.cursor = examples.next.clone();
+        self.log.push(StepRecord {
+            step,
+            epoch: examples.epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens: all().map(|example| example.len() as u64).sum(),
+            trained_tokens,
+            examples: all().count() as u64,
+        });
+        Ok(())
+    }
+
+    /// Clips the gradients and moves the parameters.
+    fn update(&mut self, grad_norm: f64, learning_rate: f64) -> Result<()> {
+        let coefficient = clip::coefficient(grad_norm, self.config.max_grad_norm);
+        if coefficient < 1.0 {
+            let threads = self.decoder.threads();
+            self.gradients
+                .update(|values| clip::scale(threads, coefficient, values))?;
+        }
+        self.optimizer.begin_step(learning_rate);
+        let Self {
+            adapter,
+            gradients,
+            optimizer,
+            parameters,
+            ..
+        } = self;
+        gradients.with(|gradients| {
+            adapter.update(|values| {
+                parameters
+                    .iter()
+                    .try_for_each(|Parameter { name, range, .. }| {
+                        optimizer.update(
+                            name,
+                            &mut values[range.clone()],
+                            &gradients[range.clone()],
+                        )
+                    })
+            })
+        })??
+    }
+
+    fn report(&mut self, began: Instant, resumed_from: u64) {
+        let record = self.log.last().expect("a step was just logged");
+        let new = &self.log[resumed_from as usize..];
+        let tokens: u64 = new.iter().map(|record| record.tokens).sum();
+        let stats = StepStats {
+            record,
+            total_steps: self.plan.total_steps(),
+            tokens_per_second: tokens as f64 / began.elapsed().as_secs_f64(),
+        };
+        for observer in &mut self.observers {
+            observer.on_step(&stats);
+        }
+    }
+
+    fn cancelled(&mut self) -> Result<()> {
+        if self.cursor.step > 0 {
+            self.save()?;
+        }
+        Err(Error::Cancelled {
+            step: self.cursor.step,
+        })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let Some((checkpoints, runtime)) = &self.checkpoints else {
+            return Ok(());
+        };
+        runtime.block_on(checkpoints.save(&self.checkpoint()?))?;
+        for observer in &mut self.observers {
+            observer.on_checkpoint(self.cursor.step);
+        }
+        Ok(())
+    }
+
+    /// The run as it stands, to be continued by [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the adapter cannot be copied.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let optimizer = self.optimizer.state();
+        Ok(Checkpoint {
+            state: RunState {
+                cursor: self.cursor.clone(),
+                optimizer_step: optimizer.step,
+                config: self.config.clone(),
+                machine: Machine::here(self.decoder.threads()),
+            },
+            adapter: self.adapter.to_dtype(self.adapter.dtype())?,
+            optimizer,
+            log: self.log.clone(),
+        })
+    }
+
+    fn summary(&self, train_runtime: Duration, resumed_from: u64) -> TrainReport {
+        let sum =
+            |log: &[StepRecord], field: fn(&StepRecord) -> u64| log.iter().map(field).sum::<u64>();
+        let new = &self.log[resumed_from as usize..];
+        let rate = |count: u64| count as f64 / train_runtime.as_secs_f64();
+        let losses: f64 = self.log.iter().map(|record| record.loss).sum();
+        TrainReport {
+            steps: self.cursor.step,
+            epoch: self.log.last().map_or(0.0, |record| record.epoch),
+            train_loss: losses / self.log.len().max(1) as f64,
+            tokens: sum(&self.log, |record| record.tokens),
+            trained_tokens: sum(&self.log, |record| record.trained_tokens),
+            examples: sum(&self.log, |record| record.examples),
+            train_runtime,
+            train_samples_per_second: rate(sum(new, |record| record.examples)),
+            train_steps_per_second: rate(new.len() as u64),
+            train_tokens_per_second: rate(sum(new, |record| record.tokens)),
+            resumed_from,
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Proof that what was written is what was trained: the same tokens through
+//! both, logits compared.
+
+use safetensors::Dtype;
+use updraft_chat::Example;
+use updraft_model::{Adapter, Batch, Decoder, Weights};
+
+use crate::{Error, Result};
+
+/// Tokens of the probe: enough to pass through attention, few enough to be
+/// nothing beside the training.
+const PROBE_TOKENS: usize = 64;
+/// Rows of logits compared.
+const PROBE_ROWS: usize = 8;
+
+/// What both models are asked.
+#[derive(Debug, Clone)]
+pub(crate) struct Probe {
+    batch: Batch,
+}
+
+impl Probe {
+    /// The beginning of an example.
+    pub(crate) fn new(example: &Example) -> Self {
+        let ids = &example.input_ids[..example.len().min(PROBE_TOKENS)];
+        let mut batch = Batch::packed([ids]);
+        let rows = 0..ids.len() as u32;
+        batch.logit_rows = rows.skip(ids.len().saturating_sub(PROBE_ROWS)).collect();
+        Self { batch }
+    }
+
+    /// The answer of a decoder, with or without an adapter.
+    pub(crate) fn logits(&self, decoder: &Decoder, adapter: Option<&Adapter>) -> Result<Vec<f32>> {
+        let mut batch = self.batch.clone();
+        batch.adapters = vec![adapter.map(|_| 0)];
+        let hidden = decoder.forward(&batch, adapter.as_slice(), None)?;
+        let logits = decoder.logits(&hidden)?;
+        Ok(logits
+            .flatten_all()
+            .and_then(|flat| flat.to_vec1())
+            .map_err(updraft_model::Error::from)?)
+    }
+}
+
+/// Checks `‖actual − expected‖ ≤ tolerance · ‖expected‖`.
+///
+/// # Errors
+/// [`Error::Verification`].
+pub(crate) fn compare(
+    artifact: &'static str,
+    expected: &[f32],
+    actual: &[f32],
+    tolerance: f64,
+) -> Result<()> {
+    let norm = |values: &mut dyn Iterator<Item = f64>| {
+        values.map(|value| value * value).sum::<f64>().sqrt()
+    };
+    let distance = norm(
+        &mut expected
+            .iter()
+            .zip(actual)
+            .map(|(&e, &a)| f64::from(e) - f64::from(a)),
+    );
+    let difference =
+        distance / norm(&mut expected.iter().map(|&e| f64::from(e))).max(f64::MIN_POSITIVE);
+    if expected.len() == actual.len() && difference <= tolerance {
+        Ok(())
+    } else {
+        Err(Error::Verification {
+            artifact,
+            difference,
+            tolerance,
+        })
+    }
+}
+
+/// How far a merged model's logits may lie from base and adapter: eight units
+/// in the last place of the coarsest type its weights are rounded to, and
+/// `1e-4` in f32, where only the order of sums differs.
+pub(crate) fn tolerance(weights: &Weights) -> Result<f64> {
+    let mut tolerance = 1e-4f64;
+    for name in weights.names() {
+        tolerance = tolerance.max(match weights.dtype(name)? {
+            Dtype::BF16 => 8.0 / 256.0,
+            Dtype::F16 => 8.0 / 2048.0,
+            _ => 0.0,
+        });
+    }
+    Ok(tolerance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_is_relative_and_a_nan_is_one() {
+        compare("fused", &[3.0, 4.0], &[3.0, 4.000_1], 1e-4).expect("close");
+        for actual in [[3.0, 4.1], [3.0, f32::NAN]] {
+            let error = compare("fused", &[3.0, 4.0], &actual, 1e-4).expect_err("far");
+            assert!(
+                matches!(
+                    error,
+                    Error::Verification {
+                        artifact: "fused",
+                        ..
+                    }
+                ),
+                "{error}"
+            );
+        }
+    }
+}

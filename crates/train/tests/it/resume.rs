@@ -1,0 +1,257 @@
+//! A run that stops and continues is the run that never stopped.
+
+use std::sync::Arc;
+
+use tokio::runtime::Runtime;
+use updraft_store::faults::{Fault, inject};
+use updraft_store::{CancelToken, Store};
+use updraft_train::{
+    Checkpoints, Error, ExampleSource, Observer, StepRecord, StepStats, TrainConfig, Trainer,
+};
+
+use crate::world::{adapter, config, decoder, model, source};
+
+const DIR: &str = "done/tiny/world/0123456789abcdef/checkpoints";
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime")
+}
+
+fn checkpoints(store: &Store) -> Checkpoints {
+    Checkpoints::new(store, DIR, 2)
+}
+
+/// What a run ends with, to the bit.
+#[derive(Debug, PartialEq)]
+struct End {
+    log: Vec<StepRecord>,
+    adapter: Vec<u32>,
+    optimizer: updraft_train::optim::OptimizerState,
+}
+
+/// Starts, or continues from the store's newest checkpoint, and goes on until
+/// `step`; then the process is gone.
+fn life(store: &Store, config: &TrainConfig, step: u64) -> Result<End, Error> {
+    let (runtime, decoder, source) = (runtime(), decoder(2), source(26));
+    let mut trainer = Trainer::new(&decoder, adapter(), &source, config.clone())?
+        .with_checkpoints(checkpoints(store), runtime.handle().clone());
+    if let Some(checkpoint) = runtime.block_on(checkpoints(store).latest(&model()))? {
+        trainer = trainer.resume(checkpoint)?;
+    }
+    trainer.run_until(step)?;
+    let optimizer = trainer.checkpoint()?.optimizer;
+    let (adapter, log) = trainer.into_parts();
+    let adapter = adapter
+        .values()?
+        .iter()
+        .map(|value| value.to_bits())
+        .collect();
+    Ok(End {
+        log,
+        adapter,
+        optimizer,
+    })
+}
+
+fn configs() -> [TrainConfig; 2] {
+    [
+        config(),
+        TrainConfig {
+            packing: true,
+            packing_window: 8,
+            per_device_train_batch_size: 1,
+            ..config()
+        },
+    ]
+}
+
+#[test]
+fn ten_steps_are_five_and_a_kill_and_five_twice_in_a_row() {
+    for config in configs() {
+        let whole = life(&Store::memory(), &config, 10).expect("ten steps");
+        assert_eq!(whole.log.len(), 10);
+        for _ in 0..2 {
+            let store = Store::memory();
+            life(&store, &config, 5).expect("five steps");
+            assert_eq!(life(&store, &config, 10).expect("five more"), whole);
+        }
+    }
+}
+
+#[test]
+fn dying_between_checkpoints_repeats_the_steps_since_the_last() {
+    let config = TrainConfig {
+        save_steps: 2,
+        ..config()
+    };
+    let whole = life(&Store::memory(), &config, 10).expect("ten steps");
+    let store = Store::memory();
+    for step in [1, 3, 5, 9] {
+        life(&store, &config, step).expect("some steps");
+    }
+    assert_eq!(life(&store, &config, 10).expect("the rest"), whole);
+}
+
+/// Kills the run at every store call there is, the first checkpoint's first
+/// write to the last pruning.
+#[test]
+fn dying_at_any_store_call_ends_the_same() {
+    let config = TrainConfig {
+        max_steps: Some(6),
+        save_steps: 2,
+        save_total_limit: 1,
+        ..config()
+    };
+    let whole = life(&Store::memory(), &config, 6).expect("six steps");
+    for fault in Fault::ALL {
+        let mut struck = true;
+        let mut at = 1;
+        while struck {
+            let store = Store::memory();
+            let (faulty, injected) = inject(&store, fault, at);
+            let outcome = life(&faulty, &config, 6);
+            struck = injected.struck();
+            if outcome.is_err() {
+                assert_eq!(
+                    life(&store, &config, 6).expect("a second life"),
+                    whole,
+                    "{fault:?} at {at}"
+                );
+            }
+            at += 3;
+        }
+        assert!(at > 10, "the fault was never met");
+    }
+}
+
+/// Throws the switch after some steps.
+#[derive(Debug)]
+struct CancelAfter(u64, CancelToken);
+
+impl Observer for CancelAfter {
+    fn on_step(&mut self, stats: &StepStats<'_>) {
+        if stats.record.step == self.0 {
+            self.1.cancel();
+        }
+    }
+}
+
+#[test]
+fn cancelling_writes_a_checkpoint_that_continues() {
+    let whole = life(&Store::memory(), &config(), 10).expect("ten steps");
+    let (store, runtime, decoder, source) = (Store::memory(), runtime(), decoder(2), source(26));
+    let cancel = CancelToken::new();
+    let mut trainer = Trainer::new(&decoder, adapter(), &source, config())
+        .expect("a run")
+        .with_checkpoints(checkpoints(&store), runtime.handle().clone())
+        .with_cancel(cancel.clone())
+        .with_observer(CancelAfter(3, cancel));
+    let error = trainer.run().expect_err("cancelled");
+    assert!(matches!(error, Error::Cancelled { step: 3 }), "{error}");
+    let saved = runtime
+        .block_on(checkpoints(&store).latest(&model()))
+        .expect("the store")
+        .expect("a checkpoint");
+    assert_eq!(saved.state.cursor.step, 3);
+    assert_eq!(life(&store, &config(), 10).expect("the rest"), whole);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_and_old_ones_are_deleted() {
+    let (store, runtime) = (Store::memory(), runtime());
+    let config = TrainConfig {
+        save_steps: 2,
+        ..config()
+    };
+    life(&store, &config, 9).expect("nine steps");
+    let steps = || -> Vec<String> {
+        let objects = runtime.block_on(store.list(DIR)).expect("a listing");
+        let step = |path: &str| path.split('/').nth(5).map(str::to_owned);
+        let mut steps: Vec<String> = objects
+            .iter()
+            .filter_map(|object| step(&object.path))
+            .collect();
+        steps.dedup();
+        steps
+    };
+    assert_eq!(steps(), ["00000006", "00000008"]);
+
+    let path = format!("{DIR}/00000008/optimizer.safetensors");
+    let mut bytes = runtime
+        .block_on(store.get(&path))
+        .expect("the store")
+        .expect("moments")
+        .to_vec();
+    *bytes.last_mut().expect("bytes") ^= 1;
+    runtime
+        .block_on(store.put(&path, bytes.into()))
+        .expect("damage");
+    let latest = runtime
+        .block_on(checkpoints(&store).latest(&model()))
+        .expect("the store")
+        .expect("an older one");
+    assert_eq!(latest.state.cursor.step, 6);
+
+    runtime
+        .block_on(checkpoints(&store).delete_all())
+        .expect("deleted");
+    assert!(steps().is_empty());
+}
+
+#[test]
+fn another_runs_checkpoint_is_refused() {
+    let store = Store::memory();
+    life(&store, &config(), 5).expect("five steps");
+    let error = life(
+        &store,
+        &TrainConfig {
+            learning_rate: 1e-3,
+            ..config()
+        },
+        10,
+    )
+    .expect_err("other settings");
+    assert!(
+        matches!(
+            error,
+            Error::ForeignCheckpoint {
+                step: 5,
+                what: "TrainConfig"
+            }
+        ),
+        "{error}"
+    );
+
+    let (runtime, decoder) = (runtime(), decoder(2));
+    let other: Arc<dyn ExampleSource> = Arc::new(source(25));
+    let checkpoint = runtime
+        .block_on(checkpoints(&store).latest(&model()))
+        .expect("the store")
+        .expect("a checkpoint");
+    let trainer = Trainer::new(&decoder, adapter(), &*other, config()).expect("a run");
+    let error = trainer.resume(checkpoint).expect_err("other data");
+    assert!(
+        matches!(
+            error,
+            Error::ForeignCheckpoint {
+                what: "the data",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // How often checkpoints are written decides nothing.
+    life(
+        &store,
+        &TrainConfig {
+            save_steps: 3,
+            ..config()
+        },
+        10,
+    )
+    .expect("the same run");
+}

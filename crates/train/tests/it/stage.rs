@@ -1,0 +1,370 @@
+//! The stage: from a base model and data in a store to an adapter and a merged
+//! model there.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use updraft_model::{Architecture, LoraConfig, Threads, load_model_files, peft, tiny};
+use updraft_store::faults::{Fault, count, inject};
+use updraft_store::{
+    CancelToken, FinishedStage, ManifestDraft, NoProgress, Opened, Progress, ProgressSink, StageId,
+    Store, open_stage,
+};
+use updraft_train::metrics::parse_loss_log;
+use updraft_train::{Error, ExampleSource, TrainConfig, TrainStage, Trained, train_stage};
+
+use crate::world::{config, lora, model, source};
+
+/// Commits a stage of these objects.
+async fn finished(store: &Store, id: StageId, objects: Vec<(&str, Vec<u8>)>) -> FinishedStage {
+    let opened = open_stage(store, &id, "import", &objects)
+        .await
+        .expect("a stage");
+    let Opened::Open(writer) = opened else {
+        panic!("finished before")
+    };
+    let mut draft = ManifestDraft::default();
+    for (name, bytes) in objects {
+        draft.objects.push(
+            writer
+                .put_object(name, bytes.into())
+                .await
+                .expect("an object"),
+        );
+    }
+    writer.commit(draft).await.expect("a manifest")
+}
+
+/// A store that holds the tiny model and a data set, and what to train there.
+async fn world() -> (Store, TrainStage) {
+    let store = Store::memory();
+    let weights = tiny::safetensors(&model(), 1);
+    let base = vec![
+        ("config.json", tiny::config_json(Architecture::Qwen2)),
+        ("generation_config.json", b"{}".to_vec()),
+        ("tokenizer.json", br#"{"model": {}}"#.to_vec()),
+        ("tokenizer_config.json", b"{}".to_vec()),
+        ("chat_template.jinja", b"{{ messages }}".to_vec()),
+        ("model.safetensors", weights),
+    ];
+    let base = finished(&store, StageId::models("tiny").expect("a name"), base).await;
+    let id = StageId::model_ready("tiny", "world").expect("a name");
+    let data = finished(&store, id, vec![("shard.parquet", b"rows".to_vec())]).await;
+    let stage = TrainStage {
+        model: "tiny".to_owned(),
+        dataset: "world".to_owned(),
+        base,
+        data,
+        lora: lora(),
+        config: TrainConfig {
+            max_steps: Some(4),
+            save_steps: 2,
+            ..config()
+        },
+        threads: Threads::new(2).expect("threads"),
+    };
+    (store, stage)
+}
+
+async fn open_source() -> Result<Arc<dyn ExampleSource>, Error> {
+    Ok(Arc::new(source(26)))
+}
+
+async fn train(store: &Store, stage: &TrainStage) -> Result<Trained, Error> {
+    train_stage(
+        store,
+        stage,
+        open_source(),
+        &NoProgress,
+        &CancelToken::new(),
+    )
+    .await
+}
+
+/// The manifest's bytes and every object it lists.
+async fn snapshot(store: &Store, stage: &FinishedStage) -> Vec<(String, Vec<u8>)> {
+    let mut objects = Vec::new();
+    for object in store.list(&stage.dir()).await.expect("a listing") {
+        let bytes = store
+            .get(&object.path)
+            .await
+            .expect("the store")
+            .expect("listed");
+        objects.push((object.path, bytes.to_vec()));
+    }
+    objects
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_leaves_an_adapter_a_merged_model_and_a_curve() {
+    let (store, stage) = world().await;
+    let Trained {
+        stage: done,
+        report,
+    } = train(&store, &stage).await.expect("trained");
+    assert_eq!(report.expect("this process trained").steps, 4);
+    assert!(done.dir().starts_with("done/tiny/world/"));
+
+    let manifest = done.manifest().await.expect("a manifest");
+    let names: Vec<&str> = manifest
+        .objects
+        .iter()
+        .map(|object| object.path.as_str())
+        .collect();
+    let expected = [
+        "lora_model/adapter_config.json",
+        "lora_model/adapter_model.safetensors",
+        "lora_model/README.md",
+        "lora_model/chat_template.jinja",
+        "lora_model/tokenizer.json",
+        "lora_model/tokenizer_config.json",
+        "fused/chat_template.jinja",
+        "fused/config.json",
+        "fused/generation_config.json",
+        "fused/tokenizer.json",
+        "fused/tokenizer_config.json",
+        "fused/model.safetensors",
+        "loss.jsonl",
+        "loss.svg",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(
+        (manifest.counts["steps"], manifest.counts["examples"]),
+        (4, 24)
+    );
+
+    let text = async |name: &str| {
+        let entry = manifest.object(name).expect(name);
+        String::from_utf8(done.read(entry).await.expect(name).to_vec()).expect("text")
+    };
+    let log = parse_loss_log(&text("loss.jsonl").await).expect("a log");
+    assert_eq!(log.len(), 4);
+    assert_eq!(log[0].learning_rate, 0.0);
+    let card = text("lora_model/README.md").await;
+    assert!(
+        card.starts_with("---\nbase_model: tiny\nlibrary_name: peft\n"),
+        "{card}"
+    );
+    assert!(card.contains("| learning_rate | 0.01 |"), "{card}");
+
+    let fused = load_model_files(&done, "fused")
+        .await
+        .expect("the merged model opens");
+    assert_eq!(fused.config, model());
+    let read = async |name: &str| {
+        done.read(manifest.object(name).expect(name))
+            .await
+            .expect(name)
+    };
+    let adapter_config = read(&format!("lora_model/{}", peft::CONFIG_FILE)).await;
+    let adapter_weights = read(&format!("lora_model/{}", peft::WEIGHTS_FILE)).await;
+    let adapter =
+        peft::read_adapter(&adapter_config, &adapter_weights, &model()).expect("the adapter opens");
+    assert_eq!(
+        adapter.config().base_model_name_or_path.as_deref(),
+        Some("tiny")
+    );
+
+    let listed = store.list(&done.dir()).await.expect("a listing");
+    assert_eq!(
+        listed.len(),
+        expected.len() + 1,
+        "no checkpoint is left beside the manifest"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finished_stage_costs_one_get_and_no_put() {
+    let (store, stage) = world().await;
+    train(&store, &stage).await.expect("trained");
+    let (counted, calls) = count(&store);
+    let never = async { panic!("the data is not needed") };
+    let again = train_stage(&counted, &stage, never, &NoProgress, &CancelToken::new())
+        .await
+        .expect("found");
+    assert!(again.report.is_none() && again.stage.reused());
+    assert_eq!((calls.reads(), calls.total()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_decides_the_result_decides_the_key_and_nothing_else_does() {
+    let (store, stage) = world().await;
+    let key = async |stage: &TrainStage| *train(&store, stage).await.expect("trained").stage.key();
+    let first = key(&stage).await;
+    let same = [
+        TrainStage {
+            config: TrainConfig {
+                save_steps: 1,
+                ..stage.config.clone()
+            },
+            ..stage.clone()
+        },
+        TrainStage {
+            threads: Threads::single(),
+            ..stage.clone()
+        },
+    ];
+    for same in &same {
+        assert_eq!(key(same).await, first);
+    }
+    let others = [
+        TrainStage {
+            config: TrainConfig {
+                seed: 1,
+                ..stage.config.clone()
+            },
+            ..stage.clone()
+        },
+        TrainStage {
+            lora: LoraConfig {
+                lora_alpha: 4.0,
+                ..lora()
+            },
+            ..stage.clone()
+        },
+    ];
+    for other in &others {
+        assert_ne!(key(other).await, first);
+    }
+}
+
+/// Every fault at a sample of all store calls, from opening the stage to
+/// deleting the last checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_store_call_it_ends_in_the_same_bytes() {
+    let (store, stage) = world().await;
+    let done = train(&store, &stage).await.expect("trained");
+    let whole = snapshot(&store, &done.stage).await;
+    for (offset, fault) in Fault::ALL.into_iter().enumerate() {
+        let mut at = 1 + offset as u64;
+        loop {
+            let (store, stage) = world().await;
+            let (faulty, injected) = inject(&store, fault, at);
+            let outcome = train(&faulty, &stage).await;
+            if outcome.is_err() {
+                let second = train(&store, &stage).await.expect("a second life").stage;
+                let objects = snapshot(&store, &second).await;
+                let committed = objects
+                    .iter()
+                    .filter(|(path, _)| !path.contains("/checkpoints/"));
+                assert!(committed.eq(&whole), "{fault:?} at {at}");
+            }
+            if !injected.struck() {
+                break;
+            }
+            at += 7;
+        }
+        assert!(at > 30, "{fault:?} was met {at} calls deep only");
+    }
+}
+
+/// Cancels at the second step, and remembers what it was told.
+#[derive(Debug, Default)]
+struct Watch {
+    cancel: CancelToken,
+    seen: Mutex<Vec<Progress>>,
+}
+
+impl ProgressSink for Watch {
+    fn report(&self, progress: &Progress) {
+        self.seen.lock().expect("no panic").push(progress.clone());
+        if progress.done == 2 {
+            self.cancel.cancel();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_it_says_so_and_continues() {
+    let (store, stage) = world().await;
+    let stage = TrainStage {
+        config: TrainConfig {
+            max_steps: Some(400),
+            ..stage.config
+        },
+        ..stage
+    };
+    let watch = Watch::default();
+    let error = train_stage(&store, &stage, open_source(), &watch, &watch.cancel)
+        .await
+        .expect_err("cancelled");
+    let Error::Cancelled { step } = error else {
+        panic!("{error}")
+    };
+    assert!((2..400).contains(&step));
+
+    let seen = watch.seen.lock().expect("no panic");
+    let first = &seen[0];
+    assert_eq!(
+        (
+            first.stage.as_str(),
+            first.done,
+            first.total,
+            first.unit.as_str()
+        ),
+        ("train", 1, Some(400), "steps")
+    );
+    for metric in ["loss", "learning_rate", "tokens_per_second"] {
+        assert!(first.metrics.contains_key(metric), "{metric}");
+    }
+    let report = train(&store, &stage)
+        .await
+        .expect("the rest")
+        .report
+        .expect("trained");
+    assert_eq!((report.resumed_from, report.steps), (step, 400));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_settings_are_refused_before_the_store_is_touched() {
+    let (store, stage) = world().await;
+    let (counted, calls) = count(&store);
+    let rank_zero = TrainStage {
+        lora: LoraConfig { r: 0, ..lora() },
+        ..stage.clone()
+    };
+    let error = train(&counted, &rank_zero).await.expect_err("rank 0");
+    assert!(matches!(error, Error::Model(_)), "{error}");
+    let epochs = TrainConfig {
+        num_train_epochs: -1.0,
+        ..stage.config.clone()
+    };
+    let error = train(
+        &counted,
+        &TrainStage {
+            config: epochs,
+            ..stage
+        },
+    )
+    .await
+    .expect_err("-1 epochs");
+    assert!(
+        matches!(
+            error,
+            Error::Config {
+                field: "num_train_epochs",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(calls.total(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_cannot_be_opened_is_the_stages_error() {
+    let (store, stage) = world().await;
+    let asked = AtomicBool::new(false);
+    let source = async {
+        asked.store(true, Ordering::Relaxed);
+        Err(Error::source("no such shard"))
+    };
+    let error = train_stage(&store, &stage, source, &NoProgress, &CancelToken::new())
+        .await
+        .expect_err("no data");
+    assert!(
+        asked.into_inner() && matches!(error, Error::Source(_)),
+        "{error}"
+    );
+}
