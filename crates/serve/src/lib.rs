@@ -35,6 +35,8 @@
 //! - `error.code` is a string or null, never a number.
 //! - A full queue is a 429 with `Retry-After`, not a 503.
 //! - Log-probabilities are of the model's own distribution, before penalties and temperature.
+//! - With `echo`, the prompt's first token has the log-probability 0, not null: typed clients
+//!   refuse null.
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
 //! - What would change the answer but is not supported (`tools`, `response_format` other than
 //!   text, `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.

@@ -71,13 +71,16 @@ impl ChatTop {
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs {
     text_offset: Vec<usize>,
-    token_logprobs: Vec<Option<f32>>,
+    token_logprobs: Vec<f32>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Option<Map<String, Value>>>,
+    top_logprobs: Vec<Map<String, Value>>,
 }
 
 impl TextLogprobs {
     /// Appends one token; `offset` is where its text starts, in characters, and moves on.
+    ///
+    /// A prompt's first token follows nothing and has no log-probability. Typed clients take no
+    /// null there, so it gets 0, which changes no sum.
     pub(crate) fn push(
         &mut self,
         chat: &Chat,
@@ -88,19 +91,20 @@ impl TextLogprobs {
         let text = token_text(chat, id);
         self.text_offset.push(*offset);
         *offset += text.chars().count();
-        self.token_logprobs
-            .push(logprobs.map(|logprobs| logprobs.logprob.max(LEAST)));
-        self.top_logprobs.push(logprobs.map(|logprobs| {
-            let mut top: Map<String, Value> = logprobs
+        let mut top = Map::new();
+        if let Some(logprobs) = logprobs {
+            let likeliest = logprobs
                 .top
                 .iter()
-                .map(|&(id, lp)| (token_text(chat, id), Value::from(lp.max(LEAST))))
-                .collect();
-            // The chosen token is always there, even when it is not among the likeliest.
-            top.entry(text.clone())
-                .or_insert_with(|| Value::from(logprobs.logprob.max(LEAST)));
-            top
-        }));
+                .map(|&(id, lp)| (token_text(chat, id), lp));
+            // The token itself is always there, even when it is not among the likeliest.
+            for (text, logprob) in likeliest.chain([(text.clone(), logprobs.logprob)]) {
+                top.entry(text).or_insert_with(|| logprob.max(LEAST).into());
+            }
+        }
+        self.token_logprobs
+            .push(logprobs.map_or(0.0, |logprobs| logprobs.logprob.max(LEAST)));
+        self.top_logprobs.push(top);
         self.tokens.push(text);
     }
 }

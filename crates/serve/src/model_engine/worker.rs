@@ -199,9 +199,6 @@ impl Worker {
                 rows.push(row);
             }
         }
-        if batch.logit_rows.is_empty() {
-            batch.logit_rows.push(0); // The decoder wants a row, even if we do not.
-        }
         let block_size = self.kv.block_size();
         batch.kv = Some(BlockTables { block_size, tables });
         (batch, rows)

@@ -233,6 +233,34 @@ async fn logprobs_come_with_their_tokens() {
     assert_eq!(Value::from(logprobs.flatten().collect::<Vec<_>>()), content);
 }
 
+/// Tokens that a stop string cut away leave no log-probabilities behind.
+#[tokio::test]
+async fn logprobs_end_where_the_text_does() {
+    let server = Server::echo().await;
+    for (text, stop, tokens) in [("hello", "lo", 3), ("a😀b!", "!", 6), ("a😀b!", "b", 5)] {
+        let mut body = ask(text, json!({"logprobs": true, "stop": stop}));
+        for stream in [false, true] {
+            body["stream"] = json!(stream);
+            let answer = server.post(PATH, &body).await;
+            let choices = match stream {
+                true => answer
+                    .chunks()
+                    .into_iter()
+                    .map(|chunk| chunk["choices"][0].clone())
+                    .collect(),
+                false => vec![answer.json()["choices"][0].clone()],
+            };
+            let count =
+                |choice: &Value| choice["logprobs"]["content"].as_array().map_or(0, Vec::len);
+            assert_eq!(
+                choices.iter().map(count).sum::<usize>(),
+                tokens,
+                "{text} {stop} {stream}"
+            );
+        }
+    }
+}
+
 #[tokio::test]
 async fn conversations_are_taken_in_every_form() {
     let server = Server::echo().await;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+use tokio::io::AsyncReadExt;
 use updraft_model::{Adapter, Architecture, LoraConfig, ModelConfig, Threads, merge, peft, tiny};
 use updraft_serve::{AdapterSource, EngineOptions, ModelEngine, ModelSource, Result, ServeOptions};
 use updraft_store::{ManifestDraft, Opened, StageId, Store, open_stage};
@@ -269,10 +270,7 @@ async fn what_is_missing_is_named_with_the_next_step() {
             "chat_template.jinja",
             "has no chat template; add chat_template.jinja",
         ),
-        (
-            "config.json",
-            "has no config.json; give a model folder",
-        ),
+        ("config.json", "has no config.json; give a model folder"),
         ("model.safetensors", "has no model.safetensors; "),
     ] {
         write(path, &model_files());
@@ -324,4 +322,54 @@ async fn two_names_cannot_be_the_same() {
             .to_string()
             .contains("`tiny`")
     );
+}
+
+/// Clients that ask and vanish: before the answer, within it, or not at all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_vanish_leave_nothing_behind() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let source = ModelSource::folder(folder.path());
+    let server = serve(load(&source, &[]).await.expect("it loads")).await;
+    let expected = ask(&server, "tiny").await;
+    let clients = (0..100u64).map(|client| {
+        let server = &server;
+        let body = json!({
+            "messages": [{"role": "user", "content": "x".repeat(client as usize % 60)}],
+            "stream": client % 3 != 0, "n": 1 + client % 2, "max_tokens": 100, "seed": client,
+        });
+        async move {
+            let path = "/v1/chat/completions";
+            let headers = "Content-Type: application/json\r\n";
+            let body = body.to_string();
+            let mut connection = server.send("POST", path, headers, Some(&body)).await;
+            let mut read = vec![0; (updraft_serve::uniform(3, client) * 4000.0) as usize];
+            if client % 4 != 0 {
+                // Whoever gets an answer shorter than this goes at its end.
+                let _ = connection.read_exact(&mut read).await;
+            }
+        }
+    });
+    futures::future::join_all(clients).await;
+    for _ in 0..500 {
+        let metrics = server.get("/metrics").await.body;
+        let idle = [
+            "num_requests_running",
+            "num_requests_waiting",
+            "kv_cache_usage_perc",
+        ];
+        if idle
+            .iter()
+            .all(|name| metrics.contains(&format!("vllm:{name}{{model_name=\"tiny\"}} 0\n")))
+        {
+            assert_eq!(
+                ask(&server, "tiny").await,
+                expected,
+                "and it answers as before"
+            );
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("something is left: {}", server.get("/metrics").await.body);
 }
