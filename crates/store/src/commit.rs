@@ -473,6 +473,16 @@ impl StageObjectWriter {
         self.inner.written()
     }
 
+    /// What the entry will be if nothing more is written.
+    pub(crate) fn entry(&self) -> ObjectEntry {
+        self.inner.entry()
+    }
+
+    /// The object's URL, for messages.
+    pub(crate) fn url(&self) -> String {
+        self.inner.url()
+    }
+
     /// Makes the object visible.
     ///
     /// # Errors

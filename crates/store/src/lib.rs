@@ -29,7 +29,14 @@
 
 pub mod cancel;
 mod commit;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
+#[cfg(feature = "conformance")]
+pub mod faults;
+pub mod fetch;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod journal;
 pub mod layout;
 mod manifest;

@@ -97,6 +97,10 @@ impl ObjectWriter {
         }
     }
 
+    pub(crate) fn url(&self) -> String {
+        self.store.url_of(&self.path)
+    }
+
     /// Makes the object visible.
     ///
     /// # Errors

@@ -160,13 +160,20 @@ fn file_path(url: &str) -> Result<PathBuf> {
 
 #[cfg(feature = "fs")]
 fn open_folder(url: &str, folder: &Path) -> Result<Store> {
+    use std::io::ErrorKind;
+
     use object_store::local::LocalFileSystem;
 
     if folder.as_os_str().is_empty() {
         return Err(invalid(url, "the folder has no name; write ./folder"));
     }
     let shown = folder.display().to_string();
-    make_folder(folder).map_err(|error| Error::from_io(shown.clone(), error))?;
+    make_folder(folder).map_err(|error| match error.kind() {
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
+            invalid(url, "a file is in the way; choose another folder")
+        }
+        _ => Error::from_io(shown.clone(), error),
+    })?;
     let root = folder
         .canonicalize()
         .map_err(|error| Error::from_io(shown.clone(), error))?;

@@ -1,0 +1,387 @@
+//! The Hub read client.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use reqwest::header::{
+    AUTHORIZATION, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
+};
+use reqwest::{Client, Response, StatusCode, Url, redirect};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::config::HubConfig;
+use super::repo::{RepoFile, RepoKind, RepoRef, ResolvedRepo, TreeItem};
+use super::request::{
+    Detour, Subject, decide, header, next_page, reconnect, unexpected, unreachable,
+};
+use crate::fetch::{self, Part};
+use crate::{BoxError, Error, Result};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many redirects one request may take.
+const MOST_REDIRECTS: usize = 8;
+/// How many pages of a listing are read; the Hub sends a thousand files on each.
+const MOST_PAGES: usize = 1_000;
+/// Whole files larger than one piece are read several pieces at a time.
+const PIECE_BYTES: u64 = 16 << 20;
+const PIECES_AT_ONCE: usize = 4;
+
+/// Reads repositories of a Hub. Clones share connections.
+#[derive(Clone, Debug)]
+pub struct HubClient {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    http: Client,
+    endpoint: Url,
+    config: HubConfig,
+}
+
+#[derive(Deserialize)]
+struct RevisionInfo {
+    sha: String,
+}
+
+impl HubClient {
+    /// A client for this configuration. Makes no request yet.
+    ///
+    /// # Errors
+    /// [`Error::InvalidUrl`] if the endpoint is no URL or holds credentials.
+    pub fn new(config: HubConfig) -> Result<Self> {
+        let invalid = |reason: &str| Error::InvalidUrl {
+            url: "HF_ENDPOINT".to_owned(),
+            reason: reason.to_owned(),
+        };
+        let endpoint = Url::parse(&config.endpoint)
+            .ok()
+            .filter(|url| matches!(url.scheme(), "http" | "https"))
+            .ok_or_else(|| invalid("write it as https://host"))?;
+        if !endpoint.username().is_empty() || endpoint.password().is_some() {
+            return Err(invalid("credentials belong in HF_TOKEN, not in the URL"));
+        }
+        crate::tls::install();
+        let http = Client::builder()
+            .user_agent(concat!("updraft/", env!("CARGO_PKG_VERSION")))
+            .redirect(redirect::Policy::none())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .read_timeout(config.stall)
+            .build()
+            .map_err(|error| invalid(&format!("no TLS for it ({error})")))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                http,
+                endpoint,
+                config,
+            }),
+        })
+    }
+
+    /// A client configured from the environment; see [`HubConfig::from_env`].
+    ///
+    /// # Errors
+    /// Those of [`HubConfig::from_env`] and [`new`](Self::new).
+    pub fn from_env() -> Result<Self> {
+        Self::new(HubConfig::from_env()?)
+    }
+
+    /// Pins a repository's revision to the commit it is now, and lists that commit's files.
+    ///
+    /// # Errors
+    /// [`Error::Gated`], [`Error::RepoNotFound`], [`Error::RevisionNotFound`], [`Error::Unauthenticated`],
+    /// [`Error::RateLimited`], [`Error::Offline`], [`Error::Unreachable`] or [`Error::UnexpectedAnswer`].
+    pub async fn resolve(&self, repo: &RepoRef) -> Result<ResolvedRepo> {
+        let url = self.api(repo, "revision", repo.revision());
+        let (_, info): (_, RevisionInfo) = self.json(repo, url).await?;
+        let mut url = self.api(repo, "tree", &info.sha);
+        url.set_query(Some("recursive=true"));
+        let mut files = Vec::new();
+        for _ in 0..MOST_PAGES {
+            let (headers, page): (_, Vec<TreeItem>) = self.json(repo, url.clone()).await?;
+            for item in page {
+                let file = item.into_file().map_err(|path| {
+                    let answer = format!("a path that leads out of the repository, '{path}'");
+                    unexpected(self.subject(repo, None, &url), &answer)
+                })?;
+                files.extend(file);
+            }
+            match next_page(&headers, &url) {
+                Some(next) => url = next,
+                None => {
+                    files.sort_by(|a: &RepoFile, b| a.path.cmp(&b.path));
+                    return Ok(ResolvedRepo {
+                        repo: repo.clone(),
+                        sha: info.sha,
+                        files,
+                    });
+                }
+            }
+        }
+        Err(unexpected(
+            self.subject(repo, None, &url),
+            "a listing without end",
+        ))
+    }
+
+    /// The bytes of a range of a file, resumed where a connection breaks off.
+    pub fn read(
+        &self,
+        repo: &ResolvedRepo,
+        file: &RepoFile,
+        range: Range<u64>,
+    ) -> BoxStream<'static, Result<Bytes>> {
+        let range = range.start..range.end.min(file.size);
+        let target = Arc::new((self.clone(), repo.clone_without_files(), file.clone()));
+        let url = self.file_url(repo, file).to_string();
+        fetch::resumable(url, range, move |range, etag| {
+            let target = Arc::clone(&target);
+            async move {
+                let (client, repo, file) = &*target;
+                client.open(repo, file, range, etag.as_deref()).await
+            }
+        })
+        .boxed()
+    }
+
+    /// The bytes of a whole file, in order; a large one by several requests at a time, which
+    /// holds up to 64 MiB in memory.
+    pub fn read_all(
+        &self,
+        repo: &ResolvedRepo,
+        file: &RepoFile,
+    ) -> BoxStream<'static, Result<Bytes>> {
+        let (client, repo, file) = (self.clone(), repo.clone_without_files(), file.clone());
+        let whole = 0..file.size;
+        if file.size <= PIECE_BYTES {
+            return client.read(&repo, &file, whole);
+        }
+        let read = move |range| client.read(&repo, &file, range);
+        fetch::in_pieces(whole, PIECE_BYTES, PIECES_AT_ONCE, read).boxed()
+    }
+
+    /// Asks for a range of one version of a file.
+    async fn open(
+        &self,
+        repo: &ResolvedRepo,
+        file: &RepoFile,
+        range: Range<u64>,
+        etag: Option<&str>,
+    ) -> Result<Part> {
+        let url = self.file_url(repo, file);
+        let subject = self.subject(&repo.repo, Some(&file.path), &url);
+        let mut headers = HeaderMap::new();
+        let bytes = format!("bytes={}-{}", range.start, range.end - 1);
+        headers.insert(RANGE, HeaderValue::from_str(&bytes).expect("digits"));
+        // A weak tag may not stand in If-Range; the tag of the answer is compared all the same.
+        if let Some(value) = etag
+            .filter(|etag| !etag.starts_with("W/"))
+            .and_then(|etag| etag.parse().ok())
+        {
+            headers.insert(IF_RANGE, value);
+        }
+        let answer = self.send(subject, headers).await?;
+        let skip = match answer.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                check_content_range(&answer, &range, file)
+                    .map_err(|answer| unexpected(subject, &answer))?;
+                0
+            }
+            // The server ignores ranges, or the version is another: the tag will tell.
+            StatusCode::OK => range.start,
+            _ => return Err(Error::Changed { url: url.into() }),
+        };
+        let etag = header(answer.headers(), ETAG.as_str()).map(str::to_owned);
+        let body = answer
+            .bytes_stream()
+            .map_err(|error| BoxError::from(error.without_url()));
+        Ok(Part {
+            etag,
+            bytes: skip_bytes(body.boxed(), skip),
+        })
+    }
+
+    async fn json<T: for<'de> Deserialize<'de>>(
+        &self,
+        repo: &RepoRef,
+        url: Url,
+    ) -> Result<(HeaderMap, T)> {
+        let subject = self.subject(repo, None, &url);
+        let answer = self.send(subject, HeaderMap::new()).await?;
+        let headers = answer.headers().clone();
+        let body = answer
+            .bytes()
+            .await
+            .map_err(|error| unreachable(&url, error))?;
+        let value = serde_json::from_slice(&body).map_err(|error| {
+            unexpected(subject, &format!("other JSON than the Hub's ({error})"))
+        })?;
+        Ok((headers, value))
+    }
+
+    /// Sends one GET, following redirects and waiting as asked, within the deadline.
+    async fn send(&self, subject: Subject<'_>, headers: HeaderMap) -> Result<Response> {
+        if self.inner.config.offline {
+            return Err(Error::Offline {
+                url: subject.url.to_string(),
+            });
+        }
+        let deadline = Instant::now() + self.inner.config.deadline;
+        let mut url = subject.url.clone();
+        let (mut failed, mut redirects) = (0, 0);
+        loop {
+            let request = self
+                .inner
+                .http
+                .get(url.clone())
+                .headers(self.with_token(&url, &headers));
+            let answer = tokio::time::timeout_at(deadline, request.send())
+                .await
+                .map_err(|elapsed| unreachable(subject.url, elapsed))?;
+            let detour = match answer {
+                Err(error) => reconnect(error, failed, subject)?,
+                Ok(answer) => {
+                    match decide(answer.status(), answer.headers(), &url, failed, subject)? {
+                        None => return Ok(answer),
+                        Some(detour) => detour,
+                    }
+                }
+            };
+            let (wait, otherwise) = match detour {
+                Detour::Follow(_) if redirects == MOST_REDIRECTS => {
+                    return Err(unexpected(subject, "redirects without end"));
+                }
+                Detour::Follow(target) => {
+                    url = target;
+                    redirects += 1;
+                    continue;
+                }
+                Detour::Wait { wait, otherwise } => (wait, otherwise),
+            };
+            if Instant::now() + wait >= deadline {
+                return Err(otherwise);
+            }
+            tracing::debug!(url = %subject.url, ?wait, "waiting for the Hub");
+            tokio::time::sleep(wait).await;
+            // A signed address may expire while we wait, so start again from the Hub's own.
+            url = subject.url.clone();
+            redirects = 0;
+            failed += 1;
+        }
+    }
+
+    /// The headers, with the token if and only if the address is the Hub's own.
+    fn with_token(&self, url: &Url, headers: &HeaderMap) -> HeaderMap {
+        let mut headers = headers.clone();
+        if url.origin() == self.inner.endpoint.origin()
+            && let Some(token) = &self.inner.config.token
+            && let Ok(mut value) = HeaderValue::from_str(&format!("Bearer {}", token.expose()))
+        {
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        headers
+    }
+
+    fn subject<'a>(&self, repo: &'a RepoRef, path: Option<&'a str>, url: &'a Url) -> Subject<'a> {
+        Subject {
+            repo,
+            path,
+            url,
+            has_token: self.inner.config.token.is_some(),
+        }
+    }
+
+    /// `{endpoint}/api/{kind}s/{id}/{what}/{revision}`.
+    fn api(&self, repo: &RepoRef, what: &str, revision: &str) -> Url {
+        let parts = ["api", repo.kind().plural()].into_iter();
+        self.address(parts.chain(repo.id().split('/')).chain([what, revision]))
+    }
+
+    /// `{endpoint}/[datasets/]{id}/resolve/{sha}/{path}`.
+    fn file_url(&self, repo: &ResolvedRepo, file: &RepoFile) -> Url {
+        let kind = (repo.repo.kind() == RepoKind::Dataset).then_some("datasets");
+        let id = repo.repo.id().split('/');
+        let path = file.path.split('/');
+        self.address(
+            kind.into_iter()
+                .chain(id)
+                .chain(["resolve", &repo.sha])
+                .chain(path),
+        )
+    }
+
+    /// The endpoint with these path parts, each percent-encoded, slashes included.
+    fn address<'a>(&self, parts: impl Iterator<Item = &'a str>) -> Url {
+        let mut url = self.inner.endpoint.clone();
+        url.path_segments_mut()
+            .expect("http and https URLs have a path")
+            .pop_if_empty()
+            .extend(parts);
+        url
+    }
+}
+
+impl ResolvedRepo {
+    /// The same commit; its list of files may be long and a reader of one needs none of it.
+    fn clone_without_files(&self) -> Self {
+        Self {
+            repo: self.repo.clone(),
+            sha: self.sha.clone(),
+            files: Vec::new(),
+        }
+    }
+}
+
+/// Checks that a partial answer begins where asked and speaks of a file of the size listed.
+fn check_content_range(
+    answer: &Response,
+    range: &Range<u64>,
+    file: &RepoFile,
+) -> Result<(), String> {
+    let found = header(answer.headers(), CONTENT_RANGE.as_str()).unwrap_or("nothing");
+    let parsed = found.strip_prefix("bytes ").and_then(|rest| {
+        let (span, total) = rest.split_once('/')?;
+        let start: u64 = span.split_once('-')?.0.parse().ok()?;
+        Some((start, total.parse::<u64>().ok()))
+    });
+    match parsed {
+        Some((start, total))
+            if start == range.start && total.is_none_or(|total| total == file.size) =>
+        {
+            Ok(())
+        }
+        _ => Err(format!(
+            "the range '{found}' instead of bytes {}-{} of {}",
+            range.start,
+            range.end - 1,
+            file.size
+        )),
+    }
+}
+
+/// Leaves out the first bytes of a body.
+fn skip_bytes(
+    body: BoxStream<'static, Result<Bytes, BoxError>>,
+    skip: u64,
+) -> BoxStream<'static, Result<Bytes, BoxError>> {
+    if skip == 0 {
+        return body;
+    }
+    body.scan(skip, |left, chunk| {
+        let chunk = chunk.map(|mut bytes| {
+            let skipped = bytes
+                .len()
+                .min(usize::try_from(*left).unwrap_or(usize::MAX));
+            *left -= skipped as u64;
+            bytes.split_off(skipped)
+        });
+        futures::future::ready(Some(chunk))
+    })
+    .boxed()
+}
