@@ -204,6 +204,9 @@ pub(crate) fn edit_slice<F: Real, R>(
             .bt()
             .into());
     }
+    if tensor.elem_count() == 0 {
+        return Ok(change(&mut [])); // a matrix has no row to hand out
+    }
     edit(&tensor.flatten_all()?, |mut row: MatMut<'_, F>| {
         change(row.row_mut(0))
     })

@@ -67,9 +67,7 @@ impl Decoder {
             threads: threads.clone(),
             rope,
             embedding,
-            blocks: (0..config.num_hidden_layers)
-                .map(|layer| Block::load(loader, layer))
-                .collect::<Result<_>>()?,
+            blocks: load_blocks(loader, threads)?,
             norm: RmsNorm::load(loader, "model.norm.weight", config.hidden_size)?,
             head,
         })
@@ -213,6 +211,22 @@ impl Decoder {
             )),
         }
     }
+}
+
+/// Blocks side by side: widening a number takes longer than reading it.
+fn load_blocks(loader: Loader<'_>, threads: &Threads) -> Result<Vec<Block>> {
+    let mut blocks: Vec<_> = (0..loader.config.num_hidden_layers)
+        .map(|layer| (layer, None))
+        .collect();
+    threads.split(blocks.as_mut_slice(), 1, |blocks| {
+        for (layer, block) in blocks {
+            *block = Some(Block::load(loader, *layer));
+        }
+    });
+    blocks
+        .into_iter()
+        .map(|(_, block)| block.expect("every block was visited"))
+        .collect()
 }
 
 /// Neighbouring sequences with the same adapter make one run of rows.

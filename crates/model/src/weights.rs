@@ -220,23 +220,49 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let place = self.place(name)?;
-        if place.shape != shape {
-            let (expected, actual) = (shape.to_vec(), place.shape.clone());
-            return Err(Error::Shape {
-                name: name.to_owned(),
-                expected,
-                actual,
-            });
+        self.load_stacked(&[(name.to_owned(), shape.to_vec())], dtype, device)
+    }
+
+    /// Reads tensors that differ in their first dimension only, one below the other.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub(crate) fn load_stacked(
+        &self,
+        tensors: &[(String, Vec<usize>)],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        match dtype {
+            DType::F64 => self.stack::<f64>(tensors, device),
+            _ => Ok(self.stack::<f32>(tensors, device)?.to_dtype(dtype)?),
         }
-        let bytes = &self.shards[place.shard].bytes[place.start..place.end];
-        Ok(match dtype {
-            DType::F64 => {
-                Tensor::from_vec(decode::<f64>(name, place.dtype, bytes)?, shape, device)?
+    }
+
+    fn stack<F: Real>(&self, tensors: &[(String, Vec<usize>)], device: &Device) -> Result<Tensor> {
+        let len = tensors
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
+        let (mut values, mut stacked) = (Vec::<F>::with_capacity(len), Vec::new());
+        for (name, shape) in tensors {
+            let place = self.place(name)?;
+            if place.shape != *shape {
+                let (expected, actual) = (shape.clone(), place.shape.clone());
+                return Err(Error::Shape {
+                    name: name.clone(),
+                    expected,
+                    actual,
+                });
             }
-            _ => Tensor::from_vec(decode::<f32>(name, place.dtype, bytes)?, shape, device)?
-                .to_dtype(dtype)?,
-        })
+            let bytes = &self.shards[place.shard].bytes[place.start..place.end];
+            decode_into(name, place.dtype, bytes, &mut values)?;
+            match stacked.first_mut() {
+                Some(rows) => *rows += shape[0],
+                None => stacked.clone_from(shape),
+            }
+        }
+        Ok(Tensor::from_vec(values, stacked, device)?)
     }
 
     /// Reads a tensor as f32, whatever its shape.
@@ -359,25 +385,37 @@ pub(crate) fn map_file(path: &Path) -> Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
-/// Turns stored little-endian numbers into `T`, exactly where `T` is wide enough.
-pub(crate) fn decode<T: Real>(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<T>> {
+/// Turns stored little-endian numbers into `F`, exactly where `F` is wide enough.
+///
+/// # Errors
+/// [`Error::DType`] names the tensor.
+pub(crate) fn decode<F: Real>(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<F>> {
+    let mut values = Vec::new();
+    decode_into(name, dtype, bytes, &mut values)?;
+    Ok(values)
+}
+
+fn decode_into<F: Real>(name: &str, dtype: Dtype, bytes: &[u8], values: &mut Vec<F>) -> Result<()> {
     use half::{bf16, f16};
-    fn each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
-        let (chunks, _) = bytes.as_chunks::<N>();
-        chunks.iter().map(|&chunk| read(chunk)).collect()
+    fn each<const N: usize, F>(bytes: &[u8], values: &mut Vec<F>, read: impl Fn([u8; N]) -> F) {
+        let (numbers, _) = bytes.as_chunks::<N>();
+        values.extend(numbers.iter().map(|&number| read(number)));
     }
-    Ok(match dtype {
-        Dtype::F32 => each(bytes, |b| T::of_f32(f32::from_le_bytes(b))),
-        Dtype::BF16 => each(bytes, |b| T::of_f32(bf16::from_le_bytes(b).to_f32())),
-        Dtype::F16 => each(bytes, |b| T::of_f32(f16::from_le_bytes(b).to_f32())),
-        Dtype::F64 => each(bytes, |b| T::of_f64(f64::from_le_bytes(b))),
+    match dtype {
+        Dtype::F32 => each(bytes, values, |b| F::of_f32(f32::from_le_bytes(b))),
+        Dtype::BF16 => each(bytes, values, |b| {
+            F::of_f32(bf16::from_le_bytes(b).to_f32())
+        }),
+        Dtype::F16 => each(bytes, values, |b| F::of_f32(f16::from_le_bytes(b).to_f32())),
+        Dtype::F64 => each(bytes, values, |b| F::of_f64(f64::from_le_bytes(b))),
         other => {
             return Err(Error::DType {
                 name: name.to_owned(),
                 dtype: format!("{other:?}"),
             });
         }
-    })
+    }
+    Ok(())
 }
 
 #[cfg(test)]

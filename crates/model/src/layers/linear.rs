@@ -75,9 +75,9 @@ impl Linear {
         for &projection in group.projections() {
             let (d_in, d_out) = loader.config.projection_dims(projection);
             let path = projection.path(layer);
-            weights.push(loader.load(&format!("{path}.weight"), &[d_out, d_in])?);
+            weights.push((format!("{path}.weight"), vec![d_out, d_in]));
             if loader.config.projection_bias(projection) {
-                biases.push(loader.load(&format!("{path}.bias"), &[d_out])?);
+                biases.push((format!("{path}.bias"), vec![d_out]));
             }
             columns.push((projection, end..end + d_out));
             end += d_out;
@@ -85,12 +85,12 @@ impl Linear {
         let bias = if biases.is_empty() {
             None
         } else {
-            Some(Tensor::cat(&biases, 0)?)
+            Some(loader.load_stacked(&biases)?)
         };
         Ok(Self {
             layer,
             group,
-            weight: Tensor::cat(&weights, 0)?,
+            weight: loader.load_stacked(&weights)?,
             bias,
             columns,
         })

@@ -36,6 +36,10 @@ impl Loader<'_> {
     pub(crate) fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.weights.load(name, shape, self.dtype, self.device)
     }
+
+    pub(crate) fn load_stacked(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
+        self.weights.load_stacked(tensors, self.dtype, self.device)
+    }
 }
 
 /// What every layer sees of one pass.

@@ -133,6 +133,15 @@ fn bits_do_not_depend_on_company_or_chunks() {
 }
 
 #[test]
+fn a_chunk_in_the_middle_of_a_prompt_asks_for_no_logits() {
+    let world = World::new(Architecture::Llama);
+    let decoder = world.decoder(DType::F32, 1);
+    let mut batch = step(&[(0, &[1, 2, 3], 0, None)]);
+    batch.logit_rows.clear();
+    assert!(run(&decoder, &[], &mut pages(&decoder), &batch).is_empty());
+}
+
+#[test]
 fn a_batch_that_does_not_fit_its_pages_is_an_error() {
     let world = World::new(Architecture::Llama);
     let decoder = world.decoder(DType::F32, 1);
