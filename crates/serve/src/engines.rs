@@ -25,10 +25,7 @@ impl Engines {
             .collect();
         ids.sort_unstable();
         if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            let id = &pair[0];
-            return Err(Error::Options(format!(
-                "two models are named `{id}`; give each a name of its own"
-            )));
+            return Err(Error::same_name(&pair[0]));
         }
         match ids.is_empty() {
             true => Err(Error::Options(

@@ -122,6 +122,13 @@ impl Error {
         }
     }
 
+    /// An [`Error::Options`] about two models of one name.
+    pub(crate) fn same_name(name: &str) -> Self {
+        Self::Options(format!(
+            "two models are named `{name}`; give each a name of its own"
+        ))
+    }
+
     /// Whether the same request may succeed later.
     #[must_use]
     pub fn is_retryable(&self) -> bool {

@@ -38,7 +38,6 @@ impl ModelEngine {
         options: &EngineOptions,
     ) -> Result<Self> {
         let name = name.into();
-        check_names(&name, adapters)?;
         let found = find(source, Kind::Model).await?;
         let files = model_files(&found).await?;
         let mut served = Vec::with_capacity(adapters.len());
@@ -64,22 +63,6 @@ impl ModelEngine {
             Self::new(model, &options)
         })
         .await
-    }
-}
-
-fn check_names(name: &str, adapters: &[AdapterSource]) -> Result<()> {
-    let mut names: Vec<&str> = adapters
-        .iter()
-        .map(|adapter| adapter.name.as_str())
-        .collect();
-    names.push(name);
-    names.sort_unstable();
-    match names.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(Error::Options(format!(
-            "two models are named `{}`; give each a name of its own",
-            pair[0]
-        ))),
-        None => Ok(()),
     }
 }
 

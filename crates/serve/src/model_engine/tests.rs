@@ -1,6 +1,6 @@
 //! The identities of serving, on tiny random models.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use candle_core::Device;
 use futures::TryStreamExt;
@@ -9,11 +9,15 @@ use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, SpecialTokens};
 use updraft_model::{
     Adapter, Architecture, Batch, Decoder, LoraConfig, ModelConfig, Threads, Weights,
 };
-use updraft_model::{merge, tiny};
+use updraft_model::{KvPages, merge, tiny};
 
+use super::status::Status;
+use super::worker::{Job, Worker};
 use super::*;
-use crate::engine::TokenLogprobs;
+use crate::engine::{Engine, GenerateRequest, TokenEvent, TokenLogprobs};
+use crate::error::{Error, Result};
 use crate::sampling::SamplingParams;
+use crate::scheduler::{Scheduler, SchedulerConfig};
 
 /// A tiny model whose vocabulary has room for a byte tokenizer.
 fn config() -> ModelConfig {
@@ -137,7 +141,7 @@ pub(super) fn served_parts() -> (Worker, mpsc::Sender<Job>) {
         kv,
         scheduler,
         jobs,
-        Arc::default(),
+        Arc::new(Status::new("tiny")),
     );
     (worker, inbox)
 }
@@ -380,6 +384,13 @@ async fn options_that_cannot_work_are_refused() {
                 ..small()
             },
             "kv_cache_bytes",
+        ),
+        (
+            EngineOptions {
+                max_model_len: Some(0),
+                ..small()
+            },
+            "max_model_len must be at least 1",
         ),
         (
             EngineOptions {

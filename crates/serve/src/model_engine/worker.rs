@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
 use candle_core::{DType, Tensor};
 use tokio::sync::{mpsc, oneshot};
 use updraft_model::{Adapter, Batch, BlockTables, Decoder, KvPages};
 
-use super::Status;
+use super::status::Status;
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, Usage};
 use crate::error::{BoxError, Error, Result, one_line};
 use crate::sampler::{self, Past};
@@ -273,7 +272,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.status.alive.store(false, Ordering::Relaxed);
+        self.status.stopped();
     }
 }
 
@@ -394,6 +393,6 @@ mod tests {
         worker.turn();
         let (free, all) = worker.scheduler.block_usage();
         assert_eq!((free, worker.sequences.len()), (all, 0));
-        assert_eq!(worker.status.kv_cache_usage(), 0.0);
+        assert_eq!(worker.status.get().kv_cache_usage, 0.0);
     }
 }

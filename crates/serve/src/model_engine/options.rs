@@ -1,0 +1,100 @@
+//! What an engine may spend, and what that buys.
+
+use candle_core::DType;
+use updraft_model::{KvPages, ModelConfig};
+
+use crate::error::{Error, Result};
+use crate::scheduler::SchedulerConfig;
+
+/// What an engine may spend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// The longest prompt and completion together. `None`: what the model was made for, or what
+    /// the cache holds if that is less.
+    pub max_model_len: Option<u32>,
+    /// Memory for keys and values: more holds more and longer requests at once.
+    pub kv_cache_bytes: u64,
+    /// Tokens per block of it.
+    pub block_size: u32,
+    /// As [`SchedulerConfig::max_num_seqs`].
+    pub max_num_seqs: usize,
+    /// As [`SchedulerConfig::max_num_batched_tokens`].
+    pub max_num_batched_tokens: u32,
+    /// As [`SchedulerConfig::max_queued_requests`].
+    pub max_queued_requests: usize,
+    /// As [`SchedulerConfig::max_queued_tokens`].
+    pub max_queued_tokens: u64,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            max_model_len: None,
+            kv_cache_bytes: 512 << 20,
+            block_size: 16,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            max_queued_requests: 256,
+            max_queued_tokens: 1 << 18,
+        }
+    }
+}
+
+/// A context and the blocks that hold it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CachePlan {
+    pub(super) max_model_len: u32,
+    pub(super) num_blocks: u32,
+}
+
+impl EngineOptions {
+    /// The longest context that model and memory allow, or the one asked for.
+    pub(super) fn plan_cache(&self, config: &ModelConfig, dtype: DType) -> Result<CachePlan> {
+        if self.block_size == 0 {
+            return Err(Error::Options("block_size must be at least 1".into()));
+        }
+        let made_for = u32::try_from(config.max_len()).unwrap_or(u32::MAX);
+        let block_bytes = KvPages::bytes_per_block(config, self.block_size as usize, dtype);
+        let affordable = u32::try_from(self.kv_cache_bytes / block_bytes).unwrap_or(u32::MAX);
+        let held = affordable.saturating_mul(self.block_size);
+        let max_model_len = match self.max_model_len {
+            Some(0) => return Err(Error::Options("max_model_len must be at least 1".into())),
+            Some(asked) if asked > made_for => {
+                let message = format!("max_model_len {asked} is more than the model's {made_for}");
+                return Err(Error::Options(message));
+            }
+            Some(asked) if asked > held => {
+                let needed = u64::from(asked.div_ceil(self.block_size)) * block_bytes;
+                return Err(Error::Options(format!(
+                    "max_model_len {asked} needs {needed} bytes of KV cache; raise \
+                     kv_cache_bytes or lower max_model_len"
+                )));
+            }
+            Some(asked) => asked,
+            None if held == 0 => {
+                let message = format!("kv_cache_bytes must be at least {block_bytes}, one block");
+                return Err(Error::Options(message));
+            }
+            None => made_for.min(held),
+        };
+        // More than every sequence at full length would never be used.
+        let whole = u64::from(max_model_len.div_ceil(self.block_size));
+        let useful = whole.saturating_mul(self.max_num_seqs as u64);
+        let num_blocks = affordable.min(u32::try_from(useful).unwrap_or(u32::MAX));
+        Ok(CachePlan {
+            max_model_len,
+            num_blocks,
+        })
+    }
+
+    pub(super) fn scheduler(&self, num_blocks: u32) -> SchedulerConfig {
+        SchedulerConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            num_blocks,
+            block_size: self.block_size,
+            max_queued_requests: self.max_queued_requests,
+            max_queued_tokens: self.max_queued_tokens,
+        }
+    }
+}
