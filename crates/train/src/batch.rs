@@ -88,7 +88,7 @@ fn check(example: &Example, vocab_size: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::example;
+    use crate::testing::{example, span};
 
     #[test]
     fn parts_are_balanced_and_keep_every_label() {
@@ -129,7 +129,7 @@ mod tests {
         );
         let beyond = Example {
             input_ids: vec![1, 2],
-            loss_spans: vec![1..3],
+            loss_spans: span(1..3),
         };
         let error = parts(&[beyond], 1, 10).expect_err("a span beyond the example");
         assert!(

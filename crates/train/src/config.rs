@@ -116,99 +116,46 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`] names the first bad field and what it may be.
     pub fn validate(&self) -> Result<()> {
-        let finite = |x: f64| x.is_finite() && x >= 0.0;
-        let unit = |x: f64| (0.0..1.0).contains(&x);
-        check(
-            "learning_rate",
-            self.learning_rate,
-            finite(self.learning_rate),
-            "it must be finite and not negative",
-        )?;
-        let epochs = self.num_train_epochs;
-        check(
-            "num_train_epochs",
-            epochs,
-            finite(epochs) && epochs > 0.0,
-            "it must be finite and positive",
-        )?;
-        check(
-            "max_steps",
-            self.max_steps.unwrap_or(1),
-            self.max_steps != Some(0),
-            "a run has at least one step; leave it out to count epochs",
-        )?;
-        check(
-            "per_device_train_batch_size",
-            self.per_device_train_batch_size,
-            self.per_device_train_batch_size > 0,
-            "it must be at least one",
-        )?;
-        check(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            self.gradient_accumulation_steps > 0,
-            "it must be at least one",
-        )?;
-        check(
-            "max_seq_len",
-            self.max_seq_len,
-            self.max_seq_len > 1,
-            "a row needs at least two tokens to predict one",
-        )?;
-        check(
-            "packing_window",
-            self.packing_window,
-            self.packing_window > 0,
-            "it must be at least one",
-        )?;
-        check(
-            "warmup_ratio",
-            self.warmup_ratio,
-            (0.0..=1.0).contains(&self.warmup_ratio),
-            "it must lie between zero and one",
-        )?;
-        check(
-            "weight_decay",
-            self.weight_decay,
-            finite(self.weight_decay),
-            "it must be finite and not negative",
-        )?;
-        check(
-            "adam_beta1",
-            self.adam_beta1,
-            unit(self.adam_beta1),
-            "it must lie in [0, 1)",
-        )?;
-        check(
-            "adam_beta2",
-            self.adam_beta2,
-            unit(self.adam_beta2),
-            "it must lie in [0, 1)",
-        )?;
-        check(
-            "adam_epsilon",
-            self.adam_epsilon,
-            finite(self.adam_epsilon) && self.adam_epsilon > 0.0,
-            "it must be finite and positive",
-        )?;
-        check(
-            "max_grad_norm",
-            self.max_grad_norm,
-            finite(self.max_grad_norm),
-            "it must be finite and not negative; zero turns clipping off",
-        )?;
-        check(
-            "save_steps",
-            self.save_steps,
-            self.save_steps > 0,
-            "it must be at least one",
-        )?;
-        check(
-            "save_total_limit",
-            self.save_total_limit,
-            self.save_total_limit > 0,
-            "a resume needs at least one checkpoint",
-        )
+        const COUNT: &str = "it must be at least one";
+        const AMOUNT: &str = "it must be finite and not negative";
+        const POSITIVE: &str = "it must be finite and positive";
+        const DECAY: &str = "it must lie in [0, 1)";
+        let count = |x: u64| (x as f64, x > 0, COUNT);
+        let amount = |x: f64| (x, x.is_finite() && x >= 0.0, AMOUNT);
+        let positive = |x: f64| (x, x.is_finite() && x > 0.0, POSITIVE);
+        let decay = |x: f64| (x, (0.0..1.0).contains(&x), DECAY);
+        let ratio = |x: f64| (x, (0.0..=1.0).contains(&x), "it must lie in [0, 1]");
+        let rules = [
+            ("learning_rate", amount(self.learning_rate)),
+            ("num_train_epochs", positive(self.num_train_epochs)),
+            ("max_steps", count(self.max_steps.unwrap_or(1))),
+            (
+                "per_device_train_batch_size",
+                count(self.per_device_train_batch_size.into()),
+            ),
+            (
+                "gradient_accumulation_steps",
+                count(self.gradient_accumulation_steps.into()),
+            ),
+            ("max_seq_len", count(self.max_seq_len.into())),
+            ("packing_window", count(self.packing_window.into())),
+            ("warmup_ratio", ratio(self.warmup_ratio)),
+            ("weight_decay", amount(self.weight_decay)),
+            ("adam_beta1", decay(self.adam_beta1)),
+            ("adam_beta2", decay(self.adam_beta2)),
+            ("adam_epsilon", positive(self.adam_epsilon)),
+            ("max_grad_norm", amount(self.max_grad_norm)),
+            ("save_steps", count(self.save_steps)),
+            ("save_total_limit", count(self.save_total_limit.into())),
+        ];
+        match rules.into_iter().find(|(_, (_, ok, _))| !ok) {
+            Some((field, (value, _, expected))) => Err(Error::Config {
+                field,
+                value: value.to_string(),
+                expected,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// The settings that decide the result, the others at their defaults: what
@@ -263,23 +210,6 @@ impl TrainConfig {
             warmup_steps,
             total_steps,
         }
-    }
-}
-
-fn check(
-    field: &'static str,
-    value: impl ToString,
-    ok: bool,
-    expected: &'static str,
-) -> Result<()> {
-    if ok {
-        Ok(())
-    } else {
-        Err(Error::Config {
-            field,
-            value: value.to_string(),
-            expected,
-        })
     }
 }
 

@@ -29,11 +29,11 @@ pub(crate) struct StepExamples {
 /// with an error, or when the receiver is dropped.
 pub(crate) fn read_ahead<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    mut reader: StepReader<'scope>,
+    reader: StepReader<'scope>,
 ) -> Receiver<Result<StepExamples>> {
     let (sender, receiver) = sync_channel(STEPS_AHEAD);
     scope.spawn(move || {
-        while let Some(step) = reader.next() {
+        for step in reader {
             let last = step.is_err();
             if sender.send(step).is_err() || last {
                 break;

@@ -284,11 +284,9 @@ mod tests {
         )
     }
 
-    fn steps(examples: usize, config: TrainConfig) -> u64 {
+    fn steps(examples: usize, config: &TrainConfig) -> u64 {
         let source = source(&vec![4; examples]);
-        RunPlan::new(&source, &config)
-            .expect("a plan")
-            .total_steps()
+        RunPlan::new(&source, config).expect("a plan").total_steps()
     }
 
     #[test]
@@ -299,27 +297,17 @@ mod tests {
             ..Default::default()
         };
         // 21 examples are 11 micro-batches are 3 steps, three times.
-        assert_eq!(steps(21, config.clone()), 9);
-        assert_eq!(
-            steps(
-                21,
-                TrainConfig {
-                    num_train_epochs: 1.5,
-                    ..config.clone()
-                }
-            ),
-            5
-        );
-        assert_eq!(
-            steps(
-                21,
-                TrainConfig {
-                    max_steps: Some(60),
-                    ..config
-                }
-            ),
-            60
-        );
+        assert_eq!(steps(21, &config), 9);
+        let half_more = TrainConfig {
+            num_train_epochs: 1.5,
+            ..config.clone()
+        };
+        assert_eq!(steps(21, &half_more), 5);
+        let fixed = TrainConfig {
+            max_steps: Some(60),
+            ..config
+        };
+        assert_eq!(steps(21, &fixed), 60);
     }
 
     #[test]

@@ -267,7 +267,7 @@ impl Work {
         let mut objects = self.put_all(fused_folder(&self.base.files))?;
         for file in merge::merge(&self.base.weights, &self.base.config, adapter)? {
             let (name, bytes) = file?;
-            objects.extend(self.put_all(vec![(format!("{FUSED}/{name}"), bytes.into())])?);
+            objects.push(self.put_large(&format!("{FUSED}/{name}"), bytes.into())?);
         }
         Ok(objects)
     }
@@ -293,6 +293,15 @@ impl Work {
                 .block_on(self.writer.put_object(&name, bytes))?)
         };
         files.into_iter().map(put).collect()
+    }
+
+    /// Writes a file that may be too large for one request.
+    fn put_large(&self, name: &str, bytes: Bytes) -> Result<ObjectEntry> {
+        self.runtime.block_on(async {
+            let mut writer = self.writer.object_writer(name)?;
+            writer.write(bytes).await?;
+            Ok(writer.finish().await?)
+        })
     }
 
     fn probe(&self) -> Result<Probe> {

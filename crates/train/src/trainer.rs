@@ -220,11 +220,13 @@ impl<'a> Trainer<'a> {
             let steps = read_ahead(scope, reader);
             while self.cursor.step < step.min(self.plan.total_steps()) {
                 match self.next(&steps)? {
-                    ControlFlow::Continue(examples) => self.step(&examples)?,
+                    ControlFlow::Continue(examples) => {
+                        self.decoder.threads().install(|| self.step(&examples))?;
+                    }
                     ControlFlow::Break(()) => return self.cancelled(),
                 }
                 self.report(began, resumed_from);
-                if self.cursor.step % self.config.save_steps == 0
+                if self.cursor.step.is_multiple_of(self.config.save_steps)
                     || self.cursor.step == self.plan.total_steps()
                 {
                     self.save()?;
@@ -272,6 +274,9 @@ impl<'a> Trainer<'a> {
         for micro_batch in &examples.micro_batches {
             let num_parts = self.decoder.threads().num_threads();
             let parts = parts(micro_batch, num_parts, self.decoder.config().vocab_size)?;
+            if parts.is_empty() {
+                continue; // Another micro-batch of the step has trained tokens.
+            }
             loss_sum += self.decoder.loss_and_backward(
                 &parts,
                 &self.adapter,

@@ -3,7 +3,7 @@
 use updraft_chat::Example;
 use updraft_train::{Error, ExampleSource, MemorySource, OptimizerKind, TrainConfig, Trainer};
 
-use crate::world::{adapter, config, decoder, examples, source};
+use crate::world::{adapter, config, decoder, examples, source, span};
 
 fn run(source: &dyn ExampleSource, config: TrainConfig) -> Error {
     let decoder = decoder(2);
@@ -58,7 +58,7 @@ fn a_token_of_another_model() {
 fn an_example_longer_than_the_models_context() {
     let long = Example {
         input_ids: vec![1; 300],
-        loss_spans: vec![1..300],
+        loss_spans: span(1..300),
     };
     let config = TrainConfig {
         max_seq_len: 512,

@@ -294,8 +294,7 @@ async fn cancelled_it_says_so_and_continues() {
     };
     assert!((2..400).contains(&step));
 
-    let seen = watch.seen.lock().expect("no panic");
-    let first = &seen[0];
+    let first = watch.seen.lock().expect("no panic")[0].clone();
     assert_eq!(
         (
             first.stage.as_str(),

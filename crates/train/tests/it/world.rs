@@ -1,5 +1,7 @@
 //! A small world: a random model of two blocks and examples it can memorise.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device};
 use updraft_chat::Example;
 use updraft_model::{Adapter, Architecture, Decoder, LoraConfig, ModelConfig, Threads, tiny};
@@ -27,6 +29,11 @@ pub(crate) fn adapter() -> Adapter {
     Adapter::init(&lora(), &model(), 7, &Device::Cpu).expect("an adapter")
 }
 
+/// One loss span. (A range in `vec![]` looks like a slip to clippy.)
+pub(crate) fn span(span: Range<u32>) -> Vec<Range<u32>> {
+    std::iter::once(span).collect()
+}
+
 /// Examples of 6 to 22 tokens, the second part of each trained, some with a gap.
 pub(crate) fn examples(count: u32) -> Vec<Example> {
     (0..count)
@@ -40,7 +47,7 @@ pub(crate) fn examples(count: u32) -> Vec<Example> {
             let loss_spans = if i % 3 == 0 {
                 vec![start..gap.start, gap.end..tokens]
             } else {
-                vec![start..tokens]
+                span(start..tokens)
             };
             Example {
                 input_ids,
