@@ -136,7 +136,7 @@ pub async fn origins_are_distinct_and_ascend(source: &dyn Source, _: &dyn Source
             "{} before {}",
             pair[0].origin,
             pair[1].origin
-        )
+        );
     });
 }
 

@@ -93,9 +93,9 @@ pub enum Error {
         /// What is wrong, and what to do.
         problem: String,
     },
-    /// The program itself failed: a worker panicked or a value of ours could not be written.
-    #[error("a worker failed; run again to continue, and report this if it stays")]
-    Worker(#[source] BoxError),
+    /// The program itself failed: a task panicked or a value of ours could not be written.
+    #[error("a background task failed: run again to continue, and report this if it stays")]
+    Internal(#[source] BoxError),
     /// The object store or the Hub refused or failed, or the caller cancelled.
     #[error(transparent)]
     Store(#[from] updraft_store::Error),
@@ -109,14 +109,14 @@ impl Error {
         }
     }
 
-    pub(crate) fn worker(source: impl Into<BoxError>) -> Self {
-        Self::Worker(source.into())
+    pub(crate) fn internal(source: impl Into<BoxError>) -> Self {
+        Self::Internal(source.into())
     }
 
-    pub(crate) fn corrupt(file: impl Into<String>, problem: impl ToString) -> Self {
+    pub(crate) fn corrupt(file: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Corrupt {
             file: file.into(),
-            problem: problem.to_string(),
+            problem: problem.into(),
         }
     }
 }

@@ -12,6 +12,12 @@ use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use updraft_store::Store;
+#[cfg(feature = "hub")]
+use {
+    bytes::BytesMut,
+    futures::TryStreamExt as _,
+    updraft_store::hub::{HubClient, RepoFile, ResolvedRepo},
+};
 
 use crate::error::BoxError;
 
@@ -25,7 +31,16 @@ pub(crate) enum Location {
 /// Bytes that come over a network, a range at a time.
 #[derive(Debug, Clone)]
 pub(crate) enum Remote {
-    Object { store: Store, path: String },
+    Object {
+        store: Store,
+        path: String,
+    },
+    #[cfg(feature = "hub")]
+    Hub {
+        client: HubClient,
+        repo: Arc<ResolvedRepo>,
+        file: RepoFile,
+    },
 }
 
 impl Remote {
@@ -33,6 +48,15 @@ impl Remote {
     pub(crate) async fn range(&self, range: Range<u64>) -> Result<Bytes, BoxError> {
         match self {
             Self::Object { store, path } => Ok(store.get_range(path, range).await?),
+            #[cfg(feature = "hub")]
+            Self::Hub { client, repo, file } => {
+                let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
+                let mut body = client.read(repo, file, range);
+                while let Some(part) = body.try_next().await? {
+                    bytes.extend_from_slice(&part);
+                }
+                Ok(bytes.freeze())
+            }
         }
     }
 }

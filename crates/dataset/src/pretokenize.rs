@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arrow_array::cast::AsArray as _;
+use arrow_array::cast::AsArray;
 use arrow_array::{Array as _, RecordBatch};
 use bytes::Bytes;
 use futures::stream;
@@ -203,7 +203,7 @@ impl Pretokenize<'_> {
         let name = self.standardized.path(&input.object.path);
         let chunks = tokio::task::spawn_blocking(move || decode(bytes, &name))
             .await
-            .map_err(Error::worker)??;
+            .map_err(Error::internal)??;
         let mut tokenized = stream::iter(chunks)
             .map(|chunk| {
                 let tokenize = Arc::clone(&self.tokenize);
@@ -211,7 +211,7 @@ impl Pretokenize<'_> {
                     self.cancel.check()?;
                     tokio::task::spawn_blocking(move || tokenize_chunk(&chunk, &tokenize))
                         .await
-                        .map_err(Error::worker)
+                        .map_err(Error::internal)
                 }
             })
             .buffered(std::thread::available_parallelism().map_or(1, usize::from));
@@ -232,7 +232,7 @@ impl Pretokenize<'_> {
         if num_rows > 0 {
             let bytes = tokio::task::spawn_blocking(move || examples::encode(&rows))
                 .await
-                .map_err(Error::worker)??;
+                .map_err(Error::internal)??;
             let object = self
                 .writer
                 .put_object(&shard::name(index, &bytes), bytes.into())
@@ -306,8 +306,8 @@ fn decode(bytes: Bytes, name: &str) -> Result<Vec<RecordBatch>> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)
         .and_then(|builder| builder.with_batch_size(CHUNK_ROWS).build());
     let batches = reader
-        .map_err(|err| Error::corrupt(name, err))?
-        .map(|batch| batch.map_err(|err| Error::corrupt(name, err)));
+        .map_err(|err| Error::corrupt(name, err.to_string()))?
+        .map(|batch| batch.map_err(|err| Error::corrupt(name, err.to_string())));
     batches
         .map(|batch| {
             let batch = batch?;
@@ -327,7 +327,7 @@ fn tokenize_chunk(chunk: &RecordBatch, tokenize: &Tokenize) -> Vec<Result<Tokeni
     let columns: Vec<_> = chunk
         .columns()
         .iter()
-        .map(|column| column.as_string::<i32>())
+        .map(AsArray::as_string::<i32>)
         .collect();
     let cell = |column: usize, row: usize| {
         columns[column]

@@ -85,7 +85,7 @@ pub(crate) fn encode(
     schema: SchemaRef,
     groups: impl IntoIterator<Item = RecordBatch>,
 ) -> Result<Vec<u8>> {
-    let failed = |err: ParquetError| Error::corrupt("a shard being written", err);
+    let failed = |err: ParquetError| Error::corrupt("a shard being written", err.to_string());
     let mut writer =
         ArrowWriter::try_new(Vec::new(), schema, Some(properties())).map_err(failed)?;
     for group in groups {

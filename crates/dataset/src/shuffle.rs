@@ -114,7 +114,7 @@ mod tests {
         let permutation = Permutation::new(10, 42);
         assert_eq!(
             (0..10).map(|i| permutation.at(i)).collect::<Vec<_>>(),
-            [0u64; 10]
+            [0, 3, 5, 9, 7, 6, 2, 1, 8, 4]
         );
     }
 }

@@ -79,7 +79,7 @@ impl Tokenize {
         let end = u32::try_from(input_ids.len()).map_err(|_| "more than 2^32 tokens")?;
         Ok(Example {
             input_ids,
-            loss_spans: vec![0..end],
+            loss_spans: std::iter::once(0..end).collect(),
         })
     }
 

@@ -77,7 +77,8 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
     {
         None | Some(Value::Null) => message.content = Content::Null,
         Some(Value::String(text)) if word.eq_ignore_ascii_case("function_call") => {
-            message.tool_calls = Some(calls(&text)?)
+            message.content = Content::Null;
+            message.tool_calls = Some(calls(&text)?);
         }
         Some(Value::String(text)) => message.content = Content::Text(text),
         Some(Value::Array(parts)) => read_parts(parts, &mut message)?,
@@ -190,10 +191,10 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
             .find_map(|key| fields.shift_remove(*key));
         match (kind.as_str(), text) {
             ("text" | "input_text" | "output_text", Some(Value::String(text))) => {
-                content.push(Part::Text(text))
+                content.push(Part::Text(text));
             }
             ("reasoning" | "thinking", Some(Value::String(text))) => {
-                reasoning.get_or_insert_default().push_str(&text)
+                reasoning.get_or_insert_default().push_str(&text);
             }
             ("tool_call", Some(Value::String(text))) => message
                 .tool_calls

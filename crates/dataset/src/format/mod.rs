@@ -90,17 +90,11 @@ impl Formats {
     }
 
     /// The format that claims the most of these rows, the first one of equals.
-    pub fn detect<'a>(
-        &self,
-        rows: impl Iterator<Item = &'a Map<String, Value>> + Clone,
-    ) -> Option<&Arc<dyn Format>> {
+    pub fn detect(&self, rows: &[&Map<String, Value>]) -> Option<&Arc<dyn Format>> {
         let claims =
-            |format: &Arc<dyn Format>| rows.clone().filter(|row| format.detect(row)).count();
+            |format: &Arc<dyn Format>| rows.iter().filter(|row| format.detect(row)).count();
         let claimed = self.0.iter().map(|format| (claims(format), format));
-        claimed
-            .rev()
-            .max_by_key(|(rows, _)| *rows)
-            .filter(|(rows, _)| *rows > 0)
-            .map(|(_, format)| format)
+        let most = claimed.rev().max_by_key(|(rows, _)| *rows)?;
+        (most.0 > 0).then_some(most.1)
     }
 }

@@ -43,7 +43,7 @@ impl Format for PreferencePairs {
                 }
             }
             _ => {
-                let (prompt, chosen, rejected) = pair(&mut columns)?;
+                let (prompt, [chosen, rejected]) = pair(&mut columns)?;
                 (prompt, Some(chosen), Some(rejected))
             }
         };
@@ -70,7 +70,7 @@ fn judged(columns: &mut Columns<'_>) -> Result<(Vec<Message>, Vec<Message>), Str
 }
 
 /// The prompt and two answers.
-fn pair(columns: &mut Columns<'_>) -> Result<(Vec<Message>, Vec<Message>, Vec<Message>), String> {
+fn pair(columns: &mut Columns<'_>) -> Result<(Vec<Message>, [Vec<Message>; 2]), String> {
     let prompt = match columns.take(&CONVERSATION) {
         Some(list) => Some(messages(list)?),
         None if find(columns.0, &PROMPT).is_some() => Some(turn(columns, &PROMPT, Message::user)?),
@@ -96,7 +96,7 @@ fn pair(columns: &mut Columns<'_>) -> Result<(Vec<Message>, Vec<Message>, Vec<Me
                 .to_owned(),
         );
     }
-    Ok((prompt, chosen, rejected))
+    Ok((prompt, [chosen, rejected]))
 }
 
 fn answer(columns: &mut Columns<'_>, name: &str) -> Result<Vec<Message>, String> {

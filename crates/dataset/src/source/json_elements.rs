@@ -180,7 +180,9 @@ impl ElementReader {
                 .read_to_end(&mut self.block);
             match read {
                 Ok(_) => self.ended = self.block.len() < BLOCK_BYTES,
-                Err(err) if is_damage(err.kind()) => return Err(Error::corrupt(&*self.name, err)),
+                Err(err) if is_damage(err.kind()) => {
+                    return Err(Error::corrupt(&*self.name, err.to_string()));
+                }
                 Err(err) => return Err(Error::read(&*self.name, err)),
             }
         }

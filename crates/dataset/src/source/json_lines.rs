@@ -81,7 +81,9 @@ impl LineReader {
         let mut limited = (&mut self.bytes).take(BLOCK_BYTES as u64);
         match limited.read_to_end(block) {
             Ok(_) => self.ended = block.len() < wanted,
-            Err(err) if is_damage(err.kind()) => return Err(Error::corrupt(&*self.name, err)),
+            Err(err) if is_damage(err.kind()) => {
+                return Err(Error::corrupt(&*self.name, err.to_string()));
+            }
             Err(err) => return Err(Error::read(&*self.name, err)),
         }
         Ok(())

@@ -4,6 +4,8 @@ mod arrow_rows;
 mod bytes;
 mod csv;
 mod files;
+#[cfg(feature = "hub")]
+mod hub;
 mod json_elements;
 mod json_lines;
 mod memory;

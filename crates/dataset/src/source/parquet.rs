@@ -29,7 +29,10 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
             let opened = std::fs::File::open(path).map_err(|err| Error::read(&*file.name, err))?;
             let builder = ParquetRecordBatchReaderBuilder::try_new(opened).map_err(damaged)?;
             let reader = from_row(builder, start.row).build().map_err(damaged)?;
-            Box::new(reader.map(move |batch| batch.map_err(|err| Error::corrupt(&*name, err))))
+            Box::new(
+                reader
+                    .map(move |batch| batch.map_err(|err| Error::corrupt(&*name, err.to_string()))),
+            )
         }
         Location::Remote(remote) => {
             let ranged = RangedFile::new(remote.clone(), file.size);
@@ -61,7 +64,7 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
 pub(crate) fn not_readable(file: &str, err: parquet::errors::ParquetError) -> Error {
     match err {
         parquet::errors::ParquetError::External(source) => Error::read(file, source),
-        other => Error::corrupt(file, other),
+        other => Error::corrupt(file, other.to_string()),
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use updraft_store::Store;
+use updraft_store::{ObjectInfo, Store};
 
 use super::files::{DataFile, Files, Kind, hex};
 use super::split::files_of_split;
@@ -36,7 +36,7 @@ impl Default for SourceOptions {
 }
 
 /// Finds what `spec` names: a file, a folder, an object-store URL (`s3://bucket/prefix`), or a
-/// Hub dataset (`owner/name`). A path that exists wins over a Hub dataset of the same name.
+/// Hub dataset (`owner/name`, with the feature `hub`). A path that exists wins over a Hub dataset of the same name.
 ///
 /// Every file is pinned by content: local files are hashed, store objects are known by their
 /// ETag, Hub files by the commit.
@@ -67,8 +67,10 @@ pub async fn resolve_source(spec: &str, options: &SourceOptions) -> Result<Arc<F
             Err(Error::read(spec, err))
         }
         Err(_) if spec.contains("://") && !spec.starts_with("file://") => {
-            object_prefix(spec, &options.split).await
+            object_url(spec, &options.split).await
         }
+        #[cfg(feature = "hub")]
+        Err(_) if super::hub::is_repo_name(spec) => super::hub::resolve(spec, options).await,
         Err(_) => Err(Error::NotFound {
             spec: spec.to_owned(),
         }),
@@ -134,18 +136,17 @@ fn walk(folder: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> 
 }
 
 /// The data files of the split, or an error that says what was expected.
-fn choose<'a>(spec: &str, names: &[&'a str], split: &str) -> Result<Vec<&'a str>> {
+pub(super) fn choose<'a>(spec: &str, names: &[&'a str], split: &str) -> Result<Vec<&'a str>> {
     let data: Vec<&str> = names
         .iter()
         .copied()
         .filter(|name| Kind::of(name).is_some())
         .collect();
-    let expected =
-        if files_of_split(&data, "train").is_empty() && files_of_split(&data, split).is_empty() {
-            ".jsonl .ndjson .json .parquet .csv .tsv .txt, each also as .gz or .zst".to_owned()
-        } else {
-            format!("names with '{split}'; choose another split")
-        };
+    let expected = if data.is_empty() {
+        ".jsonl .ndjson .json .parquet .csv .tsv .txt, each also as .gz or .zst".to_owned()
+    } else {
+        format!("names with '{split}'; choose another split")
+    };
     let chosen = files_of_split(&data, split);
     if chosen.is_empty() {
         Err(Error::NoDataFiles {
@@ -192,52 +193,67 @@ fn hash(path: &Path) -> io::Result<(u64, String)> {
     }
 }
 
-async fn object_prefix(spec: &str, split: &str) -> Result<Files> {
-    let (base, one) = match spec.rsplit_once('/') {
-        Some((base, name)) if Kind::of(name).is_some() => (base, Some(name)),
-        _ => (spec, None),
+/// A URL of an object with a data file's name, or of a prefix.
+async fn object_url(url: &str, split: &str) -> Result<Files> {
+    let Some((base, name)) = url
+        .rsplit_once('/')
+        .filter(|(_, name)| Kind::of(name).is_some())
+    else {
+        return Files::in_store(&Store::open(url)?, "", split).await;
     };
     let store = Store::open(base)?;
-    let found = match one {
-        Some(name) => store.head(name).await?.into_iter().collect(),
-        None => store.list("").await?,
-    };
-    if found.is_empty() {
-        return Err(Error::NotFound {
-            spec: spec.to_owned(),
-        });
+    let found = store.head(name).await?;
+    let found = found.ok_or_else(|| Error::NotFound {
+        spec: url.to_owned(),
+    })?;
+    Ok(objects(&store, url, split, [&found]))
+}
+
+impl Files {
+    /// The data files of a split below a prefix of a store, known by their ETags.
+    ///
+    /// # Errors
+    /// [`Error::NoDataFiles`] if there are none, and the store's errors.
+    pub async fn in_store(store: &Store, prefix: &str, split: &str) -> Result<Self> {
+        let url = store.url_of(prefix);
+        let found = store.list(prefix).await?;
+        let names: Vec<&str> = found.iter().map(|object| object.path.as_str()).collect();
+        let chosen = choose(&url, &names, split)?;
+        let files = found
+            .iter()
+            .filter(|object| chosen.contains(&object.path.as_str()));
+        Ok(objects(store, &url, split, files))
     }
-    let names: Vec<&str> = found.iter().map(|object| object.path.as_str()).collect();
-    let chosen = if one.is_some() {
-        names
-    } else {
-        choose(spec, &names, split)?
-    };
-    let mut files = Vec::new();
-    let mut identities = Vec::new();
-    for object in found
-        .iter()
-        .filter(|object| chosen.contains(&object.path.as_str()))
-    {
+}
+
+fn objects<'a>(
+    store: &Store,
+    label: &str,
+    split: &str,
+    found: impl IntoIterator<Item = &'a ObjectInfo>,
+) -> Files {
+    let (mut files, mut identities) = (Vec::new(), Vec::new());
+    for object in found {
         let Some((kind, compression)) = Kind::of(&object.path) else {
             continue;
         };
-        let location = Location::Remote(Remote::Object {
+        let path = object.path.clone();
+        let remote = Remote::Object {
             store: store.clone(),
-            path: object.path.clone(),
-        });
+            path,
+        };
         files.push(DataFile {
             name: object.path.as_str().into(),
-            location,
+            location: Location::Remote(remote),
             size: object.bytes,
             kind,
             compression,
         });
         identities.push(json!({ "name": object.path, "bytes": object.bytes, "etag": object.etag }));
     }
-    Ok(Files {
-        label: spec.to_owned(),
+    Files {
+        label: label.to_owned(),
         identity: json!({ "files": identities, "split": split }),
         files: files.into(),
-    })
+    }
 }

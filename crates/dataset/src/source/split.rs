@@ -31,7 +31,7 @@ pub(super) fn files_of_split<'a>(names: &[&'a str], split: &str) -> Vec<&'a str>
         name.strip_prefix("data/")
             .is_some_and(|rest| sharded_split(rest).is_some())
     };
-    if names.iter().any(|name| sharded(name)) {
+    if names.iter().any(sharded) {
         let belongs =
             |name: &&str| name.strip_prefix("data/").and_then(sharded_split) == Some(split);
         return names.into_iter().filter(belongs).collect();

@@ -3,5 +3,10 @@
 mod world;
 
 mod faults;
+mod fixtures;
+mod formats;
+mod hub;
+mod limits;
 mod pipeline;
 mod reading;
+mod sources;

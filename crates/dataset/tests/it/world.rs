@@ -8,7 +8,7 @@ use updraft_dataset::{
 use updraft_store::{CancelToken, FinishedStage, NoProgress, Store};
 
 /// ChatML over single bytes.
-pub fn chat() -> Chat {
+pub(crate) fn chat() -> Chat {
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
     let template =
         ChatTemplate::new(template, SpecialTokens::default()).expect("the template parses");
@@ -17,16 +17,16 @@ pub fn chat() -> Chat {
 }
 
 /// Row `i`, different from every other.
-pub fn row(i: usize) -> Value {
+pub(crate) fn row(i: usize) -> Value {
     json!({ "conversations": [{ "from": "human", "value": format!("question {i}") }, { "from": "gpt", "value": "word ".repeat(i % 7 + 1) + &i.to_string() }] })
 }
 
-pub fn source(rows: usize) -> MemorySource {
+pub(crate) fn source(rows: usize) -> MemorySource {
     MemorySource::new("rows", (0..rows).map(row)).expect("objects")
 }
 
 /// Several shards for a few rows.
-pub fn options() -> ImportOptions {
+pub(crate) fn options() -> ImportOptions {
     ImportOptions {
         shards: ShardPlan {
             max_rows: 10,
@@ -36,7 +36,7 @@ pub fn options() -> ImportOptions {
     }
 }
 
-pub async fn import_into(
+pub(crate) async fn import_into(
     store: &Store,
     source: &dyn Source,
     options: &ImportOptions,
@@ -52,7 +52,7 @@ pub async fn import_into(
     .await
 }
 
-pub async fn pretokenize_into(
+pub(crate) async fn pretokenize_into(
     store: &Store,
     standardized: &FinishedStage,
     options: &PretokenizeOptions,

@@ -1,22 +1,25 @@
 //! The import stage: any source's rows, standardized, into committed Parquet shards.
 
+mod gather;
+
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
-use futures::stream::{self, BoxStream};
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::TryStreamExt as _;
+use futures::stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use updraft_store::{
-    CancelToken, FinishedStage, JournalEntry, Opened, Progress, ProgressSink, Reject, StageId,
-    StageWriter, Store, open_stage,
+    CancelToken, FinishedStage, JournalEntry, Opened, ProgressSink, StageId, StageWriter, Store,
+    open_stage,
 };
 
 use crate::record::{COLUMNS, Cells, schema};
 use crate::shard::{self, ShardPlan};
-use crate::source::{Batch, Cursor, MAX_ROW_BYTES, Row};
+use crate::source::{Cursor, Row};
 use crate::tally::{RejectLimit, Tally};
 use crate::{Error, Format, Formats, Result, Source};
+use gather::{Gather, Shard, size};
 
 /// Raised whenever the same rows would become other shards.
 const STAGE_VERSION: u32 = 1;
@@ -208,6 +211,10 @@ impl Import<'_> {
             place = Some(next);
             all.append(entry.into());
         }
+        if place.is_some() {
+            let shards = all.objects.len();
+            tracing::info!(stage = %self.writer.id(), shards, "import goes on after its finished shards");
+        }
         Ok((all, place))
     }
 
@@ -236,7 +243,7 @@ impl Import<'_> {
             .take(DETECT_ROWS)
             .filter_map(|row| row.value.as_ref().ok())
             .collect();
-        if let Some(format) = self.formats.detect(good.iter().copied()) {
+        if let Some(format) = self.formats.detect(&good) {
             return Ok(Arc::clone(format));
         }
         match (good.first(), rows.first()) {
@@ -294,13 +301,13 @@ impl Import<'_> {
         let num_rows = rows.len() as u64;
         let bytes = tokio::task::spawn_blocking(move || encode(&rows))
             .await
-            .map_err(Error::worker)??;
+            .map_err(Error::internal)??;
         let object = self
             .writer
             .put_object(&shard::name(index, &bytes), bytes.into())
             .await?;
         tally.objects.push(object.with_rows(num_rows));
-        let cursor = serde_json::to_value(after).map_err(Error::worker)?;
+        let cursor = serde_json::to_value(after).map_err(Error::internal)?;
         let entry: JournalEntry = self
             .writer
             .put_journal(index, &tally.into_journal(cursor))
@@ -331,198 +338,6 @@ impl Import<'_> {
         draft.attributes.insert("format".to_owned(), format.into());
         Ok(self.writer.clone().commit(draft).await?)
     }
-}
-
-/// A shard gathered but not yet written. The last one may have rejects only.
-struct Shard {
-    index: u32,
-    rows: Vec<Cells>,
-    tally: Tally,
-    after: Place,
-}
-
-/// A row converted, or not.
-struct Converted {
-    row: Row,
-    cells: Option<Cells>,
-}
-
-/// Gathers converted rows into shards, in the source's order.
-struct Gather<'a> {
-    import: &'a Import<'a>,
-    batches: BoxStream<'a, Result<Vec<Converted>>>,
-    /// Rows converted but not yet in a shard.
-    waiting: std::vec::IntoIter<Converted>,
-    at: Place,
-    index: u32,
-    /// Rejected so far, and the first of them, for the limit.
-    rejected: u64,
-    first_rejects: Vec<Reject>,
-    total: Option<u64>,
-    ended: bool,
-}
-
-impl<'a> Gather<'a> {
-    async fn start(
-        import: &'a Import<'a>,
-        format: Arc<dyn Format>,
-        at: Place,
-        before: &Tally,
-    ) -> Result<Self> {
-        let keep_columns = import.options.keep_columns;
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let batches = import.source.open(at.next).await?;
-        let converted = batches.map(move |batch| {
-            let format = Arc::clone(&format);
-            async move {
-                let batch = batch?;
-                tokio::task::spawn_blocking(move || convert(batch, &*format, keep_columns))
-                    .await
-                    .map_err(Error::worker)
-            }
-        });
-        let total = match (import.options.limit, import.source.num_rows()) {
-            (Some(limit), Some(rows)) => Some(limit.min(rows)),
-            (limit, rows) => limit.or(rows),
-        };
-        Ok(Self {
-            import,
-            batches: converted.buffered(threads).boxed(),
-            waiting: Vec::new().into_iter(),
-            at,
-            index: before.objects.len() as u32,
-            rejected: before.count("rejected"),
-            first_rejects: before.rejects.first().cloned().into_iter().collect(),
-            total,
-            ended: false,
-        })
-    }
-
-    async fn next_shard(&mut self) -> Result<Option<Shard>> {
-        let (mut rows, mut bytes, mut tally) = (Vec::new(), 0, Tally::default());
-        while !self.ended {
-            let Some(converted) = self.next_row().await? else {
-                self.ended = true;
-                break;
-            };
-            bytes += self.take(converted, &mut rows, &mut tally);
-            if self.import.options.shards.is_full(rows.len() as u64, bytes) {
-                break;
-            }
-        }
-        if rows.is_empty() && tally.counts.is_empty() {
-            return Ok(None);
-        }
-        let index = self.index;
-        self.index += 1;
-        Ok(Some(Shard {
-            index,
-            rows,
-            tally,
-            after: self.at.clone(),
-        }))
-    }
-
-    async fn next_row(&mut self) -> Result<Option<Converted>> {
-        if self
-            .import
-            .options
-            .limit
-            .is_some_and(|limit| self.at.rows >= limit)
-        {
-            return Ok(None);
-        }
-        loop {
-            if let Some(converted) = self.waiting.next() {
-                return Ok(Some(converted));
-            }
-            let batch = tokio::select! {
-                biased;
-                () = self.import.cancel.cancelled() => return Err(updraft_store::Error::Cancelled.into()),
-                batch = self.batches.try_next() => batch?,
-            };
-            let limit = RejectLimit(self.import.options.max_reject_rate);
-            limit.check_early(self.rejected, self.at.rows, &self.first_rejects)?;
-            self.import
-                .progress
-                .report(&Progress::new("import", self.at.rows, self.total, "rows"));
-            match batch {
-                Some(rows) => self.waiting = rows.into_iter(),
-                None => return Ok(None),
-            }
-        }
-    }
-
-    /// Puts a row into the shard, or among its rejects; returns its bytes.
-    fn take(&mut self, converted: Converted, rows: &mut Vec<Cells>, tally: &mut Tally) -> u64 {
-        let Converted { row, cells } = converted;
-        let number = self.at.rows;
-        tally.add("source_rows", 1);
-        self.at.rows += 1;
-        self.at.next = row.next;
-        match (cells, row.value) {
-            (Some(cells), _) => {
-                tally.add("rows", 1);
-                let bytes = size(&cells);
-                rows.push(cells);
-                bytes
-            }
-            (None, value) => {
-                let reject = Reject {
-                    source: row.origin.to_string(),
-                    row: number,
-                    reason: value.err().unwrap_or_default(),
-                };
-                self.rejected += 1;
-                if self.first_rejects.is_empty() {
-                    self.first_rejects.push(reject.clone());
-                }
-                tally.reject(reject);
-                0
-            }
-        }
-    }
-}
-
-/// Parses and converts a batch: the work that runs on all cores.
-fn convert(batch: Batch, format: &dyn Format, keep_columns: bool) -> Vec<Converted> {
-    let convert = |mut row: Row| {
-        let columns = std::mem::replace(&mut row.value, Ok(Map::new()));
-        match columns.and_then(|columns| cells(columns, format, keep_columns)) {
-            Ok(cells) => Converted {
-                row,
-                cells: Some(cells),
-            },
-            Err(reason) => Converted {
-                row: Row {
-                    value: Err(reason),
-                    ..row
-                },
-                cells: None,
-            },
-        }
-    };
-    batch.rows().into_iter().map(convert).collect()
-}
-
-fn cells(
-    mut columns: Map<String, Value>,
-    format: &dyn Format,
-    keep_columns: bool,
-) -> Result<Cells, String> {
-    let record = format.convert(&mut columns)?;
-    let cells = record
-        .into_cells(keep_columns.then_some(&columns))
-        .map_err(|err| err.to_string())?;
-    if size(&cells) > MAX_ROW_BYTES as u64 {
-        Err(crate::source::too_long())
-    } else {
-        Ok(cells)
-    }
-}
-
-fn size(cells: &Cells) -> u64 {
-    cells.iter().flatten().map(|cell| cell.len() as u64).sum()
 }
 
 fn encode(rows: &[Cells]) -> Result<Vec<u8>> {

@@ -1,0 +1,136 @@
+//! A dataset on a server that answers as the Hub does.
+
+use serde_json::{Value, json};
+use updraft_dataset::source::{Cursor, Files};
+use updraft_dataset::{Error, Source, conformance};
+use updraft_store::hub::{HubClient, HubConfig, RepoRef};
+use wiremock::matchers::{header, method, path};
+use wiremock::{Mock, MockServer, Request, ResponseTemplate};
+
+/// Serves a repository's files at one revision, with ranges.
+async fn serve(server: &MockServer, revision: &str, files: &[(&str, String)]) {
+    let sha = format!("{:0>40}", revision.len());
+    let get = |at: String, answer: Value| {
+        Mock::given(method("GET"))
+            .and(path(at))
+            .respond_with(ResponseTemplate::new(200).set_body_json(answer))
+            .mount(server)
+    };
+    get(
+        format!(
+            "/api/datasets/owner/set/revision/{}",
+            revision.replace('/', "%2F")
+        ),
+        json!({ "sha": sha }),
+    )
+    .await;
+    let item = |(name, bytes): &(&str, String)| json!({ "type": "file", "path": name, "size": bytes.len(), "oid": format!("oid-{name}") });
+    let tree: Vec<Value> = files.iter().map(item).collect();
+    get(format!("/api/datasets/owner/set/tree/{sha}"), json!(tree)).await;
+    for (name, bytes) in files {
+        let bytes = bytes.clone();
+        let answer = move |request: &Request| {
+            let range = request
+                .headers
+                .get("range")
+                .and_then(|range| range.to_str().ok()?.strip_prefix("bytes=")?.split_once('-'));
+            let number = |text: &str| text.parse::<usize>().ok();
+            let start = range.and_then(|range| number(range.0)).unwrap_or(0);
+            let end = range
+                .and_then(|range| number(range.1))
+                .map_or(bytes.len(), |last| bytes.len().min(last + 1));
+            ResponseTemplate::new(206)
+                .insert_header("etag", "\"v1\"")
+                .insert_header(
+                    "content-range",
+                    format!("bytes {start}-{}/{}", end - 1, bytes.len()),
+                )
+                .set_body_bytes(&bytes.as_bytes()[start..end])
+        };
+        let at = format!("/datasets/owner/set/resolve/{sha}/{name}");
+        Mock::given(method("GET"))
+            .and(path(at))
+            .respond_with(answer)
+            .mount(server)
+            .await;
+    }
+}
+
+fn client(server: &MockServer) -> HubClient {
+    let config = HubConfig {
+        endpoint: server.uri(),
+        ..HubConfig::default()
+    };
+    HubClient::new(config).expect("a client")
+}
+
+fn lines(rows: std::ops::Range<usize>) -> String {
+    rows.map(|i| json!({ "text": format!("row {i}") }).to_string() + "\n")
+        .collect()
+}
+
+async fn open(server: &MockServer, split: &str) -> Result<Files, Error> {
+    Files::on_hub(
+        &client(server),
+        &RepoRef::dataset("owner/set").expect("a name"),
+        split,
+    )
+    .await
+}
+
+#[tokio::test]
+async fn the_files_of_the_split_are_read_at_one_commit() {
+    let server = MockServer::start().await;
+    let files = [
+        ("README.md", "# set".to_owned()),
+        ("data/train.jsonl", lines(0..20)),
+        ("data/test.jsonl", lines(20..25)),
+    ];
+    serve(&server, "main", &files).await;
+    let source = open(&server, "train").await.expect("resolved");
+    assert_eq!(source.identity()["commit"], format!("{:0>40}", 4));
+    let rows = conformance::rows(&source, Cursor::default()).await;
+    assert_eq!(rows.len(), 20);
+    assert_eq!(conformance::rows(&source, rows[11].next).await, rows[12..]);
+    let err = open(&server, "validation")
+        .await
+        .expect_err("no such split")
+        .to_string();
+    assert!(
+        err.contains("owner/set holds no data file: expected names with 'validation'"),
+        "{err}"
+    );
+}
+
+#[tokio::test]
+async fn a_repository_of_scripts_is_read_from_the_hubs_export() {
+    let server = MockServer::start().await;
+    serve(&server, "main", &[("set.py", "import datasets".to_owned())]).await;
+    let whole = [
+        ("default/train/0000.jsonl", lines(0..3)),
+        ("default/partial-test/0000.jsonl", lines(3..5)),
+    ];
+    serve(&server, "refs/convert/parquet", &whole).await;
+    let source = open(&server, "train").await.expect("resolved");
+    assert_eq!(conformance::rows(&source, Cursor::default()).await.len(), 3);
+    let err = open(&server, "test")
+        .await
+        .expect_err("only a part")
+        .to_string();
+    assert!(err.contains("a part of it only"), "{err}");
+}
+
+#[tokio::test]
+async fn a_missing_dataset_is_named() {
+    let server = MockServer::start().await;
+    let missing = ResponseTemplate::new(404).insert_header("X-Error-Code", "RepoNotFound");
+    Mock::given(header("accept", "*/*"))
+        .respond_with(missing)
+        .mount(&server)
+        .await;
+    let err = open(&server, "train")
+        .await
+        .expect_err("no such dataset")
+        .to_string();
+    assert!(err.contains("owner/set is not on the Hub"), "{err}");
+}
