@@ -96,8 +96,8 @@ fn dying_between_checkpoints_repeats_the_steps_since_the_last() {
     assert_eq!(life(&store, &config, 10).expect("the rest"), whole);
 }
 
-/// Kills the run at every store call there is, the first checkpoint's first
-/// write to the last pruning.
+/// Meets the run with each fault at every third store call, from the first look
+/// for a checkpoint to the last pruning.
 #[test]
 fn dying_at_any_store_call_ends_the_same() {
     let config = TrainConfig {

@@ -38,7 +38,10 @@ async fn finished(store: &Store, id: StageId, objects: Vec<(&str, Vec<u8>)>) -> 
 
 /// A store that holds the tiny model and a data set, and what to train there.
 async fn world() -> (Store, TrainStage) {
-    let store = Store::memory();
+    world_in(Store::memory()).await
+}
+
+async fn world_in(store: Store) -> (Store, TrainStage) {
     let weights = tiny::safetensors(&model(), 1);
     let base = vec![
         ("config.json", tiny::config_json(Architecture::Qwen2)),
@@ -227,6 +230,21 @@ async fn what_decides_the_result_decides_the_key_and_nothing_else_does() {
     for other in &others {
         assert_ne!(key(other).await, first);
     }
+}
+
+/// A folder's merged weights are mapped instead of read; the bytes are the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_holds_the_same_bytes_as_any_other_store() {
+    let (store, stage) = world().await;
+    let anywhere = train(&store, &stage).await.expect("trained").stage;
+    let folder = tempfile::tempdir().expect("a folder");
+    let store_url = folder.path().to_str().expect("a plain path");
+    let (local, stage) = world_in(Store::open(store_url).expect("a store")).await;
+    let here = train(&local, &stage).await.expect("trained").stage;
+    assert_eq!(
+        snapshot(&local, &here).await,
+        snapshot(&store, &anywhere).await
+    );
 }
 
 /// Every fault at a sample of all store calls, from opening the stage to
