@@ -71,9 +71,91 @@ async fn get(address: SocketAddr, path: &str) -> Result<StatusCode, BoxError> {
         .header(hyper::header::HOST, address.to_string())
         .header(hyper::header::CONNECTION, "close")
         .body(Empty::<Bytes>::new())?;
-    let exchange = async { sender.send_request(request).await };
-    tokio::select! {
-        response = exchange => Ok(response?.status()),
-        closed = connection => Err(closed.err().map_or("connection closed".into(), BoxError::from)),
+    let exchange = sender.send_request(request);
+    tokio::pin!(exchange, connection);
+    let response = tokio::select! {
+        response = &mut exchange => response,
+        // The server has closed: what it answered, if anything, is there already.
+        closed = &mut connection => {
+            closed?;
+            exchange.await
+        }
+    };
+    Ok(response?.status())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A server that gives each connection the next answer and closes it.
+    async fn server(answers: &'static [&'static str]) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        tokio::spawn(async move {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.expect("a connection");
+                let mut request = [0; 1024];
+                let read = stream.read(&mut request).await.expect("a request");
+                assert!(request[..read].starts_with(b"GET /ready HTTP/1.1\r\n"));
+                stream
+                    .write_all(answer.as_bytes())
+                    .await
+                    .expect("an answer");
+            }
+        });
+        address
+    }
+
+    fn probe() -> ReadinessProbe {
+        ReadinessProbe {
+            path: "/ready".into(),
+            ..ReadinessProbe::default()
+        }
+    }
+
+    const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nhi";
+    const BUSY: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n";
+
+    #[tokio::test]
+    async fn a_busy_then_a_closed_then_a_ready_server() {
+        let address = server(&[BUSY, "", OK]).await;
+        wait_ready(address, &probe(), pending())
+            .await
+            .expect("ready at the third probe");
+    }
+
+    #[tokio::test]
+    async fn the_initial_delay_ends_with_what_was_seen() {
+        let address = server(&[BUSY]).await;
+        let probe = ReadinessProbe {
+            initial_delay: Duration::ZERO,
+            ..probe()
+        };
+        let error = wait_ready(address, &probe, pending())
+            .await
+            .expect_err("busy");
+        assert_eq!(
+            error.to_string(),
+            "service did not become ready: GET /ready answered 503 Service Unavailable"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_service_that_ended_is_not_waited_for() {
+        let address = server(&[]).await;
+        let ended = async { "exit code 1: no model".to_owned() };
+        let error = wait_ready(address, &probe(), ended)
+            .await
+            .expect_err("ended");
+        assert_eq!(
+            error.to_string(),
+            "service did not become ready: exit code 1: no model"
+        );
     }
 }

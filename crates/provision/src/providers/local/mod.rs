@@ -3,6 +3,7 @@
 mod groups;
 mod transport;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -53,7 +54,10 @@ impl LocalProvider {
         let path = self.dir(id).join("instance.json");
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // A file beside the folders is not an instance either.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
                 return Err(Error::NoSuchInstance { id: id.to_string() });
             }
             Err(error) => return Err(Error::io(path)(error)),
@@ -122,7 +126,7 @@ impl Provider for LocalProvider {
     async fn list_owned(&self) -> Result<Vec<Instance>> {
         let entries = match std::fs::read_dir(&self.root) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(Error::io(&self.root)(error)),
         };
         let mut instances = Vec::new();
@@ -150,7 +154,7 @@ impl Provider for LocalProvider {
         for name in ["groups", "files"] {
             let path = dir.join(name);
             match std::fs::remove_dir_all(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
                     return Err(Error::io(path)(error));
                 }
                 _ => {}

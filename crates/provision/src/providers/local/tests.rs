@@ -97,6 +97,14 @@ async fn another_client_finds_and_ends_what_was_started() {
 }
 
 #[tokio::test]
+async fn files_and_folders_of_others_are_no_instances() {
+    let (provider, guard) = provider();
+    std::fs::write(guard.path().join("a.lock"), "").expect("file");
+    std::fs::create_dir(guard.path().join("folder")).expect("folder");
+    assert!(provider.list_owned().await.expect("list").is_empty());
+}
+
+#[tokio::test]
 async fn a_reused_pid_is_not_ended() {
     let (_provider, guard) = provider();
     let transport = LocalTransport::new(guard.path().join("other"));

@@ -1,0 +1,182 @@
+//! What the pipeline is asked to do: flags, defaults, and the training recipe.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use lexopt::{Arg, Parser, ValueExt};
+use updraft::model::LoraConfig;
+use updraft::train::TrainConfig;
+
+pub const HELP: &str = "\
+Fine-tunes a model on conversations and serves it behind an OpenAI-compatible URL.
+
+usage: pipeline [train | serve] [flags]
+
+  without a command: launch examples/assets/train.yaml on this machine, then
+  examples/assets/serve.yaml, ask base and tuned model, and print the accuracy
+
+flags:
+  --store URL       where everything goes: a folder, file://, s3://bucket/prefix  [updraft-store]
+  --model MODEL     a folder, a Hub id, or `tiny`, which ships with the example   [tiny]
+  --dataset DATA    a file, a folder, a Hub id, or `letters`, which is generated  [letters]
+  --epochs N        passes over the data                                         [1]
+  --max-steps N     stop after N optimizer steps, whatever the epochs
+  --save-steps N    optimizer steps between checkpoints                           [50]
+  --port PORT       where to serve                              [the first free from 30001]
+  --host HOST       the address to listen on                                     [127.0.0.1]
+  --keep-serving    go on serving until Ctrl-C
+  --help
+
+examples:
+  cargo run --release --example pipeline
+  cargo run --release --example pipeline -- --keep-serving --port 8000
+  cargo run --release --example pipeline -- --dataset my-chats.jsonl --epochs 3
+  cargo run --release --example pipeline -- --model Qwen/Qwen2.5-0.5B \\
+      --dataset mlabonne/FineTome-100k --store s3://bucket/updraft
+";
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Launch both tasks and judge the result.
+    Pipeline,
+    /// Inside the first task: import, pretokenize, train, merge.
+    Train,
+    /// Inside the second task: serve.
+    Serve,
+}
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub command: Command,
+    pub store: String,
+    pub model: String,
+    pub dataset: String,
+    pub epochs: f64,
+    pub max_steps: Option<u64>,
+    pub save_steps: u64,
+    pub host: String,
+    pub port: Option<u16>,
+    pub keep_serving: bool,
+}
+
+impl Settings {
+    /// Reads the command line; `None` if it asked for help.
+    pub fn from_args() -> Result<Option<Settings>> {
+        let mut settings = Settings {
+            command: Command::Pipeline,
+            store: "updraft-store".to_owned(),
+            model: "tiny".to_owned(),
+            dataset: "letters".to_owned(),
+            epochs: 1.0,
+            max_steps: None,
+            save_steps: 50,
+            host: "127.0.0.1".to_owned(),
+            port: None,
+            keep_serving: false,
+        };
+        let mut parser = Parser::from_env();
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Arg::Value(command) => settings.command = parse_command(&command.string()?)?,
+                Arg::Long("store") => settings.store = parser.value()?.string()?,
+                Arg::Long("model") => settings.model = parser.value()?.string()?,
+                Arg::Long("dataset") => settings.dataset = parser.value()?.string()?,
+                Arg::Long("epochs") => settings.epochs = parser.value()?.parse()?,
+                Arg::Long("max-steps") => settings.max_steps = Some(parser.value()?.parse()?),
+                Arg::Long("save-steps") => settings.save_steps = parser.value()?.parse()?,
+                Arg::Long("host") => settings.host = parser.value()?.string()?,
+                Arg::Long("port") => settings.port = Some(parser.value()?.parse()?),
+                Arg::Long("keep-serving") => settings.keep_serving = true,
+                Arg::Long("help") | Arg::Short('h') => return Ok(None),
+                other => bail!("{}; see --help", other.unexpected()),
+            }
+        }
+        Ok(Some(settings))
+    }
+
+    /// The model's name in the store: its Hub id, or the name of its folder.
+    pub fn model_name(&self) -> String {
+        stored_name(&self.model)
+    }
+
+    /// The dataset's name in the store: its Hub id, or the name of its file without extensions.
+    pub fn dataset_name(&self) -> String {
+        stored_name(&self.dataset)
+    }
+
+    /// Where the model comes from: the shipped folder for `tiny`, else as given.
+    pub fn model_source(&self) -> String {
+        match self.model.as_str() {
+            "tiny" if !Path::new("tiny").exists() => assets().join("tiny").display().to_string(),
+            model => model.to_owned(),
+        }
+    }
+
+    /// The flags that the train task passes on to its worker.
+    pub fn train_flags(&self) -> String {
+        let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));
+        let (epochs, save_steps) = (self.epochs, self.save_steps);
+        format!(
+            "--epochs {epochs} --save-steps {save_steps}{}",
+            max_steps.unwrap_or_default()
+        )
+    }
+
+    /// The adapter: rank 16, alpha 16, all seven projections, as in the articles.
+    pub fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            base_model_name_or_path: Some(self.model_name()),
+            ..LoraConfig::default()
+        }
+    }
+
+    /// The training run: the articles' settings. A tiny model wants larger steps.
+    pub fn training(&self) -> TrainConfig {
+        let articles = TrainConfig {
+            learning_rate: 2e-4,
+            num_train_epochs: self.epochs,
+            max_steps: self.max_steps,
+            per_device_train_batch_size: 2,
+            gradient_accumulation_steps: 4,
+            warmup_steps: 5,
+            weight_decay: 0.01,
+            seed: 3407,
+            save_steps: self.save_steps,
+            ..TrainConfig::default()
+        };
+        match self.model.as_str() {
+            "tiny" => TrainConfig {
+                learning_rate: 8e-3,
+                per_device_train_batch_size: 4,
+                gradient_accumulation_steps: 2,
+                warmup_steps: 20,
+                ..articles
+            },
+            _ => articles,
+        }
+    }
+}
+
+/// The folder of the example's assets.
+pub fn assets() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets")
+}
+
+fn parse_command(word: &str) -> Result<Command> {
+    match word {
+        "train" => Ok(Command::Train),
+        "serve" => Ok(Command::Serve),
+        _ => bail!("unknown command `{word}`; it is `train`, `serve` or nothing, see --help"),
+    }
+}
+
+/// A path's last part up to its first dot; a Hub id as it is.
+fn stored_name(spec: &str) -> String {
+    let path = Path::new(spec);
+    let name = path.file_name().map(|name| name.to_string_lossy());
+    match name {
+        Some(name) if path.exists() => name.split('.').next().unwrap_or(&name).to_owned(),
+        _ => spec.to_owned(),
+    }
+}

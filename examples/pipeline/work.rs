@@ -1,0 +1,194 @@
+//! The train task's work: import dataset and model, pretokenize, train, merge.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use updraft::DatasetSource;
+use updraft::chat::{Chat, ChatFiles, TemplateFiles};
+use updraft::dataset::{
+    ImportOptions, PretokenizeOptions, Reader, ReaderOptions, SourceOptions, import, pretokenize,
+    resolve_source,
+};
+use updraft::model::{Threads, import_model};
+use updraft::store::{CancelToken, FinishedStage, Store};
+use updraft::train::{ExampleSource, TrainStage, train_stage};
+
+use crate::events::{Events, StageSummary};
+use crate::letters;
+use crate::settings::Settings;
+
+/// How many letter conversations are generated, and their seed.
+const LETTERS: (u64, usize) = (3407, 4000);
+
+pub async fn run(settings: &Settings) -> Result<()> {
+    let store = Store::open(&settings.store)?;
+    let events = Events::from_env();
+    let cancel = CancelToken::new();
+    cancel_on_signal(cancel.clone())?;
+    let (model, dataset) = (settings.model_name(), settings.dataset_name());
+
+    // Neither import needs the other.
+    let (standardized, base) = tokio::try_join!(
+        stage("import", &events, async {
+            let source =
+                resolve_source(&dataset_source(settings)?, &SourceOptions::default()).await?;
+            Ok(import(
+                &store,
+                &dataset,
+                &*source,
+                &ImportOptions::default(),
+                &events,
+                &cancel,
+            )
+            .await?)
+        }),
+        stage("model", &events, async {
+            Ok(import_model(&store, &model, &settings.model_source(), &events, &cancel).await?)
+        }),
+    )?;
+
+    let training = settings.training();
+    let data = stage("pretokenize", &events, async {
+        let chat = chat(&base)
+            .await
+            .with_context(|| format!("in model {}", settings.model))?;
+        let options = PretokenizeOptions {
+            max_seq_len: Some(training.max_seq_len),
+            ..PretokenizeOptions::default()
+        };
+        Ok(pretokenize(
+            &store,
+            &model,
+            &dataset,
+            &standardized,
+            &chat,
+            &options,
+            &events,
+            &cancel,
+        )
+        .await?)
+    })
+    .await?;
+
+    stage("train", &events, async {
+        let order = ReaderOptions {
+            seed: training.seed,
+            ..ReaderOptions::default()
+        };
+        let source = async {
+            let reader = Reader::open(&data, order)
+                .await
+                .map_err(updraft::train::Error::source)?;
+            Ok(Arc::new(DatasetSource::new(reader, Handle::current())) as Arc<dyn ExampleSource>)
+        };
+        let run = TrainStage {
+            model: model.clone(),
+            dataset: dataset.clone(),
+            base: base.clone(),
+            data: data.clone(),
+            lora: settings.lora(),
+            config: training.clone(),
+            threads: Threads::new(available_threads()).context("could not start threads")?,
+        };
+        Ok(train_stage(&store, &run, source, &events, &cancel)
+            .await?
+            .stage)
+    })
+    .await?;
+    Ok(())
+}
+
+/// Times a stage and reports it.
+async fn stage(
+    name: &str,
+    events: &Events,
+    work: impl Future<Output = Result<FinishedStage>>,
+) -> Result<FinishedStage> {
+    let started = Instant::now();
+    let stage = work.await?;
+    let counts = stage.counts();
+    events.finished(StageSummary {
+        stage: name.to_owned(),
+        seconds: started.elapsed().as_secs_f64(),
+        reused: stage.reused(),
+        rows: counts.get("rows").copied(),
+        rejected: counts.get("rejected").copied().unwrap_or(0),
+        tokens: counts.get("tokens").copied(),
+        bytes_written: if stage.reused() {
+            0
+        } else {
+            stage.manifest().await?.total_bytes()
+        },
+        dir: stage.dir(),
+    });
+    Ok(stage)
+}
+
+/// The model's tokenizer and template, from the store.
+async fn chat(base: &FinishedStage) -> Result<Chat> {
+    let manifest = base.manifest().await?;
+    let mut files = BTreeMap::new();
+    for object in &manifest.objects {
+        if !object.path.ends_with(".safetensors") {
+            files.insert(object.path.as_str(), base.read(object).await?);
+        }
+    }
+    let file = |name: &str| files.get(name).map(|bytes| &bytes[..]);
+    Ok(Chat::from_files(&ChatFiles {
+        tokenizer_json: file("tokenizer.json").context("there is no tokenizer.json")?,
+        template: TemplateFiles {
+            chat_template_jinja: file("chat_template.jinja"),
+            tokenizer_config: file("tokenizer_config.json"),
+            chat_template_json: file("chat_template.json"),
+            special_tokens_map: file("special_tokens_map.json"),
+            additional_chat_templates: &[],
+        },
+        generation_config: file("generation_config.json"),
+    })?)
+}
+
+/// The cores of this machine.
+pub fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What `resolve_source` is given: for `letters` a file that is generated now, the same each time.
+fn dataset_source(settings: &Settings) -> Result<String> {
+    if settings.dataset != "letters" || PathBuf::from("letters").exists() {
+        return Ok(settings.dataset.clone());
+    }
+    let (seed, count) = LETTERS;
+    let dir = std::env::temp_dir().join("updraft-letters");
+    let path = dir.join("letters.jsonl");
+    let lines: Vec<String> = letters::conversations(seed, count).collect();
+    let half_written = dir.join(format!("letters-{}", std::process::id()));
+    std::fs::create_dir_all(&dir)
+        .and_then(|()| std::fs::write(&half_written, lines.join("\n")))
+        .and_then(|()| std::fs::rename(&half_written, &path))
+        .with_context(|| {
+            format!(
+                "could not write the generated conversations to {}",
+                path.display()
+            )
+        })?;
+    Ok(path.display().to_string())
+}
+
+/// A spot notice or a launcher's cancel: the trainer writes a checkpoint, then the stage ends.
+fn cancel_on_signal(cancel: CancelToken) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        cancel.cancel();
+    });
+    Ok(())
+}
