@@ -72,7 +72,7 @@ impl Chat {
         let eos = special.get("eos_token").map(str::to_owned);
         let known = ends.iter().filter_map(text).chain(eos).collect();
         let control = vocabulary.special_tokens().map(|(_, token)| token);
-        let markers = TurnMarkers::probe(&template, control, known);
+        let markers = TurnMarkers::learn(&template, control, known);
         let mut end_ids: Vec<u32> = markers
             .ends
             .iter()

@@ -65,6 +65,12 @@ pub enum Error {
         /// Which limit.
         limit: &'static str,
     },
+    /// The template asks for the date and was given none.
+    #[error("chat template {template:?} asks for the date; give it one with Chat::with_now")]
+    NoClock {
+        /// The template's name.
+        template: String,
+    },
     /// `continue_final_message` cannot be honoured for this conversation.
     #[error("cannot continue the final message: {reason}")]
     ContinueFinalMessage {

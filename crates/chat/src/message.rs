@@ -311,6 +311,20 @@ pub struct ToolCall {
     pub function: FunctionCall,
 }
 
+impl ToolCall {
+    /// A call of a function with arguments in JSON.
+    pub fn new(name: impl Into<String>, arguments: impl Into<String>) -> ToolCall {
+        ToolCall {
+            kind: Some("function".to_owned()),
+            function: FunctionCall {
+                name: name.into(),
+                arguments: Arguments::Json(arguments.into()),
+            },
+            ..ToolCall::default()
+        }
+    }
+}
+
 /// The function of a [`ToolCall`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct FunctionCall {

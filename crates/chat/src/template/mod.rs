@@ -165,6 +165,12 @@ impl ChatTemplate {
         options: &RenderOptions,
     ) -> Result<Tagged> {
         let (name, compiled) = self.choose(conversation, options)?;
+        if compiled.generation.is_empty() || options.continue_final_message {
+            return Ok(Tagged {
+                text: self.render(conversation, options)?,
+                spans: Vec::new(),
+            });
+        }
         let context = self.context(conversation, options, Strings::Plain);
         let (text, outputs) = self
             .environment
@@ -174,17 +180,6 @@ impl ChatTemplate {
         let text = self.within_limit(name, text)?;
         let spans = generation::spans(&compiled.generation, &outputs);
         Ok(Tagged { text, spans })
-    }
-
-    /// Whether the template that would render this conversation marks what
-    /// the assistant generates.
-    pub(crate) fn has_generation_tags(
-        &self,
-        conversation: &Conversation,
-        options: &RenderOptions,
-    ) -> bool {
-        self.choose(conversation, options)
-            .is_ok_and(|(_, compiled)| !compiled.generation.is_empty())
     }
 
     /// As transformers does it: a tag after the last text, rendered, and the
@@ -363,6 +358,11 @@ fn render_error(name: &str, source: minijinja::Error) -> Error {
         };
     }
     match source.kind() {
+        ErrorKind::UnknownFunction if source.to_string().contains(values::STRFTIME_NOW) => {
+            Error::NoClock {
+                template: name.to_owned(),
+            }
+        }
         ErrorKind::OutOfFuel => Error::TemplateLimit {
             template: name.to_owned(),
             limit: "limit on work",

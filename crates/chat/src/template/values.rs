@@ -8,8 +8,8 @@ use minijinja::value::{Enumerator, Object};
 use serde_json::{Map, Value as Json};
 
 use super::{LocalTime, RenderOptions};
-use crate::message::{Arguments, Content, Conversation, Message, Part, ToolCall};
-use crate::span::Sentinels;
+use crate::message::{Arguments, Content, Conversation, Message, Part, Role, ToolCall};
+use crate::span::{Origin, Sentinels};
 
 pub(super) const STRFTIME_NOW: &str = "strftime_now";
 
@@ -22,10 +22,10 @@ pub(crate) enum Strings<'a> {
 }
 
 impl Strings<'_> {
-    fn value(&mut self, message: usize, text: &str) -> Value {
+    fn value(&mut self, origin: Origin, text: &str) -> Value {
         match self {
             Strings::Plain => Value::from(text),
-            Strings::Marked(sentinels) => Value::from(sentinels.wrap(message, text)),
+            Strings::Marked(sentinels) => Value::from(sentinels.wrap(origin, text)),
         }
     }
 }
@@ -120,14 +120,19 @@ impl Object for Pairs {
 }
 
 fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> Value {
+    let content = Origin {
+        message: index,
+        thinks: message.role == Role::Assistant,
+        required: true,
+    };
     let mut pairs: Vec<(Cow<'static, str>, Value)> = Vec::with_capacity(4);
     pairs.push(("role".into(), Value::from(message.role.as_str())));
     match &message.content {
         Content::Absent => {}
         Content::Null => pairs.push(("content".into(), Value::from(()))),
-        Content::Text(text) => pairs.push(("content".into(), strings.value(index, text))),
+        Content::Text(text) => pairs.push(("content".into(), strings.value(content, text))),
         Content::Parts(parts) => {
-            let parts = parts.iter().map(|part| part_value(index, part, strings));
+            let parts = parts.iter().map(|part| part_value(content, part, strings));
             pairs.push(("content".into(), parts.collect()));
         }
     }
@@ -136,13 +141,22 @@ fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> 
     }
     if let Some(reasoning) = &message.reasoning_content {
         // transformers gives the one text all three names.
-        let value = strings.value(index, reasoning);
+        let thoughts = Origin {
+            thinks: false,
+            required: false,
+            ..content
+        };
+        let value = strings.value(thoughts, reasoning);
         for name in ["reasoning_content", "reasoning", "thinking"] {
             pairs.push((name.into(), value.clone()));
         }
     }
     if let Some(calls) = &message.tool_calls {
-        let calls = calls.iter().map(|call| call_value(index, call, strings));
+        let written = Origin {
+            thinks: false,
+            ..content
+        };
+        let calls = calls.iter().map(|call| call_value(written, call, strings));
         pairs.push(("tool_calls".into(), calls.collect()));
     }
     if let Some(id) = &message.tool_call_id {
@@ -154,32 +168,32 @@ fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> 
     Value::from_object(Pairs(pairs))
 }
 
-fn part_value(index: usize, part: &Part, strings: &mut Strings<'_>) -> Value {
+fn part_value(origin: Origin, part: &Part, strings: &mut Strings<'_>) -> Value {
     match part {
         Part::Text(text) => Value::from_object(Pairs(vec![
             ("type".into(), Value::from("text")),
-            ("text".into(), strings.value(index, text)),
+            ("text".into(), strings.value(origin, text)),
         ])),
         Part::Other(object) => object_value(object, |key, value| match (key, value) {
-            ("text", Json::String(text)) => strings.value(index, text),
+            ("text", Json::String(text)) => strings.value(origin, text),
             _ => json_value(value),
         }),
     }
 }
 
-fn call_value(index: usize, call: &ToolCall, strings: &mut Strings<'_>) -> Value {
+fn call_value(origin: Origin, call: &ToolCall, strings: &mut Strings<'_>) -> Value {
     let arguments = match &call.function.arguments {
-        Arguments::Text(text) => strings.value(index, text),
+        Arguments::Text(text) => strings.value(origin, text),
         Arguments::Json(text) => match serde_json::from_str(text) {
             Ok(Json::Object(object)) => {
-                object_value(&object, |_, value| marked_json(index, value, strings))
+                object_value(&object, |_, value| marked_json(origin, value, strings))
             }
             Ok(value) => json_value(&value),
-            Err(_) => strings.value(index, text),
+            Err(_) => strings.value(origin, text),
         },
     };
     let function = Value::from_object(Pairs(vec![
-        ("name".into(), strings.value(index, &call.function.name)),
+        ("name".into(), strings.value(origin, &call.function.name)),
         ("arguments".into(), arguments),
     ]));
     let mut pairs: Vec<(Cow<'static, str>, Value)> = Vec::with_capacity(3);
@@ -194,9 +208,9 @@ fn call_value(index: usize, call: &ToolCall, strings: &mut Strings<'_>) -> Value
 }
 
 /// A tool argument: strings are what the assistant wrote, so they are marked.
-fn marked_json(index: usize, value: &Json, strings: &mut Strings<'_>) -> Value {
+fn marked_json(origin: Origin, value: &Json, strings: &mut Strings<'_>) -> Value {
     match value {
-        Json::String(text) => strings.value(index, text),
+        Json::String(text) => strings.value(origin, text),
         other => json_value(other),
     }
 }

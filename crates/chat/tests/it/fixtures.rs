@@ -73,7 +73,7 @@ impl Model {
 pub(crate) fn column(path: &Path, column: &str) -> Vec<ArrayRef> {
     let file = File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     ParquetRecordBatchReaderBuilder::try_new(file)
-        .and_then(|builder| builder.build())
+        .and_then(ParquetRecordBatchReaderBuilder::build)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         .map(|batch| {
             let batch = batch.expect("a readable batch");
