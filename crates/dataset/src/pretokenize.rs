@@ -1,12 +1,13 @@
 //! The pretokenize stage: standardized shards in, one model's token ids and loss spans out.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array as _, RecordBatch};
 use bytes::Bytes;
-use futures::stream;
+use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::{Deserialize, Serialize};
@@ -141,39 +142,27 @@ struct Input {
     object: ObjectEntry,
 }
 
+fn inputs(objects: Vec<ObjectEntry>) -> Vec<Input> {
+    let mut next_row = 0;
+    let input = |(index, object): (u32, ObjectEntry)| {
+        let first_row = next_row;
+        next_row += object.rows.unwrap_or(0);
+        Input {
+            index,
+            first_row,
+            object,
+        }
+    };
+    (0..).zip(objects).map(input).collect()
+}
+
 impl Pretokenize<'_> {
     async fn run(self) -> Result<FinishedStage> {
         let objects = self.standardized.manifest().await?.objects;
         let total: u64 = objects.iter().filter_map(|object| object.rows).sum();
-        let mut first_row = 0;
-        let inputs: Vec<Input> = (0..)
-            .zip(objects)
-            .map(|(index, object)| {
-                let input = Input {
-                    index,
-                    first_row,
-                    object,
-                };
-                first_row += input.object.rows.unwrap_or(0);
-                input
-            })
-            .collect();
-        let mut journal = self.writer.journal().await?;
+        let journal = self.writer.journal().await?;
         let (mut all, mut seen) = (Tally::default(), 0);
-        let mut shards = stream::iter(inputs)
-            .map(|input| {
-                let done = journal.remove(&input.index);
-                let this = &self;
-                async move {
-                    let rows = input.object.rows.unwrap_or(0);
-                    let tally = match done {
-                        Some(entry) => this.skip(entry, rows, total),
-                        None => this.shard(input, total).await?,
-                    };
-                    Ok::<_, Error>((rows, tally))
-                }
-            })
-            .buffered(SHARDS_IN_FLIGHT);
+        let mut shards = self.shards(inputs(objects), journal, total);
         while let Some((rows, tally)) = shards.try_next().await? {
             all.append(tally);
             seen += rows;
@@ -182,6 +171,29 @@ impl Pretokenize<'_> {
         }
         drop(shards);
         self.commit(all, total).await
+    }
+
+    /// Every shard's rows and what became of them, in the dataset's order.
+    fn shards<'s>(
+        &'s self,
+        inputs: Vec<Input>,
+        mut journal: BTreeMap<u32, JournalEntry>,
+        total: u64,
+    ) -> BoxStream<'s, Result<(u64, Tally)>> {
+        stream::iter(inputs)
+            .map(move |input| {
+                let done = journal.remove(&input.index);
+                async move {
+                    let rows = input.object.rows.unwrap_or(0);
+                    let tally = match done {
+                        Some(entry) => self.skip(entry, rows, total),
+                        None => self.shard(input, total).await?,
+                    };
+                    Ok((rows, tally))
+                }
+            })
+            .buffered(SHARDS_IN_FLIGHT)
+            .boxed()
     }
 
     /// Counts a shard that an earlier try has finished.
@@ -204,17 +216,7 @@ impl Pretokenize<'_> {
         let chunks = tokio::task::spawn_blocking(move || decode(bytes, &name))
             .await
             .map_err(Error::internal)??;
-        let mut tokenized = stream::iter(chunks)
-            .map(|chunk| {
-                let tokenize = Arc::clone(&self.tokenize);
-                async move {
-                    self.cancel.check()?;
-                    tokio::task::spawn_blocking(move || tokenize_chunk(&chunk, &tokenize))
-                        .await
-                        .map_err(Error::internal)
-                }
-            })
-            .buffered(std::thread::available_parallelism().map_or(1, usize::from));
+        let mut tokenized = tokenize_all(chunks, Arc::clone(&self.tokenize), self.cancel.clone());
         let (mut tally, mut rows) = (Tally::default(), Vec::new());
         let mut row = input.first_row;
         while let Some(chunk) = tokenized.try_next().await? {
@@ -321,6 +323,27 @@ fn decode(bytes: Bytes, name: &str) -> Result<Vec<RecordBatch>> {
             }
         })
         .collect()
+}
+
+/// The outcome of every row, chunk by chunk in order, made on all cores.
+fn tokenize_all(
+    chunks: Vec<RecordBatch>,
+    tokenize: Arc<Tokenize>,
+    cancel: CancelToken,
+) -> BoxStream<'static, Result<Vec<Result<Tokenized, String>>>> {
+    stream::iter(chunks)
+        .map(move |chunk| {
+            let (tokenize, cancel) = (Arc::clone(&tokenize), cancel.clone());
+            async move {
+                cancel.check()?;
+                let work = move || tokenize_chunk(&chunk, &tokenize);
+                tokio::task::spawn_blocking(work)
+                    .await
+                    .map_err(Error::internal)
+            }
+        })
+        .buffered(std::thread::available_parallelism().map_or(1, usize::from))
+        .boxed()
 }
 
 fn tokenize_chunk(chunk: &RecordBatch, tokenize: &Tokenize) -> Vec<Result<Tokenized, String>> {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use futures::stream::BoxStream;
+use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Map, Value};
 use updraft_store::{Progress, Reject};
@@ -79,7 +79,16 @@ impl<'a> Gather<'a> {
         })
     }
 
-    pub(super) async fn next_shard(&mut self) -> Result<Option<Shard>> {
+    /// The shards from here to the end of the source.
+    pub(super) fn shards(self) -> BoxStream<'a, Result<Shard>> {
+        let next = |mut gather: Self| async move {
+            let shard = gather.next_shard().await?;
+            Ok(shard.map(|shard| (shard, gather)))
+        };
+        stream::try_unfold(self, next).boxed()
+    }
+
+    async fn next_shard(&mut self) -> Result<Option<Shard>> {
         let (mut rows, mut bytes, mut tally) = (Vec::new(), 0, Tally::default());
         while !self.ended {
             let Some(converted) = self.next_row().await? else {

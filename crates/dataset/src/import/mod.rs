@@ -5,8 +5,8 @@ mod gather;
 use std::sync::Arc;
 
 use arrow_array::{ArrayRef, RecordBatch, StringArray};
-use futures::TryStreamExt as _;
-use futures::stream;
+use futures::stream::BoxStream;
+use futures::{StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use updraft_store::{
@@ -185,17 +185,21 @@ impl Import<'_> {
             format: name.clone(),
         });
         let gather = Gather::start(&self, format, start, &all).await?;
-        let shards = stream::try_unfold(gather, |mut gather| async move {
-            Ok(gather.next_shard().await?.map(|shard| (shard, gather)))
-        });
-        let written = shards
-            .map_ok(|shard| self.write(shard))
-            .try_buffered(SHARDS_IN_FLIGHT);
-        futures::pin_mut!(written);
+        let mut written = self.write_all(gather);
         while let Some(tally) = written.try_next().await? {
             all.append(tally);
         }
+        drop(written);
         self.commit(all, &name).await
+    }
+
+    /// Writes shards as they are gathered, in their order.
+    fn write_all<'s>(&'s self, gather: Gather<'s>) -> BoxStream<'s, Result<Tally>> {
+        gather
+            .shards()
+            .map_ok(|shard| self.write(shard))
+            .try_buffered(SHARDS_IN_FLIGHT)
+            .boxed()
     }
 
     /// What an earlier try finished without a gap, and where the next shard begins.

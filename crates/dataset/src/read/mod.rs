@@ -75,7 +75,7 @@ impl Reader {
     /// Opens a stage; reads the manifest and the sizes of all rows, but no tokens.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] if a shard is not what the manifest says, and the store's errors.
+    /// [`Error::Corrupt`](crate::Error::Corrupt) if a shard is not what the manifest says, and the store's errors.
     pub async fn open(stage: &FinishedStage, options: ReaderOptions) -> Result<Self> {
         let shards = Arc::new(Shards::open(stage).await?);
         let id = format!("{}-{}", stage.key(), StageKey::of(&options)?.key16());

@@ -65,3 +65,14 @@ async fn what_is_written_is_what_is_read() {
         sizes.iter().map(|size| u64::from(size.1)).sum::<u64>()
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stages_run_as_tasks_of_their_own() {
+    let run = tokio::spawn(async {
+        let store = Store::memory();
+        let standardized = import_into(&store, &source(30), &options()).await?;
+        pretokenize_into(&store, &standardized, &PretokenizeOptions::default()).await
+    });
+    let ready = run.await.expect("no panic").expect("pretokenize");
+    assert_eq!(ready.counts()["rows"], 30);
+}
