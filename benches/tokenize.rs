@@ -16,15 +16,17 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tokio::runtime::Runtime;
 use updraft::chat::{Chat, ChatFiles, TemplateFiles};
 use updraft::dataset::{
-    Formats, ImportOptions, PretokenizeOptions, SourceOptions, import, pretokenize, resolve_source,
+    Formats, ImportOptions, PretokenizeOptions, Record, SourceOptions, import, pretokenize,
+    resolve_source,
 };
 use updraft::store::{CancelToken, FinishedStage, NoProgress, Store};
 
 #[path = "../examples/pipeline/letters.rs"]
-#[expect(
+#[allow(
     dead_code,
     unreachable_pub,
-    reason = "the bench needs the conversations, not the questions"
+    unused_imports,
+    reason = "the bench needs the conversations, neither the questions nor the tests"
 )]
 mod letters;
 

@@ -14,6 +14,11 @@
     unreachable_pub,
     reason = "`pub` marks what a module of this program offers the others"
 )]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program talks to a person"
+)]
 
 mod curve;
 mod events;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::Value;
 
 /// The example's binary, which `cargo test` builds beside this one.
-pub fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     let this = std::env::current_exe().expect("a test has a path");
     let profile = this
         .parent()
@@ -22,7 +22,7 @@ pub fn binary() -> PathBuf {
 }
 
 /// `pipeline train` on small data: eight steps, a checkpoint every three.
-pub fn train(store: &Path, dataset: &Path) -> Command {
+pub(crate) fn train(store: &Path, dataset: &Path) -> Command {
     let mut command = Command::new(binary());
     command
         .arg("train")
@@ -36,7 +36,7 @@ pub fn train(store: &Path, dataset: &Path) -> Command {
 }
 
 /// Forty conversations about one letter each, two of them broken.
-pub fn dataset(dir: &Path) -> PathBuf {
+pub(crate) fn dataset(dir: &Path) -> PathBuf {
     let mut lines: Vec<String> = (0..40)
         .map(|i| {
             let word: String = (0..3 + i % 5).map(|k| char::from(b'a' + ((i * 7 + k * 3) % 26) as u8)).collect();
@@ -53,7 +53,7 @@ pub fn dataset(dir: &Path) -> PathBuf {
 }
 
 /// Runs to the end and insists on success.
-pub fn finish(mut command: Command) -> Vec<Value> {
+pub(crate) fn finish(mut command: Command) -> Vec<Value> {
     let Output {
         status,
         stdout,
@@ -69,7 +69,7 @@ pub fn finish(mut command: Command) -> Vec<Value> {
 /// Runs until an event satisfies `now`, then kills it as a power cut would.
 ///
 /// Returns false if the program ended before.
-pub fn kill_when(mut command: Command, now: impl Fn(&Value) -> bool) -> bool {
+pub(crate) fn kill_when(mut command: Command, now: impl Fn(&Value) -> bool) -> bool {
     let mut child: Child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
