@@ -91,6 +91,10 @@ pub enum Error {
         /// What the engine found.
         source: BoxError,
     },
+    /// A message spells a control token, and the template treats the message
+    /// so that it cannot be told where.
+    #[error("a message spells a control token that cannot be kept plain text; take it out")]
+    Unsanitizable,
     /// The rendered text starts with two beginning-of-sequence tokens.
     #[error("the rendered conversation begins with two {token:?}; take one out of the template")]
     DoubledBos {

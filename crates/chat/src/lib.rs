@@ -53,6 +53,7 @@ mod detokenize;
 mod error;
 mod example;
 mod message;
+mod sanitize;
 mod span;
 mod stop;
 mod template;

@@ -357,6 +357,12 @@ impl Arguments {
         }
     }
 
+    pub(crate) fn text_mut(&mut self) -> &mut String {
+        match self {
+            Arguments::Json(text) | Arguments::Text(text) => text,
+        }
+    }
+
     /// The same arguments as a mapping for templates, if the text is a JSON object.
     #[must_use]
     pub fn into_json(self) -> Arguments {
