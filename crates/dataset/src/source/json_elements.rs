@@ -4,6 +4,8 @@
 use std::io::Read;
 use std::sync::Arc;
 
+use memchr::memchr2;
+
 use super::bytes;
 use super::files::{BatchReader, DataFile, Io};
 use super::json_lines::is_damage;
@@ -207,32 +209,42 @@ struct Scan {
 impl Scan {
     /// How many of `bytes` belong to the value, and whether it ends there.
     fn take(&mut self, bytes: &[u8]) -> (usize, bool) {
-        for (i, &byte) in bytes.iter().enumerate() {
+        let mut at = 0;
+        while let Some(&byte) = bytes.get(at) {
             if self.in_string {
-                match byte {
-                    _ if self.escaped => self.escaped = false,
-                    b'\\' => self.escaped = true,
-                    b'"' => self.in_string = false,
-                    _ => {}
-                }
+                at += self.string(&bytes[at..]);
                 continue;
             }
             match byte {
                 b'"' => self.in_string = true,
                 b'{' | b'[' => self.depth += 1,
                 // A bare value ends where its array does.
-                b']' | b'}' if self.depth == 0 => return (i + usize::from(!self.started), true),
+                b']' | b'}' if self.depth == 0 => return (at + usize::from(!self.started), true),
                 b'}' | b']' => {
                     self.depth -= 1;
                     if self.depth == 0 {
-                        return (i + 1, true);
+                        return (at + 1, true);
                     }
                 }
-                b',' | b'\n' if self.depth == 0 => return (i, true),
+                b',' | b'\n' if self.depth == 0 => return (at, true),
                 _ => {}
             }
             self.started = true;
+            at += 1;
         }
         (bytes.len(), false)
+    }
+
+    /// How many of `bytes`, which begin inside a string, to skip: up to its end or an escape.
+    fn string(&mut self, bytes: &[u8]) -> usize {
+        if std::mem::take(&mut self.escaped) {
+            return 1;
+        }
+        let Some(at) = memchr2(b'"', b'\\', bytes) else {
+            return bytes.len();
+        };
+        self.escaped = bytes[at] == b'\\';
+        self.in_string = self.escaped;
+        at + 1
     }
 }

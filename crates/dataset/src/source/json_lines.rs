@@ -5,6 +5,7 @@
 use std::io::{ErrorKind, Read};
 use std::sync::Arc;
 
+use memchr::{memchr, memchr_iter, memrchr};
 use serde_json::{Map, Value};
 
 use super::bytes;
@@ -57,7 +58,7 @@ impl BatchReader for LineReader {
         loop {
             self.read_block(&mut block)?;
             let known = std::mem::replace(&mut searched, block.len());
-            let end = match block[known..].iter().rposition(|&b| b == b'\n') {
+            let end = match memrchr(b'\n', &block[known..]) {
                 Some(last) => known + last + 1,
                 None if self.ended => block.len(),
                 None if block.len() > MAX_ROW_BYTES => {
@@ -94,8 +95,8 @@ impl LineReader {
         let (name, line, start) = (self.name.clone(), self.line, self.at);
         self.at.byte += block.len() as u64;
         // A last line without line end counts as a line.
-        self.at.row += block.iter().filter(|&&b| b == b'\n').count() as u64
-            + u64::from(!block.ends_with(b"\n"));
+        self.at.row +=
+            memchr_iter(b'\n', &block).count() as u64 + u64::from(!block.ends_with(b"\n"));
         Batch::deferred(move || parse_lines(&name, start, &block, line))
     }
 
@@ -105,7 +106,7 @@ impl LineReader {
         loop {
             let mut block = Vec::new();
             self.read_block(&mut block)?;
-            let end = block.iter().position(|&b| b == b'\n').map(|at| at + 1);
+            let end = memchr(b'\n', &block).map(|at| at + 1);
             long += end.unwrap_or(block.len()) as u64;
             if end.is_some() || self.ended {
                 self.rest = block.split_off(end.unwrap_or(block.len()));
@@ -137,7 +138,7 @@ pub(super) fn is_damage(kind: ErrorKind) -> bool {
 fn parse_lines(file: &Arc<str>, start: Cursor, block: &[u8], kind: Line) -> Vec<Row> {
     let mut next = start;
     let mut rows = Vec::new();
-    for line in block.split_inclusive(|&b| b == b'\n') {
+    for line in lines(block) {
         let first = next.byte == 0;
         next.byte += line.len() as u64;
         next.row += 1;
@@ -165,6 +166,17 @@ fn parse_lines(file: &Arc<str>, start: Cursor, block: &[u8], kind: Line) -> Vec<
         });
     }
     rows
+}
+
+/// The lines of a block, each with its end.
+fn lines(block: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let ends = memchr_iter(b'\n', block).map(|at| at + 1);
+    let tail = (!block.ends_with(b"\n")).then_some(block.len());
+    ends.chain(tail).scan(0, |start, end| {
+        let line = &block[*start..end];
+        *start = end;
+        Some(line)
+    })
 }
 
 fn parse_text(line: &[u8]) -> Result<Map<String, Value>, String> {
