@@ -3,3 +3,8 @@
 mod bad_input;
 mod kill;
 mod pipeline;
+
+/// The example's own data, with its tests.
+#[path = "../../examples/pipeline/letters.rs"]
+#[allow(dead_code, unreachable_pub, reason = "what the example uses")]
+mod letters;
