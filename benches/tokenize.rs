@@ -10,6 +10,8 @@
 //! python benches/peers/tokenize.py DIR/golden/conv20k.parquet DIR/tokenizers/qwen2.5
 //! ```
 
+#![expect(clippy::print_stderr, reason = "says what it skips")]
+
 use std::path::{Path, PathBuf};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -131,7 +133,7 @@ fn conv20k(criterion: &mut Criterion) {
         .throughput(Throughput::Elements(tokens))
         .sample_size(10);
     group.bench_function("conv20k", |bencher| {
-        bencher.iter(|| stage(&runtime, &standardized, &chat))
+        bencher.iter(|| stage(&runtime, &standardized, &chat));
     });
     group.finish();
 }
