@@ -164,6 +164,7 @@ impl Error {
         matches!(self, Error::NoCapacity { .. } | Error::Unavailable { .. })
     }
 
+    #[cfg(feature = "local")]
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::planner::{Plan, plan};
-use crate::provider::{CreateRequest, Endpoint, Instance, Lease, Provider};
+use crate::provider::{CreateRequest, Instance, Lease, Provider};
 use crate::secret::Secret;
 use crate::task::Task;
 use crate::transport::{ExitStatus, HostTransport, LogLine, Process, ShellCommand};
@@ -97,7 +97,7 @@ async fn create(provider: &dyn Provider, task: &Task, options: &LaunchOptions) -
 fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
     match &instance.endpoint {
         #[cfg(feature = "local")]
-        Some(Endpoint::Local { dir }) => {
+        Some(crate::provider::Endpoint::Local { dir }) => {
             Ok(Arc::new(crate::providers::local::LocalTransport::new(dir)))
         }
         endpoint => Err(Error::Transport {
