@@ -1,17 +1,17 @@
 //! The commit protocol: a stage is open until its manifest exists.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::layout::{MANIFEST, check_object_name, is_key16};
-use crate::manifest::FORMAT_VERSION;
+use crate::finished::read_manifest;
+use crate::layout::{MANIFEST, check_object_name};
 use crate::stage_key::{canonical, sha256_hex};
 use crate::{
-    Created, Error, Manifest, ManifestDraft, ObjectEntry, ObjectInfo, ObjectWriter, Result,
-    StageId, StageKey, Store,
+    Created, Error, FinishedStage, Manifest, ManifestDraft, ObjectEntry, ObjectWriter, Result,
+    StageId, StageKey, Store, current,
 };
 
 /// What [`open_stage`] found.
@@ -21,17 +21,6 @@ pub enum Opened {
     Finished(FinishedStage),
     /// The stage is to be made, or to be made to its end.
     Open(StageWriter),
-}
-
-/// A stage whose manifest exists.
-#[derive(Clone, Debug)]
-pub struct FinishedStage {
-    store: Store,
-    id: StageId,
-    key: StageKey,
-    manifest_sha256: String,
-    counts: BTreeMap<String, u64>,
-    reused: bool,
 }
 
 /// A stage being made.
@@ -45,15 +34,6 @@ pub struct StageWriter {
     key: StageKey,
     inputs: Value,
     dir: String,
-}
-
-/// The one mutable object of a stage name.
-#[derive(Debug, Serialize, Deserialize)]
-struct Current {
-    format_version: u32,
-    key: StageKey,
-    manifest_sha256: String,
-    counts: BTreeMap<String, u64>,
 }
 
 /// Finds the stage that these inputs decide, finished or not.
@@ -76,7 +56,7 @@ pub async fn open_stage(
     let inputs = canonical(inputs, "a stage's inputs")?;
     let key = StageKey::of(&json!({ "inputs": inputs, "stage": stage }))?;
     if let Some(found) = current(store, id).await?
-        && found.key == key
+        && *found.key() == key
     {
         return Ok(Opened::Finished(found));
     }
@@ -100,206 +80,6 @@ pub async fn open_stage(
         inputs,
         dir,
     }))
-}
-
-/// The newest finished stage of a name, or `None` if there is none yet. One GET.
-///
-/// # Errors
-/// Those of [`Store::get`]; [`Error::Corrupt`] if a newer program wrote the pointer.
-pub async fn current(store: &Store, id: &StageId) -> Result<Option<FinishedStage>> {
-    let path = id.current_path();
-    let Some(bytes) = store.get(&path).await? else {
-        return Ok(None);
-    };
-    let current: Current = match serde_json::from_slice(&bytes) {
-        Ok(current) => current,
-        Err(error) => {
-            // Only a pointer: the manifests tell what is finished, and the next commit rewrites it.
-            tracing::warn!(path, %error, "cannot be read and is ignored");
-            return Ok(None);
-        }
-    };
-    if current.format_version != FORMAT_VERSION {
-        return Err(Error::Corrupt {
-            url: store.url_of(&path),
-            reason: format!(
-                "its format is version {}, this program reads version {FORMAT_VERSION}",
-                current.format_version
-            ),
-        });
-    }
-    Ok(Some(FinishedStage {
-        store: store.clone(),
-        id: id.clone(),
-        key: current.key,
-        manifest_sha256: current.manifest_sha256,
-        counts: current.counts,
-        reused: true,
-    }))
-}
-
-/// The finished stage in the folder `key16`, whatever `current.json` says; `None` if it is not finished.
-///
-/// # Errors
-/// Those of [`Store::get`], and [`Error::Corrupt`].
-pub async fn finished(store: &Store, id: &StageId, key16: &str) -> Result<Option<FinishedStage>> {
-    Ok(read_manifest(store, id, key16)
-        .await?
-        .map(|(found, _)| found))
-}
-
-/// Every object under a stage name that no manifest lists: journals, leftovers of killed
-/// tries, and all of the stages that are still open, so delete only when none is running.
-///
-/// # Errors
-/// Those of listing and of reading manifests.
-pub async fn garbage(store: &Store, id: &StageId) -> Result<Vec<ObjectInfo>> {
-    let prefix = format!("{id}/");
-    let mut folders: BTreeMap<String, Vec<ObjectInfo>> = BTreeMap::new();
-    for object in store.list(&id.to_string()).await? {
-        let Some((key16, _)) = object
-            .path
-            .strip_prefix(&prefix)
-            .and_then(|rest| rest.split_once('/'))
-        else {
-            continue;
-        };
-        if is_key16(key16) {
-            folders.entry(key16.to_owned()).or_default().push(object);
-        }
-    }
-    let mut garbage = Vec::new();
-    for (key16, objects) in folders {
-        let manifest = read_manifest(store, id, &key16)
-            .await?
-            .map(|(_, manifest)| manifest);
-        let folder = format!("{prefix}{key16}/");
-        garbage.extend(objects.into_iter().filter(|object| {
-            let name = object.path.strip_prefix(&folder).unwrap_or(&object.path);
-            !manifest
-                .as_ref()
-                .is_some_and(|manifest| name == MANIFEST || manifest.object(name).is_some())
-        }));
-    }
-    Ok(garbage)
-}
-
-async fn read_manifest(
-    store: &Store,
-    id: &StageId,
-    key16: &str,
-) -> Result<Option<(FinishedStage, Manifest)>> {
-    let path = format!("{id}/{key16}/{MANIFEST}");
-    let Some(bytes) = store.get(&path).await? else {
-        return Ok(None);
-    };
-    let manifest = Manifest::from_bytes(&bytes, &store.url_of(&path))?;
-    let found = FinishedStage {
-        store: store.clone(),
-        id: id.clone(),
-        key: manifest.key,
-        manifest_sha256: sha256_hex(&bytes),
-        counts: manifest.counts.clone(),
-        reused: true,
-    };
-    Ok(Some((found, manifest)))
-}
-
-impl FinishedStage {
-    /// The store it lies in.
-    pub fn store(&self) -> &Store {
-        &self.store
-    }
-
-    /// Its area and name.
-    pub fn id(&self) -> &StageId {
-        &self.id
-    }
-
-    /// Its key, by which later stages name it among their inputs.
-    pub fn key(&self) -> &StageKey {
-        &self.key
-    }
-
-    /// Rows, tokens and other totals, known without reading the manifest.
-    pub fn counts(&self) -> &BTreeMap<String, u64> {
-        &self.counts
-    }
-
-    /// Whether it was finished before, so that nothing was made this time.
-    pub fn reused(&self) -> bool {
-        self.reused
-    }
-
-    /// Its folder, from the store's root.
-    pub fn dir(&self) -> String {
-        self.id.dir(&self.key)
-    }
-
-    /// The path of one of its objects, from the store's root.
-    pub fn path(&self, name: &str) -> String {
-        format!("{}/{name}", self.dir())
-    }
-
-    /// Its manifest, checked against the hash it was committed with.
-    ///
-    /// # Errors
-    /// Those of [`Store::get`]; [`Error::Missing`] and [`Error::Corrupt`] if somebody removed or changed it.
-    pub async fn manifest(&self) -> Result<Manifest> {
-        let path = self.path(MANIFEST);
-        let url = self.store.url_of(&path);
-        let Some(bytes) = self.store.get(&path).await? else {
-            return Err(Error::Missing {
-                url,
-                next: "delete the current.json above it and run again",
-            });
-        };
-        if sha256_hex(&bytes) != self.manifest_sha256 {
-            return Err(Error::Corrupt {
-                url,
-                reason: "it is not the one that was committed".to_owned(),
-            });
-        }
-        Manifest::from_bytes(&bytes, &url)
-    }
-
-    /// The bytes of one of its objects, checked against the manifest's entry.
-    ///
-    /// # Errors
-    /// Those of [`Store::get`]; [`Error::Missing`] and [`Error::Corrupt`] if the bytes are not those.
-    pub async fn read(&self, entry: &ObjectEntry) -> Result<Bytes> {
-        let path = self.path(&entry.path);
-        let url = self.store.url_of(&path);
-        let Some(bytes) = self.store.get(&path).await? else {
-            return Err(Error::Missing {
-                url,
-                next: "delete its folder and the current.json above it, and run again",
-            });
-        };
-        if bytes.len() as u64 != entry.bytes || sha256_hex(&bytes) != entry.sha256 {
-            return Err(Error::Corrupt {
-                url,
-                reason: "its bytes are not those the manifest lists".to_owned(),
-            });
-        }
-        Ok(bytes)
-    }
-
-    /// Makes `current.json` name this stage.
-    async fn point(&self) -> Result<()> {
-        let current = Current {
-            format_version: FORMAT_VERSION,
-            key: self.key,
-            manifest_sha256: self.manifest_sha256.clone(),
-            counts: self.counts.clone(),
-        };
-        let mut json = serde_json::to_vec_pretty(&current).map_err(|source| Error::Json {
-            what: "current.json",
-            source,
-        })?;
-        json.push(b'\n');
-        self.store.put(&self.id.current_path(), json.into()).await
-    }
 }
 
 impl StageWriter {
@@ -411,14 +191,7 @@ impl StageWriter {
                 (theirs, manifest)
             }
         };
-        let finished = FinishedStage {
-            store: self.store,
-            id: self.id,
-            key: self.key,
-            manifest_sha256: sha256_hex(&bytes),
-            counts: manifest.counts,
-            reused: false,
-        };
+        let finished = FinishedStage::committed(self.store, self.id, manifest, &bytes);
         finished.point().await?;
         Ok(finished)
     }

@@ -110,7 +110,7 @@ where
 /// Cuts a range into pieces and reads several at a time; the bytes come in order.
 ///
 /// Holds up to `at_once` pieces in memory.
-pub(crate) fn in_pieces<S>(
+pub fn in_pieces<S>(
     range: Range<u64>,
     piece_bytes: u64,
     at_once: usize,

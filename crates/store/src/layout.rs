@@ -97,31 +97,39 @@ impl StageId {
     /// `raw/<dataset>`.
     ///
     /// # Errors
-    /// As [`new`](Self::new), for all of these.
+    /// As [`new`](Self::new).
     pub fn raw(dataset: &str) -> Result<Self> {
         Self::new(Area::Raw, dataset)
     }
 
     /// `standardized/<dataset>`.
-    #[allow(clippy::missing_errors_doc)]
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
     pub fn standardized(dataset: &str) -> Result<Self> {
         Self::new(Area::Standardized, dataset)
     }
 
     /// `models/<model>`.
-    #[allow(clippy::missing_errors_doc)]
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
     pub fn models(model: &str) -> Result<Self> {
         Self::new(Area::Models, model)
     }
 
     /// `model-ready/<model>/<dataset>`.
-    #[allow(clippy::missing_errors_doc)]
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
     pub fn model_ready(model: &str, dataset: &str) -> Result<Self> {
         Self::pair(Area::ModelReady, model, dataset)
     }
 
     /// `done/<model>/<dataset>`.
-    #[allow(clippy::missing_errors_doc)]
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
     pub fn done(model: &str, dataset: &str) -> Result<Self> {
         Self::pair(Area::Done, model, dataset)
     }

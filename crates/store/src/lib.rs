@@ -26,34 +26,68 @@
 //! assert!(matches!(again, Opened::Finished(_)));
 //! # Ok(()) }
 //! ```
+//!
+//! # What is where
+//!
+//! - [`Store`]: one URL, opened; objects by path, create-only writes whose outcome is always known.
+//! - [`layout`]: [`StageId`] and the areas; [`StageKey`]: the hash of the inputs.
+//! - [`open_stage`], [`StageWriter`], [`FinishedStage`], [`Manifest`], [`JournalEntry`]: the commit
+//!   protocol; [`garbage`]: what no manifest lists.
+//! - [`fetch`]: downloads that go on where they broke off; `hub`: the Hugging Face Hub.
+//! - [`progress`] and [`cancel`]: what every stage takes from its caller.
+//!
+//! There is no storage trait here: a store is an [`object_store::ObjectStore`]. Nothing here knows
+//! of Parquet, Arrow or tensors, and nothing locks: processes that make one stage at once agree
+//! because equal inputs make equal bytes and the first manifest stands.
+//!
+//! On `file://` each write flushes the file and its folder before it returns, so what a manifest
+//! lists survives a power cut whenever the manifest does.
+//!
+//! # Features
+//!
+//! | feature | default | what it adds |
+//! | --- | --- | --- |
+//! | `fs` | yes | folders and `file://` |
+//! | `s3` | yes | `s3://`: AWS, Tigris, MinIO, Garage |
+//! | `hub` | yes | the Hugging Face Hub read client |
+//! | `conformance` | no | `faults` and `conformance`, for tests of stages |
 
-pub mod cancel;
-mod commit;
-#[cfg(feature = "conformance")]
-pub mod conformance;
 mod error;
-#[cfg(feature = "conformance")]
-pub mod faults;
+
+mod url;
+
+mod object;
+mod object_writer;
+mod s3;
+#[cfg(any(feature = "s3", feature = "hub"))]
+mod tls;
+
+pub mod layout;
+mod stage_key;
+
+mod manifest;
+
+mod journal;
+
+mod commit;
+mod finished;
+
 pub mod fetch;
 #[cfg(feature = "hub")]
 pub mod hub;
-mod journal;
-pub mod layout;
-mod manifest;
-mod object;
-mod object_writer;
+
+pub mod cancel;
 pub mod progress;
-mod s3;
-mod stage_key;
-#[cfg(any(feature = "s3", feature = "hub"))]
-mod tls;
-mod url;
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "conformance")]
+pub mod faults;
 
 pub use cancel::CancelToken;
-pub use commit::{
-    FinishedStage, Opened, StageObjectWriter, StageWriter, current, finished, garbage, open_stage,
-};
+pub use commit::{Opened, StageObjectWriter, StageWriter, open_stage};
 pub use error::{BoxError, Error, Result};
+pub use finished::{FinishedStage, current, finished, garbage};
 pub use journal::JournalEntry;
 pub use layout::{Area, StageId};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestDraft, ObjectEntry, Reject};

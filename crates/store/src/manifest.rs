@@ -148,6 +148,17 @@ impl Manifest {
                 manifest.format_version
             )));
         }
+        // A manifest is input: no path in it may lead out of its folder.
+        if let Some(object) = manifest
+            .objects
+            .iter()
+            .find(|o| check_object_name(&o.path).is_err())
+        {
+            return Err(corrupt(format!(
+                "it lists '{}', which is no object's name",
+                object.path
+            )));
+        }
         Ok(manifest)
     }
 

@@ -28,14 +28,24 @@ pub struct ObjectWriter {
     hasher: Sha256,
     written: u64,
     buffer: BytesMut,
-    upload: Option<Upload>,
+    sent: Sent,
+}
+
+/// Where the bytes before the buffer are.
+#[derive(Debug)]
+enum Sent {
+    /// There are none yet.
+    Nothing,
+    /// In the parts of an upload.
+    Parts(Upload),
+    /// In the finished object, or nowhere any more.
+    Over,
 }
 
 #[derive(Debug)]
 struct Upload {
     parts: JoinSet<object_store::Result<()>>,
-    /// Taken out when the upload is completed or aborted.
-    inner: Option<Box<dyn MultipartUpload>>,
+    inner: Box<dyn MultipartUpload>,
 }
 
 impl Store {
@@ -53,7 +63,7 @@ impl Store {
             hasher: Sha256::new(),
             written: 0,
             buffer: BytesMut::new(),
-            upload: None,
+            sent: Sent::Nothing,
         })
     }
 }
@@ -73,7 +83,7 @@ impl ObjectWriter {
     /// Takes the next bytes; waits while too many are on their way.
     ///
     /// # Errors
-    /// Those of [`Store::put`]. The writer is of no further use then; drop it.
+    /// Those of [`Store::put`]. What was sent is removed then and the writer takes no more.
     pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
         self.hasher.update(&bytes);
         self.written += bytes.len() as u64;
@@ -106,74 +116,91 @@ impl ObjectWriter {
     /// # Errors
     /// Those of [`Store::put`]; nothing is visible then.
     pub async fn finish(mut self) -> Result<ObjectEntry> {
-        let entry = self.entry();
-        if self.upload.is_none() {
-            self.store
-                .put(&self.path, self.buffer.split().freeze())
-                .await?;
-            return Ok(entry);
-        }
-        if !self.buffer.is_empty() {
-            self.send_part().await?;
-        }
-        self.complete()
-            .await
-            .map_err(|error| self.store.error(&self.path, error))?;
-        Ok(entry)
+        let done = match self.sent {
+            Sent::Nothing => {
+                let whole = PutPayload::from_bytes(self.buffer.split().freeze());
+                self.store
+                    .inner
+                    .put(&self.location, whole)
+                    .await
+                    .map(|_| ())
+            }
+            Sent::Parts(_) | Sent::Over => self.complete().await,
+        };
+        self.settle(done).await?;
+        self.sent = Sent::Over;
+        Ok(self.entry())
     }
 
     /// Gives up and removes what was sent. Dropping the writer does the same in the background.
     pub async fn abort(mut self) {
-        if let Some(upload) = self.upload.take() {
-            upload.abort(&self.path).await;
-        }
+        self.remove_sent().await;
     }
 
     async fn send_part(&mut self) -> Result<()> {
         let part = PutPayload::from_bytes(self.buffer.split().freeze());
-        self.queue(part)
-            .await
-            .map_err(|error| self.store.error(&self.path, error))
+        let queued = self.queue(part).await;
+        self.settle(queued).await
     }
 
     async fn queue(&mut self, part: PutPayload) -> object_store::Result<()> {
-        if self.upload.is_none() {
+        if matches!(self.sent, Sent::Nothing) {
             let inner = self.store.inner.put_multipart(&self.location).await?;
-            self.upload = Some(Upload {
+            self.sent = Sent::Parts(Upload {
                 parts: JoinSet::new(),
-                inner: Some(inner),
+                inner,
             });
         }
-        let Upload { parts, inner } = self.upload.as_mut().expect("just opened");
-        let inner = inner.as_mut().expect("open until finish or drop");
-        while parts.len() >= PARTS_IN_FLIGHT {
-            joined(parts.join_next().await)?;
+        let upload = self.upload()?;
+        while upload.parts.len() >= PARTS_IN_FLIGHT {
+            joined(upload.parts.join_next().await)?;
         }
-        parts.spawn(inner.put_part(part));
+        upload.parts.spawn(upload.inner.put_part(part));
         Ok(())
     }
 
     async fn complete(&mut self) -> object_store::Result<()> {
-        let Upload { parts, inner } = self.upload.as_mut().expect("a multipart upload");
-        while !parts.is_empty() {
-            joined(parts.join_next().await)?;
+        if !self.buffer.is_empty() {
+            let rest = PutPayload::from_bytes(self.buffer.split().freeze());
+            self.queue(rest).await?;
         }
-        inner
-            .as_mut()
-            .expect("open until finish or drop")
-            .complete()
-            .await?;
-        *inner = None;
+        let upload = self.upload()?;
+        while !upload.parts.is_empty() {
+            joined(upload.parts.join_next().await)?;
+        }
+        upload.inner.complete().await.map(|_| ())
+    }
+
+    fn upload(&mut self) -> object_store::Result<&mut Upload> {
+        match &mut self.sent {
+            Sent::Parts(upload) => Ok(upload),
+            Sent::Nothing | Sent::Over => Err(object_store::Error::Generic {
+                store: "ObjectWriter",
+                source: "an earlier write failed".into(),
+            }),
+        }
+    }
+
+    /// On failure removes what was sent at once: on a full disk it takes the space.
+    async fn settle(&mut self, done: object_store::Result<()>) -> Result<()> {
+        if let Err(error) = done {
+            self.remove_sent().await;
+            return Err(self.store.error(&self.path, error));
+        }
         Ok(())
+    }
+
+    async fn remove_sent(&mut self) {
+        if let Sent::Parts(upload) = std::mem::replace(&mut self.sent, Sent::Over) {
+            upload.abort(&self.path).await;
+        }
     }
 }
 
 impl Upload {
     async fn abort(mut self, path: &str) {
         self.parts.shutdown().await;
-        if let Some(mut inner) = self.inner.take()
-            && let Err(error) = inner.abort().await
-        {
+        if let Err(error) = self.inner.abort().await {
             tracing::warn!(path, %error, "an incomplete upload could not be aborted");
         }
     }
@@ -181,7 +208,7 @@ impl Upload {
 
 impl Drop for ObjectWriter {
     fn drop(&mut self) {
-        let Some(upload) = self.upload.take().filter(|upload| upload.inner.is_some()) else {
+        let Sent::Parts(upload) = std::mem::replace(&mut self.sent, Sent::Over) else {
             return;
         };
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {

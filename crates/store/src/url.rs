@@ -112,9 +112,11 @@ impl Store {
         &self.inner
     }
 
-    /// The file that holds `path`, if this is a local folder; for mapping files into memory.
+    /// The file that holds `path`, if this is a local folder and the path stays in it; for mapping
+    /// files into memory. The empty path is the folder itself.
     pub fn local_path(&self, path: &str) -> Option<PathBuf> {
-        self.root.as_ref().map(|root| root.join(path))
+        let root = self.root.as_ref().filter(|_| self.path(path).is_ok())?;
+        Some(root.join(path))
     }
 
     /// The URL of an object in this store, for messages.

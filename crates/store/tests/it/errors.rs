@@ -4,7 +4,7 @@ use std::error::Error as _;
 
 use serde_json::json;
 use updraft_store::{
-    Error, ManifestDraft, ObjectEntry, Opened, StageId, Store, current, open_stage,
+    Error, ManifestDraft, ObjectEntry, Opened, StageId, Store, current, finished, open_stage,
 };
 
 fn open_error(url: &str) -> String {
@@ -116,6 +116,50 @@ async fn a_path_that_leaves_the_store_is_refused() {
         assert!(stage.put_object(name, "x".into()).await.is_err(), "{name}");
         assert!(stage.object_writer(name).is_err(), "{name}");
     }
+}
+
+/// A manifest somebody else wrote cannot make a reader open files outside the stage.
+#[tokio::test]
+async fn a_manifest_that_lists_paths_outside_is_not_read() {
+    let store = Store::memory();
+    let id = StageId::raw("toy").expect("a name");
+    let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
+        .await
+        .expect("open")
+    else {
+        panic!("a new store has no finished stage")
+    };
+    let path = stage.path("manifest.json");
+    let key16 = stage.key().key16();
+    stage
+        .commit(ManifestDraft::default())
+        .await
+        .expect("commit");
+    let text = String::from_utf8(
+        store
+            .get(&path)
+            .await
+            .expect("get")
+            .expect("there")
+            .to_vec(),
+    );
+    let mut manifest: serde_json::Value = serde_json::from_str(&text.expect("text")).expect("json");
+    manifest["objects"] = json!([{"path": "../../../etc/passwd", "bytes": 1, "sha256": ""}]);
+    store
+        .put(&path, manifest.to_string().into())
+        .await
+        .expect("put");
+    let error = finished(&store, &id, &key16).await.expect_err("refused");
+    assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+}
+
+#[test]
+fn a_local_path_stays_in_the_store() {
+    let store = crate::folder_store();
+    assert_eq!(store.local_path("../../etc/passwd"), None);
+    let root = store.local_path("").expect("a local store");
+    assert_eq!(store.local_path("a/b"), Some(root.join("a/b")));
+    assert_eq!(Store::memory().local_path("a"), None);
 }
 
 /// A draft that lists what is not there, or not so, is not committed.
