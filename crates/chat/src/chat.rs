@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Rejection, Result};
@@ -267,13 +266,14 @@ fn token_spans(spans: &[Range<usize>], ends: &[usize]) -> Vec<Range<u32>> {
 }
 
 /// `eos_token_id` is an id or a list of them.
+#[cfg(any(feature = "fast", feature = "stable"))]
 fn generation_ends(generation_config: Option<&[u8]>) -> Result<Vec<u32>> {
-    #[derive(Deserialize)]
+    #[derive(serde::Deserialize)]
     struct File {
         #[serde(default)]
         eos_token_id: Option<Ids>,
     }
-    #[derive(Deserialize)]
+    #[derive(serde::Deserialize)]
     #[serde(untagged)]
     enum Ids {
         One(u32),

@@ -1,5 +1,6 @@
 //! Text to token ids and back.
 
+#[cfg(any(feature = "fast", feature = "stable"))]
 mod engine;
 mod offsets;
 mod vocabulary;
