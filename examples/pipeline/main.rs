@@ -42,9 +42,6 @@ use settings::{Command, HELP, Settings};
 use tasks::Launcher;
 use updraft::store::Progress;
 
-/// How many unseen words both models are asked about.
-const NUM_QUESTIONS: usize = 320;
-
 fn main() -> ExitCode {
     let settings = match Settings::from_args() {
         Ok(Some(settings)) => settings,
@@ -131,7 +128,7 @@ async fn compare(
         println!();
         return Ok(None);
     }
-    let questions = letters::questions(settings.training().seed, NUM_QUESTIONS);
+    let questions = letters::questions(settings.training().seed, settings.num_questions());
     let mut answers: [Vec<Answer>; 2] = Default::default();
     for (model, answers) in [&base, &tuned].into_iter().zip(&mut answers) {
         let stage = format!("ask {model}");

@@ -27,14 +27,11 @@ pub async fn run(settings: &Settings) -> Result<()> {
     let listener = listen(SocketAddr::new(host, settings.port.unwrap_or(30001))).await?;
     let store = Store::open(&settings.store)?;
     let (base, tuned) = (settings.model_name(), tuned_name(settings));
-    let stages = [
-        (tuned.clone(), format!("done/{tuned}")),
-        (base.clone(), format!("models/{base}")),
-    ];
-    let mut engines: Vec<Arc<dyn Engine>> = Vec::new();
-    for (name, stage) in stages {
-        engines.push(Arc::new(load(&store, name, stage).await?));
-    }
+    let (tuned_engine, base_engine) = tokio::try_join!(
+        load(&store, &tuned, format!("done/{tuned}")),
+        load(&store, &base, format!("models/{base}")),
+    )?;
+    let engines: Vec<Arc<dyn Engine>> = vec![Arc::new(tuned_engine), Arc::new(base_engine)];
     println!(
         "serving {tuned} and {base} at http://{}/v1",
         listener.local_addr()?
@@ -48,7 +45,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
     .await?)
 }
 
-async fn load(store: &Store, name: String, stage: String) -> Result<ModelEngine> {
+async fn load(store: &Store, name: &str, stage: String) -> Result<ModelEngine> {
     let threads = Threads::new(available_threads()).context("could not start threads")?;
     let options = EngineOptions {
         kv_cache_bytes: 64 << 20,

@@ -113,6 +113,11 @@ impl Settings {
         }
     }
 
+    /// How many unseen words both models are asked about; a larger model takes a while for each.
+    pub fn num_questions(&self) -> usize {
+        if self.model == "tiny" { 320 } else { 32 }
+    }
+
     /// The flags that the train task passes on to its worker.
     pub fn train_flags(&self) -> String {
         let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));

@@ -1,6 +1,6 @@
 //! Rows of the embedding table, and their gradient.
 
-use crate::{Float, Mat, MatMut, Threads};
+use crate::{Float, Mat, MatMut, Threads, Weight};
 
 /// `out_t = table[ids_t]`.
 ///
@@ -9,11 +9,18 @@ use crate::{Float, Mat, MatMut, Threads};
 ///
 /// # Panics
 /// If the shapes do not agree or an id is not in the table.
-pub fn forward<F: Float>(threads: &Threads, table: Mat<'_, F>, ids: &[u32], out: &mut [F]) {
+pub fn forward<F: Float, W: Weight<F>>(
+    threads: &Threads,
+    table: Mat<'_, W>,
+    ids: &[u32],
+    out: &mut [F],
+) {
     let out = MatMut::new(out, ids.len(), table.num_cols());
     threads.split((ids, out), 256, |(ids, mut out)| {
         for (row, &id) in ids.iter().enumerate() {
-            out.row_mut(row).copy_from_slice(table.row(id as usize));
+            for (out, value) in out.row_mut(row).iter_mut().zip(table.row(id as usize)) {
+                *out = value.widen();
+            }
         }
     });
 }

@@ -3,7 +3,8 @@
 //! One room holds one operation: its formula, its forward pass, its backward pass and their tests. Everything takes
 //! slices or [`Mat`] views plus plain dimensions and writes outputs that the caller owns; nothing here knows tensors,
 //! files or models. All operations are generic over `f32` and `f64` ([`Float`]), so that the same code that runs a model
-//! in `f32` is checked in `f64` against finite differences.
+//! in `f32` is checked in `f64` against finite differences. What serving reads, weights and the embedding table, may
+//! also be kept in `bf16` ([`Weight`]).
 //!
 //! What it is not: a tensor library, an autograd, or a place for model code. Shapes are the caller's promise, so a wrong
 //! one panics.
@@ -43,6 +44,7 @@ mod softmax;
 #[cfg(test)]
 mod testing;
 mod threads;
+mod weight;
 
 pub mod adamw;
 pub mod attention;
@@ -59,3 +61,4 @@ pub mod swiglu;
 pub use float::Float;
 pub use mat::{Mat, MatMut};
 pub use threads::{Parts, Threads};
+pub use weight::Weight;

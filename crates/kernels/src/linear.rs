@@ -299,6 +299,24 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_in_bf16_gives_the_bits_of_the_widened_weight() {
+        for (t, k, n) in [(1, 75, 45), (1, 1024, 1100), (7, 33, 9), (23, 64, 13)] {
+            let (x, w) = (random::<f32>(t * k, 1), random::<f32>(n * k, 2));
+            let kept: Vec<half::bf16> = w.iter().map(|&w| half::bf16::from_f32(w)).collect();
+            let widened: Vec<f32> = kept.iter().map(|w| w.to_f32()).collect();
+            for threads in &thread_counts() {
+                let x = Mat::new(&x, t, k);
+                let (mut expected, mut actual) = (vec![1.0; t * n], vec![1.0; t * n]);
+                let y = MatMut::new(&mut expected, t, n);
+                forward_invariant(threads, 0.7, x, Mat::new(&widened, n, k), 0.5, y);
+                let y = MatMut::new(&mut actual, t, n);
+                forward_invariant(threads, 0.7, x, Mat::new(&kept, n, k), 0.5, y);
+                assert_eq!(actual, expected);
+            }
+        }
+    }
+
+    #[test]
     fn bias_and_its_gradient() {
         let mut y = [1.0, 2.0, 3.0, 4.0];
         add_bias(&Threads::single(), &[10.0, 20.0], MatMut::new(&mut y, 2, 2));

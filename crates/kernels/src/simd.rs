@@ -5,7 +5,10 @@
 //! the same for all instruction sets. Without AVX2 and FMA (x86 before 2013) `mul_add` is a library call: right, but
 //! slow.
 
-use crate::Float;
+use half::bf16;
+
+use crate::weight::load_part;
+use crate::{Float, Weight};
 
 /// Independent sums of a reduction: element `i` goes to sum `i % LANES`.
 pub(crate) const LANES: usize = 16;
@@ -21,6 +24,8 @@ pub trait Simd: Copy {
     /// Whether a tile of 4 × 4 sums of [`LANES`] `f32` fits the registers.
     const WIDE: bool;
     type F32: Lanes<f32, Self>;
+    /// [`LANES`] numbers, exactly.
+    fn widen(self, values: &[bf16; LANES]) -> Self::F32;
     /// Starts to fetch what will be read soon.
     #[inline(always)]
     fn prefetch<T>(self, _soon: &T) {}
@@ -75,6 +80,10 @@ pub(crate) struct Plain;
 impl Simd for Plain {
     const WIDE: bool = false;
     type F32 = [f32; LANES];
+    #[inline(always)]
+    fn widen(self, values: &[bf16; LANES]) -> [f32; LANES] {
+        values.map(Weight::widen)
+    }
 }
 
 impl<F: Float, S> Lanes<F, S> for [F; LANES] {
@@ -119,11 +128,11 @@ pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
 /// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All slices have one
 /// length. Fetches `soon` along the way.
 #[inline(always)]
-pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
+pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usize>(
     simd: S,
     a: [&[F]; M],
-    b: [&[F]; N],
-    soon: Option<[&[F]; N]>,
+    b: [&[W]; N],
+    soon: Option<[&[W]; N]>,
 ) -> [[F; N]; M] {
     const { assert!(N <= 4) };
     let len = a[0].len();
@@ -136,7 +145,7 @@ pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
         for soon in soon.iter().flatten() {
             simd.prefetch(&soon[chunk * LANES]);
         }
-        let b = b.map(|(chunks, _)| F::Lanes::load(simd, &chunks[chunk]));
+        let b = b.map(|(chunks, _)| W::lanes(simd, &chunks[chunk]));
         for m in 0..M {
             let a = F::Lanes::load(simd, &a[m].0[chunk]);
             for n in 0..N {
@@ -145,9 +154,9 @@ pub(crate) fn dots<F: Float, S: Simd, const M: usize, const N: usize>(
         }
     }
     if !len.is_multiple_of(LANES) {
-        let b = b.map(|(_, rest)| F::Lanes::load_part(simd, rest));
+        let b = b.map(|(_, rest)| load_part::<F, W, S>(simd, rest));
         for m in 0..M {
-            let a = F::Lanes::load_part(simd, a[m].1);
+            let a = load_part::<F, F, S>(simd, a[m].1);
             for n in 0..N {
                 lanes[m][n] = a.mul_add(b[n], lanes[m][n]);
             }
@@ -172,9 +181,9 @@ mod tests {
     use super::*;
     use crate::testing::random;
 
-    struct Tile<'a>([&'a [f32]; 3], [&'a [f32]; 4]);
+    struct Tile<'a, W>([&'a [f32]; 3], [&'a [W]; 4]);
 
-    impl Op for Tile<'_> {
+    impl<W: Weight<f32>> Op for Tile<'_, W> {
         type Output = [[f32; 4]; 3];
 
         #[inline(always)]
@@ -206,6 +215,22 @@ mod tests {
                     assert!((f64::from(sum) - exact).abs() < 1e-5);
                 }
             }
+            assert_eq!(dispatch(tile()), plain);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(simd) = x86::Avx2::find() {
+                assert_eq!(simd.run(tile()), plain);
+            }
+
+            let kept = b
+                .each_ref()
+                .map(|b| b.iter().map(|&b| bf16::from_f32(b)).collect());
+            let widened = kept
+                .each_ref()
+                .map(|b: &Vec<bf16>| b.iter().map(|b| b.to_f32()).collect());
+            let a = a.each_ref().map(Vec::as_slice);
+            let plain = Tile(a, widened.each_ref().map(Vec::as_slice)).run(Plain);
+            let tile = || Tile(a, kept.each_ref().map(Vec::as_slice));
+            assert_eq!(tile().run(Plain), plain);
             assert_eq!(dispatch(tile()), plain);
             #[cfg(target_arch = "x86_64")]
             if let Some(simd) = x86::Avx2::find() {

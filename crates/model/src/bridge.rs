@@ -134,7 +134,7 @@ impl MatShape {
 ///
 /// # Errors
 /// [`Error::Device`] off the CPU, [`Error::Candle`] for another number type or a transposed view.
-pub(crate) fn read<F: Real>(tensor: &Tensor) -> Result<View<'_, F>> {
+pub(crate) fn read<F: WithDType>(tensor: &Tensor) -> Result<View<'_, F>> {
     let (storage, layout) = tensor.storage_and_layout();
     let shape = MatShape::of(layout)?;
     match &*storage {
@@ -148,7 +148,7 @@ pub(crate) fn read<F: Real>(tensor: &Tensor) -> Result<View<'_, F>> {
     })
 }
 
-impl<F: Real> View<'_, F> {
+impl<F: WithDType> View<'_, F> {
     /// All elements, gaps between the rows of a strided view included.
     pub(crate) fn slice(&self) -> &[F] {
         let Storage::Cpu(cpu) = &*self.storage else {

@@ -23,6 +23,7 @@ use crate::weights::Weights;
 pub struct Decoder {
     pub(crate) config: ModelConfig,
     dtype: DType,
+    pub(crate) keeps_bf16: bool,
     threads: Threads,
     rope: RopeTable,
     embedding: Embedding,
@@ -34,7 +35,8 @@ pub struct Decoder {
 
 impl Decoder {
     /// Loads a model's weights, converted to `dtype`: [`DType::F32`], or [`DType::F64`] to check
-    /// gradients.
+    /// gradients. With [`DType::BF16`] the matrices that are stored in bf16 stay so, at half the
+    /// memory, and everything is computed in f32: the same bits as with `F32`, for serving only.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Shape`] and [`Error::DType`] name the tensor;
@@ -48,22 +50,26 @@ impl Decoder {
     ) -> Result<Self> {
         config.validate()?;
         check_device(device)?;
+        let keeps_bf16 = dtype == DType::BF16;
+        let dtype = if keeps_bf16 { DType::F32 } else { dtype };
         let rope = new_rope_table(config, dtype)?;
         let loader = Loader {
             config,
             weights,
             dtype,
+            keeps_bf16,
             device,
         };
         let embedding = Embedding::load(loader)?;
         let head = if config.tie_word_embeddings {
             embedding.weight.clone()
         } else {
-            loader.load("lm_head.weight", &[config.vocab_size, config.hidden_size])?
+            loader.matrix("lm_head.weight", [config.vocab_size, config.hidden_size])?
         };
         Ok(Self {
             config: config.clone(),
             dtype,
+            keeps_bf16,
             threads: threads.clone(),
             rope,
             embedding,

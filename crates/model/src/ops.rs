@@ -1,6 +1,7 @@
 //! The kernels as operations on tensors: the one place that knows which device and number type run.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
 use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::rope::Table;
@@ -40,10 +41,15 @@ pub(crate) struct Normed {
 }
 
 impl Ops {
-    /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`.
+    /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`, in f32 if the table is kept in bf16.
     pub(crate) fn gather(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        let cols = table.dim(1)?;
+        if table.dtype() == DType::BF16 {
+            let mut out = vec![0.0_f32; ids.len() * cols];
+            embedding::forward(&self.threads, read::<bf16>(table)?.mat(), ids, &mut out);
+            return tensor(out, (ids.len(), cols));
+        }
         typed!(table, F => {
-            let cols = table.dim(1)?;
             let mut out = vec![F::ZERO; ids.len() * cols];
             embedding::forward(&self.threads, read::<F>(table)?.mat(), ids, &mut out);
             tensor(out, (ids.len(), cols))
@@ -118,18 +124,41 @@ impl Ops {
         })
     }
 
-    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`.
+    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`; `w` may be kept in bf16 where `x` is f32.
     pub(crate) fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if w.dtype() == DType::BF16 {
+            return self.linear_bf16(x, w, bias);
+        }
         typed!(x, F => {
             let (x, w) = (read::<F>(x)?, read::<F>(w)?);
             let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
             let mut y = vec![F::ZERO; rows * cols];
             self.product(F::ONE, x.mat(), w.mat(), F::ZERO, MatMut::new(&mut y, rows, cols));
-            if let Some(bias) = bias {
-                linear::add_bias(&self.threads, read::<F>(bias)?.slice(), MatMut::new(&mut y, rows, cols));
-            }
-            tensor(y, (rows, cols))
+            self.with_bias(y, (rows, cols), bias)
         })
+    }
+
+    /// There is no other product for these weights, so rows stay apart even where they need not.
+    fn linear_bf16(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (x, w) = (read::<f32>(x)?, read::<bf16>(w)?);
+        let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
+        let mut y = vec![0.0; rows * cols];
+        let out = MatMut::new(&mut y, rows, cols);
+        linear::forward_invariant(&self.threads, 1.0, x.mat(), w.mat(), 0.0, out);
+        self.with_bias(y, (rows, cols), bias)
+    }
+
+    fn with_bias<F: Real>(
+        &self,
+        mut y: Vec<F>,
+        (rows, cols): (usize, usize),
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        if let Some(bias) = bias {
+            let (bias, y) = (read::<F>(bias)?, MatMut::new(&mut y, rows, cols));
+            linear::add_bias(&self.threads, bias.slice(), y);
+        }
+        tensor(y, (rows, cols))
     }
 
     /// `y += alpha · x·wᵀ`, where `y` may be some columns of a wider matrix.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
+use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
@@ -41,6 +42,17 @@ pub fn config(architecture: Architecture) -> ModelConfig {
 /// # Panics
 /// If the configuration is not valid.
 pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
+    serialize(config, seed, Dtype::F32, |number| {
+        number.to_le_bytes().to_vec()
+    })
+}
+
+fn serialize(
+    config: &ModelConfig,
+    seed: u64,
+    dtype: Dtype,
+    encode: impl Fn(f32) -> Vec<u8>,
+) -> Vec<u8> {
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
         .tensors()
         .into_iter()
@@ -53,9 +65,7 @@ pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
                 _ => (0.0, 0.3),
             };
             let bytes = (0..shape.iter().product())
-                .flat_map(|_| {
-                    (random.uniform(middle - spread, middle + spread) as f32).to_le_bytes()
-                })
+                .flat_map(|_| encode(random.uniform(middle - spread, middle + spread) as f32))
                 .collect();
             (name, shape, bytes)
         })
@@ -63,7 +73,7 @@ pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
     let views = tensors.iter().map(|(name, shape, bytes)| {
         (
             name,
-            TensorView::new(Dtype::F32, shape.clone(), bytes).expect("a shape's own bytes"),
+            TensorView::new(dtype, shape.clone(), bytes).expect("a shape's own bytes"),
         )
     });
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -75,9 +85,20 @@ pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
 /// # Panics
 /// If the configuration is not valid.
 pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
-    let files = vec![(
-        SINGLE_FILE.to_owned(),
-        Bytes::from(safetensors(config, seed)),
-    )];
+    open(safetensors(config, seed))
+}
+
+/// The same weights rounded to bf16, as most models are published.
+///
+/// # Panics
+/// If the configuration is not valid.
+pub fn weights_bf16(config: &ModelConfig, seed: u64) -> Weights {
+    open(serialize(config, seed, Dtype::BF16, |number| {
+        bf16::from_f32(number).to_le_bytes().to_vec()
+    }))
+}
+
+fn open(file: Vec<u8>) -> Weights {
+    let files = vec![(SINGLE_FILE.to_owned(), Bytes::from(file))];
     Weights::from_files(files).expect("the tiny model's own file")
 }

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::path::Path;
 
 use bytes::Bytes;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 
@@ -209,7 +210,7 @@ impl Weights {
         Ok(self.shards[place.shard].bytes.slice(place.start..place.end))
     }
 
-    /// Reads a tensor of a given shape, converted to `dtype` (f32 or f64) on the way.
+    /// Reads a tensor of a given shape, converted to `dtype` on the way.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Shape`] and [`Error::DType`] name the tensor.
@@ -233,18 +234,30 @@ impl Weights {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
+        let stored_as = |dtype| {
+            let stored = |(name, _): &(String, _)| self.by_name.get(name).map(|place| place.dtype);
+            tensors.iter().all(|tensor| stored(tensor) == Some(dtype))
+        };
         match dtype {
-            DType::F64 => self.stack::<f64>(tensors, device),
-            _ => Ok(self.stack::<f32>(tensors, device)?.to_dtype(dtype)?),
+            DType::F64 => self.stack::<f64>(tensors, device, decode_into),
+            DType::BF16 if stored_as(Dtype::BF16) => self.stack(tensors, device, copy_bf16),
+            _ => Ok(self
+                .stack::<f32>(tensors, device, decode_into)?
+                .to_dtype(dtype)?),
         }
     }
 
-    fn stack<F: Real>(&self, tensors: &[(String, Vec<usize>)], device: &Device) -> Result<Tensor> {
+    fn stack<N: WithDType>(
+        &self,
+        tensors: &[(String, Vec<usize>)],
+        device: &Device,
+        decode_into: impl Fn(&str, Dtype, &[u8], &mut Vec<N>) -> Result<()>,
+    ) -> Result<Tensor> {
         let len = tensors
             .iter()
             .map(|(_, shape)| shape.iter().product::<usize>())
             .sum();
-        let (mut values, mut stacked) = (Vec::<F>::with_capacity(len), Vec::new());
+        let (mut values, mut stacked) = (Vec::with_capacity(len), Vec::new());
         for (name, shape) in tensors {
             let place = self.place(name)?;
             if place.shape != *shape {
@@ -396,7 +409,6 @@ pub(crate) fn decode<F: Real>(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<
 }
 
 fn decode_into<F: Real>(name: &str, dtype: Dtype, bytes: &[u8], values: &mut Vec<F>) -> Result<()> {
-    use half::{bf16, f16};
     fn each<const N: usize, F>(bytes: &[u8], values: &mut Vec<F>, read: impl Fn([u8; N]) -> F) {
         let (numbers, _) = bytes.as_chunks::<N>();
         values.extend(numbers.iter().map(|&number| read(number)));
@@ -415,6 +427,12 @@ fn decode_into<F: Real>(name: &str, dtype: Dtype, bytes: &[u8], values: &mut Vec
             });
         }
     }
+    Ok(())
+}
+
+fn copy_bf16(_: &str, _: Dtype, bytes: &[u8], values: &mut Vec<bf16>) -> Result<()> {
+    let (numbers, _) = bytes.as_chunks();
+    values.extend(numbers.iter().map(|&number| bf16::from_le_bytes(number)));
     Ok(())
 }
 

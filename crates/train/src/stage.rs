@@ -336,7 +336,7 @@ impl Work {
         let config = ModelConfig::from_json(&self.read(&format!("{FUSED}/config.json"))?)?;
         let weights = self.fused_weights(written)?;
         let threads = &self.stage.threads;
-        let decoder = Decoder::load(&config, &weights, DType::F32, &Device::Cpu, threads)?;
+        let decoder = Decoder::load(&config, &weights, DType::BF16, &Device::Cpu, threads)?;
         let merged = probe.logits(&decoder, None)?;
         compare(FUSED, expected, &merged, tolerance(&weights, learned)?)
     }

@@ -2,10 +2,13 @@
 
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::{
-    __m256, __m512, _MM_HINT_T0, _mm_prefetch, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
-    _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permute_ps, _mm512_set1_ps,
-    _mm512_shuffle_f32x4,
+    __m256, __m512, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_castsi256_ps,
+    _mm256_cvtepu16_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps,
+    _mm256_slli_epi32, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_permute_ps, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
 };
+
+use half::bf16;
 
 use super::{LANES, Lanes, Op, Simd};
 
@@ -66,6 +69,15 @@ impl Avx2 {
 impl Simd for Avx512 {
     const WIDE: bool = true;
     type F32 = Lanes512;
+    #[inline(always)]
+    fn widen(self, values: &[bf16; LANES]) -> Lanes512 {
+        // SAFETY: `self` proves AVX-512 and AVX2, and the pointer holds 16 numbers of 16 bits.
+        #[expect(unsafe_code, reason = "AVX-512 instructions")]
+        Lanes512(unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(values.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        })
+    }
 
     #[inline(always)]
     fn prefetch<T>(self, soon: &T) {
@@ -76,6 +88,16 @@ impl Simd for Avx512 {
 impl Simd for Avx2 {
     const WIDE: bool = false;
     type F32 = Lanes256;
+    #[inline(always)]
+    fn widen(self, values: &[bf16; LANES]) -> Lanes256 {
+        // SAFETY: `self` proves AVX2, and the pointers hold 8 numbers of 16 bits each.
+        #[expect(unsafe_code, reason = "AVX2 instructions")]
+        let eight = |start: usize| unsafe {
+            let bits = _mm_loadu_si128(values.as_ptr().add(start).cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
+        };
+        Lanes256([eight(0), eight(8)])
+    }
 
     #[inline(always)]
     fn prefetch<T>(self, soon: &T) {

@@ -15,7 +15,7 @@ impl Embedding {
     pub(crate) fn load(loader: Loader<'_>) -> Result<Self> {
         let shape = [loader.config.vocab_size, loader.config.hidden_size];
         Ok(Self {
-            weight: loader.load("model.embed_tokens.weight", &shape)?,
+            weight: loader.matrix("model.embed_tokens.weight", shape)?,
         })
     }
 

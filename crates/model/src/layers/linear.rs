@@ -85,12 +85,12 @@ impl Linear {
         let bias = if biases.is_empty() {
             None
         } else {
-            Some(loader.load_stacked(&biases)?)
+            Some(loader.vectors(&biases)?)
         };
         Ok(Self {
             layer,
             group,
-            weight: loader.load_stacked(&weights)?,
+            weight: loader.matrices(&weights)?,
             bias,
             columns,
         })

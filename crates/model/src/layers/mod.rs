@@ -13,6 +13,7 @@ pub(crate) use linear::{AdapterRows, Group, Trained};
 pub(crate) use rms_norm::{RmsNorm, Stream};
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 
 use crate::batch::Batch;
 use crate::bridge::RopeTable;
@@ -28,17 +29,40 @@ use crate::weights::Weights;
 pub(crate) struct Loader<'a> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) weights: &'a Weights,
+    /// What the decoder computes in.
     pub(crate) dtype: DType,
+    /// Whether matrices that are stored in bf16 stay so.
+    pub(crate) keeps_bf16: bool,
     pub(crate) device: &'a Device,
 }
 
 impl Loader<'_> {
-    pub(crate) fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.load(name, shape, self.dtype, self.device)
+    /// A vector, which every pass reads whole: in what the decoder computes in.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        self.weights.load(name, &[len], self.dtype, self.device)
     }
 
-    pub(crate) fn load_stacked(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
+    /// Vectors one after the other.
+    pub(crate) fn vectors(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
         self.weights.load_stacked(tensors, self.dtype, self.device)
+    }
+
+    pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Tensor> {
+        self.matrices(&[(name.to_owned(), shape.to_vec())])
+    }
+
+    /// Matrices one below the other.
+    pub(crate) fn matrices(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
+        let stored_in_bf16 = |name| Ok(self.weights.dtype(name)? == Dtype::BF16);
+        let kept = self.keeps_bf16
+            && tensors
+                .iter()
+                .map(|(name, _)| stored_in_bf16(name))
+                .collect::<Result<Vec<bool>>>()?
+                .into_iter()
+                .all(|kept| kept);
+        let dtype = if kept { DType::BF16 } else { self.dtype };
+        self.weights.load_stacked(tensors, dtype, self.device)
     }
 }
 

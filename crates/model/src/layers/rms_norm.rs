@@ -49,7 +49,7 @@ pub(crate) struct SavedNorm {
 impl RmsNorm {
     pub(crate) fn load(loader: Loader<'_>, name: &str, width: usize) -> Result<Self> {
         Ok(Self {
-            weight: loader.load(name, &[width])?,
+            weight: loader.vector(name, width)?,
             eps: loader.config.rms_norm_eps,
         })
     }

@@ -184,7 +184,7 @@ fn what_cannot_be_loaded_is_named() {
         );
         loaded.expect_err("must be refused").to_string()
     };
-    assert!(refused(&world.config, DType::BF16).starts_with("computing in BF16 is not supported"));
+    assert!(refused(&world.config, DType::F16).starts_with("computing in F16 is not supported"));
     let mut deeper = world.config.clone();
     deeper.num_hidden_layers = 3;
     assert!(refused(&deeper, DType::F32).starts_with("tensor model.layers.2."));

@@ -1,7 +1,9 @@
 //! Paged decoding: the same numbers as a full pass, and the same bits in any company.
 
 use candle_core::{DType, Device};
-use updraft_model::{Adapter, Architecture, Batch, BlockTables, Decoder, KvPages, LoraConfig};
+use updraft_model::{
+    Adapter, Architecture, Batch, BlockTables, Decoder, KvPages, LoraConfig, Part,
+};
 
 use crate::world::{World, documents};
 
@@ -87,6 +89,35 @@ fn cached_decoding_equals_a_full_pass() {
         let error = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(error < 1e-4, "{architecture:?}: {error:e}");
     }
+}
+
+#[test]
+fn weights_kept_in_bf16_give_the_bits_of_widened_ones() {
+    for architecture in [Architecture::Llama, Architecture::Qwen2] {
+        let world = World::new_bf16(architecture);
+        let adapter = world.adapter(&LoraConfig::default(), 2);
+        let ids = &documents(&[23], 8)[0].0;
+        let logits = [DType::F32, DType::BF16].map(|dtype| {
+            let decoder = world.decoder(dtype, 2);
+            assert_eq!(decoder.dtype(), DType::F32);
+            let mut pages = pages(&decoder);
+            let batches = [
+                step(&[(0, &ids[..10], 0, Some(0))]),
+                step(&[(0, &ids[10..], 10, Some(0))]),
+            ];
+            batches.map(|batch| run(&decoder, &[&adapter], &mut pages, &batch))
+        });
+        assert_eq!(logits[0], logits[1], "{architecture:?}");
+    }
+}
+
+#[test]
+fn weights_kept_in_bf16_are_not_for_training() {
+    let decoder = World::new_bf16(Architecture::Qwen2).decoder(DType::BF16, 1);
+    let mut part = Part::default();
+    part.push(&[1, 2, 3], std::slice::from_ref(&(1..3)));
+    let error = decoder.loss(&[part], None).expect_err("no kernels for it");
+    assert!(error.to_string().contains("bf16"), "{error}");
 }
 
 #[test]

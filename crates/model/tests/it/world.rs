@@ -23,6 +23,15 @@ impl World {
         }
     }
 
+    /// The same model as most are published.
+    pub(crate) fn new_bf16(architecture: Architecture) -> Self {
+        let config = tiny::config(architecture);
+        Self {
+            weights: tiny::weights_bf16(&config, 7),
+            config,
+        }
+    }
+
     pub(crate) fn decoder(&self, dtype: DType, num_threads: usize) -> Decoder {
         let threads = Threads::new(num_threads).expect("threads start");
         Decoder::load(&self.config, &self.weights, dtype, &Device::Cpu, &threads)

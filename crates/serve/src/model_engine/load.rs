@@ -24,7 +24,8 @@ pub struct AdapterSource {
 impl ModelEngine {
     /// Loads a model and its adapters and starts serving them, the model as `name`.
     ///
-    /// Weights on this machine are mapped and converted once to f32; elsewhere they are fetched.
+    /// Weights on this machine are mapped, elsewhere fetched; what is stored in bf16 stays so, and
+    /// other number types are converted once to f32. Everything is computed in f32.
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::NoSuchStage`], [`Error::Read`] and [`Error::Load`] say
@@ -46,18 +47,18 @@ impl ModelEngine {
         }
         let (root, threads) = (found.root, threads.clone());
         let options = options.clone();
-        // Converting weights takes a while.
         blocking(move || {
-            let chat = load_chat(&root, &files)?;
-            let device = Device::Cpu;
-            let decoder =
-                Decoder::load(&files.config, &files.weights, DType::F32, &device, &threads)
-                    .map_err(|source| failed(&root, source))?;
+            // The tokenizer's vocabulary takes about as long as the weights.
+            let (chat, decoder) = std::thread::scope(|scope| {
+                let chat = scope.spawn(|| load_chat(&root, &files));
+                let decoder = load_decoder(&files, &threads);
+                (chat.join(), decoder)
+            });
             let model = ServedModel {
+                chat: chat.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+                decoder: decoder.map_err(|source| failed(&root, source))?,
                 name,
                 root,
-                decoder,
-                chat,
                 adapters: served,
             };
             Self::new(model, &options)
@@ -82,6 +83,11 @@ async fn model_files(found: &Found) -> Result<ModelFiles> {
         },
         other => failed(&found.root, other),
     })
+}
+
+fn load_decoder(files: &ModelFiles, threads: &Threads) -> updraft_model::Result<Decoder> {
+    let (config, weights) = (&files.config, &files.weights);
+    Decoder::load(config, weights, DType::BF16, &Device::Cpu, threads)
 }
 
 fn load_chat(root: &str, files: &ModelFiles) -> Result<Chat> {
