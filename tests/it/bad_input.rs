@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::pipeline::{binary, dataset, train};
 
 /// Runs a command that must fail with one line that has all of `expected`.
-fn check(mut command: Command, expected: &[&str]) {
+pub(crate) fn check(mut command: Command, expected: &[&str]) {
     let output = command.output().expect("the program starts");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{stderr}");
@@ -114,6 +114,26 @@ fn a_store_that_cannot_be_written_is_named() {
     let file = dir.path().join("a-file");
     write(&file, "");
     check(train(&file.join("store"), &data), &["a-file"]);
+}
+
+/// A limit on the size of files stands in for a full disk: the kernel refuses the write in the
+/// middle of a file, and needs no mount for it.
+#[test]
+fn a_full_disk_is_named_and_costs_nothing() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let (data, store) = (dataset(dir.path()), dir.path().join("store"));
+    let worker = train(&store, &data);
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", "trap '' XFSZ; ulimit -f 1000; exec \"$@\"", "sh"])
+        .arg(worker.get_program())
+        .args(worker.get_args());
+    check(limited, &["model.safetensors", "run again"]);
+    assert!(
+        !store.join("models/tiny/current.json").exists(),
+        "half a model was taken for a whole one"
+    );
+    crate::pipeline::finish(worker);
 }
 
 #[test]
