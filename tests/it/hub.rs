@@ -22,7 +22,7 @@ impl Hub {
         let files = std::fs::read_dir(model).expect("the tiny model");
         let model = files
             .map(|entry| entry.expect("readable").path())
-            .filter(|path| !path.extension().is_some_and(|extension| extension == "py"))
+            .filter(|path| path.extension().is_none_or(|extension| extension != "py"))
             .map(|path| (name_of(&path), read(&path)))
             .collect();
         let data = BTreeMap::from([
