@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 use updraft::store::{StageId, Store, current};
-use updraft::train::metrics::{parse_loss_log, sparkline};
+use updraft::train::StepRecord;
+use updraft::train::metrics::{parse_log, sparkline};
 
 use crate::settings::Settings;
 
@@ -19,10 +20,8 @@ pub async fn show(settings: &Settings) -> Result<()> {
         .get(&stage.path("loss.jsonl"))
         .await?
         .context("the run has no loss log")?;
-    let losses: Vec<f64> = parse_loss_log(std::str::from_utf8(&log)?)?
-        .iter()
-        .map(|record| record.loss)
-        .collect();
+    let log: Vec<StepRecord> = parse_log(&log)?;
+    let losses: Vec<f64> = log.iter().map(|record| record.loss).collect();
     if let (Some(first), Some(last)) = (losses.first(), losses.last()) {
         println!("loss {first:.3} {} {last:.3}", sparkline(&losses, WIDTH));
         println!("     picture: {}", store.url_of(&stage.path("loss.svg")));

@@ -87,31 +87,31 @@ impl Screen {
         self.summaries.push(summary);
     }
 
-    /// `1,234 rows/s`, or a stage's own figures.
+    /// A stage's own figures, the most telling first, or `1234 rows/s`.
     fn rates(&self, progress: &Progress) -> String {
-        let figures = progress
-            .metrics
-            .iter()
-            .map(|(name, value)| match name.as_str() {
-                "tokens_per_second" => format!("{value:.0} tokens/s"),
-                "learning_rate" => format!("lr {value:.1e}"),
-                name => format!("{name} {value:.3}"),
-            });
-        let rate = progress.done as f64 / self.started.elapsed().as_secs_f64().max(1e-3);
-        let own = format!("{rate:.0} {}/s", progress.unit);
-        [own]
-            .into_iter()
-            .chain(figures)
-            .collect::<Vec<_>>()
-            .join("  ")
+        let figure =
+            |name: &str, show: fn(f64) -> String| progress.metrics.get(name).copied().map(show);
+        let figures = [
+            figure("loss", |loss| format!("loss {loss:.3}")),
+            figure("tokens_per_second", |rate| format!("{rate:.0} tokens/s")),
+            figure("learning_rate", |rate| format!("lr {rate:.1e}")),
+            figure("grad_norm", |norm| format!("grad norm {norm:.2}")),
+            figure("epoch", |epoch| format!("epoch {epoch:.2}")),
+        ];
+        let figures: Vec<_> = figures.into_iter().flatten().collect();
+        if figures.is_empty() {
+            let rate = progress.done as f64 / self.started.elapsed().as_secs_f64().max(1e-3);
+            return format!("{rate:.0} {}/s", progress.unit);
+        }
+        figures.join("  ")
     }
 }
 
 fn new_bar(progress: &Progress) -> ProgressBar {
     let bar = ProgressBar::new(progress.total.unwrap_or(0)).with_prefix(progress.stage.clone());
     let template = match progress.total {
-        Some(_) => "{prefix:12} [{bar:30}] {pos}/{len} {msg}  eta {eta}",
-        None => "{prefix:12} {spinner} {pos} {msg}",
+        Some(_) => "{prefix:12} [{bar:24}] {pos}/{len} eta {eta}  {wide_msg}",
+        None => "{prefix:12} {spinner} {pos} {wide_msg}",
     };
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style.progress_chars("=> ")),

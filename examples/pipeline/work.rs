@@ -17,7 +17,7 @@ use updraft::dataset::{
 };
 use updraft::model::{Threads, import_model};
 use updraft::store::{CancelToken, FinishedStage, Store};
-use updraft::train::{ExampleSource, TrainStage, train_stage};
+use updraft::train::{ExampleSource, Sources, TrainStage, train_stage};
 
 use crate::events::{Events, StageSummary};
 use crate::letters;
@@ -85,13 +85,15 @@ pub async fn run(settings: &Settings) -> Result<()> {
             let reader = Reader::open(&data, order)
                 .await
                 .map_err(updraft::train::Error::source)?;
-            Ok(Arc::new(DatasetSource::new(reader, Handle::current())) as Arc<dyn ExampleSource>)
+            let source = DatasetSource::new(reader, Handle::current());
+            Ok(Sources::from(Arc::new(source) as Arc<dyn ExampleSource>))
         };
         let run = TrainStage {
             model: model.clone(),
             dataset: dataset.clone(),
             base: base.clone(),
             data: data.clone(),
+            held_out: None,
             lora: settings.lora(),
             config: training.clone(),
             threads: Threads::new(available_threads()).context("could not start threads")?,

@@ -8,13 +8,15 @@ use serde::{Deserialize, Serialize};
 use updraft_kernels::Threads;
 use updraft_model::{Adapter, ModelConfig, peft};
 
-use crate::metrics::{parse_loss_log, write_loss_log};
+use crate::metrics::{parse_log, write_log};
 use crate::optim::OptimizerState;
 use crate::plan::Cursor;
-use crate::{Result, StepRecord, TrainConfig};
+use crate::{EvalRecord, Result, StepRecord, TrainConfig};
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const LOSS_LOG: &str = "loss.jsonl";
+const EVAL_LOG: &str = "eval.jsonl";
+const BEST: &str = "best.safetensors";
 
 /// A run between two optimizer steps.
 ///
@@ -30,6 +32,10 @@ pub struct Checkpoint {
     pub optimizer: OptimizerState,
     /// Every step so far.
     pub log: Vec<StepRecord>,
+    /// Every evaluation so far.
+    pub evals: Vec<EvalRecord>,
+    /// The adapter of the best evaluation, where the run ends with that one.
+    pub best: Option<Adapter>,
 }
 
 /// The part of a checkpoint that is not tensors.
@@ -92,12 +98,19 @@ impl Checkpoint {
     /// PEFT's, so a checkpoint can be tried out as it lies there.
     pub(crate) fn files(&self) -> Result<Vec<(&'static str, Bytes)>> {
         let adapter = peft::write_adapter(&self.adapter)?;
-        Ok(vec![
+        let mut files = vec![
             (peft::CONFIG_FILE, adapter.config_json.into()),
             (peft::WEIGHTS_FILE, adapter.safetensors.into()),
             (OPTIMIZER, write_moments(&self.optimizer.tensors).into()),
-            (LOSS_LOG, write_loss_log(&self.log).into_bytes().into()),
-        ])
+            (LOSS_LOG, write_log(&self.log).into()),
+        ];
+        if !self.evals.is_empty() {
+            files.push((EVAL_LOG, write_log(&self.evals).into()));
+        }
+        if let Some(best) = &self.best {
+            files.push((BEST, peft::write_adapter(best)?.safetensors.into()));
+        }
+        Ok(files)
     }
 
     /// Puts a checkpoint together from its files, whose hashes are checked.
@@ -108,21 +121,31 @@ impl Checkpoint {
     ) -> Result<Self, String> {
         let file = |name: &str| files.get(name).ok_or_else(|| format!("it has no {name}"));
         let broken = |name: &str, error: &dyn std::fmt::Display| format!("{name}: {error}");
-        let adapter =
-            peft::read_adapter(file(peft::CONFIG_FILE)?, file(peft::WEIGHTS_FILE)?, model)
-                .map_err(|error| broken(peft::WEIGHTS_FILE, &error))?;
+        let adapter = |name| {
+            peft::read_adapter(file(peft::CONFIG_FILE)?, file(name)?, model)
+                .map_err(|error| broken(name, &error))
+        };
         let tensors = read_moments(file(OPTIMIZER)?).map_err(|error| broken(OPTIMIZER, &error))?;
-        let log = std::str::from_utf8(file(LOSS_LOG)?).map_err(|error| broken(LOSS_LOG, &error))?;
-        let log = parse_loss_log(log).map_err(|error| broken(LOSS_LOG, &error))?;
+        let log = parse_log(file(LOSS_LOG)?).map_err(|error| broken(LOSS_LOG, &error))?;
+        let evals = match files.get(EVAL_LOG) {
+            Some(log) => parse_log(log).map_err(|error| broken(EVAL_LOG, &error))?,
+            None => Vec::new(),
+        };
+        let best = match files.contains_key(BEST) {
+            true => Some(adapter(BEST)?),
+            false => None,
+        };
         let optimizer = OptimizerState {
             step: state.optimizer_step,
             tensors,
         };
         Ok(Self {
             state,
-            adapter,
+            adapter: adapter(peft::WEIGHTS_FILE)?,
             optimizer,
             log,
+            evals,
+            best,
         })
     }
 }

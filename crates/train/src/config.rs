@@ -62,6 +62,18 @@ pub struct TrainConfig {
     /// Keep only each block's input and run the block again on the way back:
     /// the same numbers, a third more work, a fraction of the memory.
     pub gradient_checkpointing: bool,
+    /// Optimizer steps between evaluations on held-out examples, where some
+    /// are given; without it they are evaluated at the end only.
+    pub eval_steps: Option<u64>,
+    /// Examples per evaluation batch. The figures do not depend on it.
+    pub per_device_eval_batch_size: u32,
+    /// Keep the adapter of the evaluation with the lowest loss instead of the
+    /// last one.
+    pub load_best_model_at_end: bool,
+    /// Stop after this many evaluations in a row without a better loss.
+    pub early_stopping_patience: Option<u32>,
+    /// How much lower a loss must be to count as better.
+    pub early_stopping_threshold: f64,
     /// Optimizer steps between checkpoints.
     pub save_steps: u64,
     /// Checkpoints kept; older ones are deleted.
@@ -104,6 +116,11 @@ impl Default for TrainConfig {
             max_grad_norm: 1.0,
             seed: 42,
             gradient_checkpointing: false,
+            eval_steps: None,
+            per_device_eval_batch_size: 8,
+            load_best_model_at_end: false,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
             save_steps: 500,
             save_total_limit: 2,
         }
@@ -145,6 +162,19 @@ impl TrainConfig {
             ("adam_beta2", decay(self.adam_beta2)),
             ("adam_epsilon", positive(self.adam_epsilon)),
             ("max_grad_norm", amount(self.max_grad_norm)),
+            ("eval_steps", count(self.eval_steps.unwrap_or(1))),
+            (
+                "per_device_eval_batch_size",
+                count(self.per_device_eval_batch_size.into()),
+            ),
+            (
+                "early_stopping_patience",
+                count(self.early_stopping_patience.unwrap_or(1).into()),
+            ),
+            (
+                "early_stopping_threshold",
+                amount(self.early_stopping_threshold),
+            ),
             ("save_steps", count(self.save_steps)),
             ("save_total_limit", count(self.save_total_limit.into())),
         ];
@@ -162,11 +192,13 @@ impl TrainConfig {
     /// a stage's key is made of.
     pub(crate) fn deciding(&self) -> Self {
         let Self {
+            per_device_eval_batch_size,
             save_steps,
             save_total_limit,
             ..
         } = Self::default();
         Self {
+            per_device_eval_batch_size,
             save_steps,
             save_total_limit,
             ..self.clone()

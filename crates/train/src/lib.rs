@@ -58,6 +58,7 @@ mod schedule;
 
 mod checkpoint;
 mod checkpoints;
+mod evaluation;
 mod observer;
 mod trainer;
 
@@ -76,6 +77,7 @@ pub use checkpoint::{Checkpoint, Machine, RunState};
 pub use checkpoints::Checkpoints;
 pub use config::{OptimizerKind, TrainConfig};
 pub use error::{BoxError, Error, Result};
+pub use evaluation::{EvalRecord, best, evaluate};
 pub use export::{FUSED, LORA_MODEL};
 pub use observer::{Observer, ProgressObserver, StepRecord, StepStats};
 pub use optim::Optimizer;
@@ -83,5 +85,5 @@ pub use packing::{best_fit_decreasing, fill_rate};
 pub use plan::{Batching, Cursor, EpochShape, RunPlan};
 pub use schedule::{Schedule, SchedulerType};
 pub use source::{ExamplePlan, ExampleSource, ExampleStream, MemorySource};
-pub use stage::{TrainStage, Trained, train_stage};
+pub use stage::{Sources, TrainStage, Trained, train_stage};
 pub use trainer::{TrainReport, Trainer};

@@ -5,6 +5,6 @@ mod jsonl;
 mod sparkline;
 mod svg;
 
-pub use jsonl::{parse_loss_log, write_loss_log};
+pub use jsonl::{parse_log, write_log};
 pub use sparkline::sparkline;
 pub use svg::loss_curve_svg;

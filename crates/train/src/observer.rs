@@ -5,6 +5,8 @@ use std::fmt::Debug;
 use serde::{Deserialize, Serialize};
 use updraft_store::{Progress, ProgressSink};
 
+use crate::EvalRecord;
+
 /// What one optimizer step was, without any time: a rerun gives the same.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
@@ -42,19 +44,28 @@ pub trait Observer: Debug + Send {
     /// A step is done.
     fn on_step(&mut self, stats: &StepStats<'_>);
 
+    /// Held-out examples were evaluated.
+    fn on_evaluation(&mut self, _eval: &EvalRecord) {}
+
     /// A checkpoint of this step is committed.
     fn on_checkpoint(&mut self, _step: u64) {}
 }
 
 /// Hands each step to a [`ProgressSink`], with loss, learning rate, gradient
-/// norm, epoch and tokens per second as metrics.
+/// norm, epoch and tokens per second as metrics, and the newest held-out loss.
 #[derive(Debug, Clone)]
-pub struct ProgressObserver<S>(S);
+pub struct ProgressObserver<S> {
+    sink: S,
+    eval_loss: Option<f64>,
+}
 
 impl<S: ProgressSink> ProgressObserver<S> {
     /// Reports to `sink`.
     pub fn new(sink: S) -> Self {
-        Self(sink)
+        Self {
+            sink,
+            eval_loss: None,
+        }
     }
 }
 
@@ -68,12 +79,19 @@ impl<S: ProgressSink> Observer for ProgressObserver<S> {
             grad_norm,
             ..
         } = *stats.record;
-        let progress = Progress::new("train", step, Some(stats.total_steps), "steps")
+        let mut progress = Progress::new("train", step, Some(stats.total_steps), "steps")
             .with_metric("loss", loss)
             .with_metric("learning_rate", learning_rate)
             .with_metric("grad_norm", grad_norm)
             .with_metric("epoch", epoch)
             .with_metric("tokens_per_second", stats.tokens_per_second);
-        self.0.report(&progress);
+        if let Some(eval_loss) = self.eval_loss {
+            progress = progress.with_metric("eval_loss", eval_loss);
+        }
+        self.sink.report(&progress);
+    }
+
+    fn on_evaluation(&mut self, eval: &EvalRecord) {
+        self.eval_loss = Some(eval.eval_loss);
     }
 }

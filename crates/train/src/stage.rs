@@ -19,8 +19,9 @@ use updraft_store::{
 };
 
 use crate::checkpoints::Checkpoints;
+use crate::evaluation::EvalRecord;
 use crate::export::{FUSED, LORA_MODEL, adapter_folder, fused_folder, model_card};
-use crate::metrics::{loss_curve_svg, write_loss_log};
+use crate::metrics::{loss_curve_svg, write_log};
 use crate::observer::ProgressObserver;
 use crate::source::ExampleSource;
 use crate::trainer::{TrainReport, Trainer};
@@ -44,6 +45,8 @@ pub struct TrainStage {
     pub base: FinishedStage,
     /// The data in the model's tokens.
     pub data: FinishedStage,
+    /// Data to evaluate on, in the same tokens.
+    pub held_out: Option<FinishedStage>,
     /// The adapter to train. Its base model defaults to `model`.
     pub lora: LoraConfig,
     /// The run's settings.
@@ -53,11 +56,29 @@ pub struct TrainStage {
     pub threads: Threads,
 }
 
+/// What a stage reads.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    /// The examples of [`TrainStage::data`].
+    pub train: Arc<dyn ExampleSource>,
+    /// Those of [`TrainStage::held_out`].
+    pub held_out: Option<Arc<dyn ExampleSource>>,
+}
+
+impl From<Arc<dyn ExampleSource>> for Sources {
+    fn from(train: Arc<dyn ExampleSource>) -> Self {
+        Self {
+            train,
+            held_out: None,
+        }
+    }
+}
+
 /// A trained model in the store.
 #[derive(Debug)]
 pub struct Trained {
     /// `done/<model>/<dataset>/<key16>/`, with `lora_model/`, `fused/`,
-    /// `loss.jsonl` and `loss.svg`.
+    /// `loss.jsonl`, `loss.svg` and, where data was held out, `eval.jsonl`.
     pub stage: FinishedStage,
     /// How the training went; `None` when it was finished before.
     pub report: Option<TrainReport>,
@@ -69,6 +90,8 @@ struct Inputs<'a> {
     version: u32,
     base: &'a StageKey,
     data: &'a StageKey,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_out: Option<&'a StageKey>,
     lora: &'a LoraConfig,
     train: TrainConfig,
 }
@@ -76,8 +99,8 @@ struct Inputs<'a> {
 /// Trains, exports, verifies and commits to `done/<model>/<dataset>/`, or finds
 /// that done.
 ///
-/// `source` reads `stage.data` in an order that `stage.config` decides; it is
-/// awaited only when there is something to train. A run that was killed or
+/// `sources` read `stage.data` in an order that `stage.config` decides and
+/// `stage.held_out`; they are awaited only when there is something to train. A run that was killed or
 /// cancelled continues from its newest checkpoint and ends with the same
 /// objects. Both folders are read back from the store and asked for logits
 /// before the manifest is written: the adapter must give the trained ones
@@ -91,7 +114,7 @@ struct Inputs<'a> {
 pub async fn train_stage(
     store: &Store,
     stage: &TrainStage,
-    source: impl Future<Output = Result<Arc<dyn ExampleSource>>>,
+    sources: impl Future<Output = Result<Sources>>,
     progress: &dyn ProgressSink,
     cancel: &CancelToken,
 ) -> Result<Trained> {
@@ -107,6 +130,7 @@ pub async fn train_stage(
         version: VERSION,
         base: stage.base.key(),
         data: stage.data.key(),
+        held_out: stage.held_out.as_ref().map(FinishedStage::key),
         lora: &stage.lora,
         train: stage.config.deciding(),
     };
@@ -121,7 +145,7 @@ pub async fn train_stage(
     };
 
     let base = load_model_files(&stage.base, "").await?;
-    let source = source.await?;
+    let sources = sources.await?;
     let checkpoints = Checkpoints::new(
         store,
         writer.path(CHECKPOINTS),
@@ -132,7 +156,7 @@ pub async fn train_stage(
     let work = Work {
         stage,
         base,
-        source,
+        sources,
         writer: writer.clone(),
         checkpoints: checkpoints.clone(),
         runtime: Handle::current(),
@@ -171,11 +195,19 @@ impl ProgressSink for Events {
     }
 }
 
+/// What a finished run leaves in memory.
+struct Run {
+    report: TrainReport,
+    adapter: Adapter,
+    log: Vec<StepRecord>,
+    evals: Vec<EvalRecord>,
+}
+
 /// The part of the stage that computes, on a thread of its own.
 struct Work {
     stage: TrainStage,
     base: ModelFiles,
-    source: Arc<dyn ExampleSource>,
+    sources: Sources,
     writer: StageWriter,
     checkpoints: Checkpoints,
     runtime: Handle,
@@ -199,7 +231,12 @@ impl Work {
             self.stage.config.seed,
             &Device::Cpu,
         )?;
-        let (report, adapter, log) = self.train(&decoder, adapter, events)?;
+        let Run {
+            report,
+            adapter,
+            log,
+            evals,
+        } = self.train(&decoder, adapter, events)?;
 
         let probe = self.probe()?;
         let expected = probe.logits(&decoder, Some(&adapter))?;
@@ -210,6 +247,10 @@ impl Work {
         objects.extend(self.write_fused(&adapter)?);
         self.verify_fused(&objects, &probe, &expected, learned)?;
         objects.extend(self.write_curve(&log)?);
+        if !evals.is_empty() {
+            objects
+                .extend(self.put_all(vec![("eval.jsonl".to_owned(), write_log(&evals).into())])?);
+        }
 
         let counts = [
             ("examples", report.examples),
@@ -217,24 +258,32 @@ impl Work {
             ("tokens", report.tokens),
             ("trained_tokens", report.trained_tokens),
         ];
+        let mut attributes = BTreeMap::from([("train_loss".to_owned(), report.train_loss.into())]);
+        if let Some(eval) = report.eval {
+            attributes.insert("eval_loss".to_owned(), eval.eval_loss.into());
+            attributes.insert("eval_step".to_owned(), eval.step.into());
+        }
         let draft = ManifestDraft {
             objects,
             counts: counts.map(|(name, count)| (name.to_owned(), count)).into(),
-            attributes: BTreeMap::from([("train_loss".to_owned(), report.train_loss.into())]),
+            attributes,
             ..Default::default()
         };
         Ok((draft, report))
     }
 
-    fn train(
-        &self,
-        decoder: &Decoder,
-        adapter: Adapter,
-        events: Events,
-    ) -> Result<(TrainReport, Adapter, Vec<StepRecord>)> {
-        let mut trainer = Trainer::new(decoder, adapter, &*self.source, self.stage.config.clone())?
-            .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
-            .with_observer(ProgressObserver::new(events));
+    fn train(&self, decoder: &Decoder, adapter: Adapter, events: Events) -> Result<Run> {
+        let mut trainer = Trainer::new(
+            decoder,
+            adapter,
+            &*self.sources.train,
+            self.stage.config.clone(),
+        )?
+        .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
+        .with_observer(ProgressObserver::new(events));
+        if let Some(held_out) = &self.sources.held_out {
+            trainer = trainer.with_evaluation(&**held_out);
+        }
         for cancel in &self.cancel {
             trainer = trainer.with_cancel(cancel.clone());
         }
@@ -249,8 +298,14 @@ impl Work {
             trainer = trainer.resume(checkpoint)?;
         }
         let report = trainer.run()?;
+        let evals = trainer.evals().to_vec();
         let (adapter, log) = trainer.into_parts();
-        Ok((report, adapter, log))
+        Ok(Run {
+            report,
+            adapter,
+            log,
+            evals,
+        })
     }
 
     fn write_adapter(&self, adapter: &Adapter, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
@@ -276,10 +331,7 @@ impl Work {
     fn write_curve(&self, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
         let title = format!("{} on {}", self.stage.model, self.stage.dataset);
         self.put_all(vec![
-            (
-                "loss.jsonl".to_owned(),
-                write_loss_log(log).into_bytes().into(),
-            ),
+            ("loss.jsonl".to_owned(), write_log(log).into()),
             (
                 "loss.svg".to_owned(),
                 loss_curve_svg(&title, log).into_bytes().into(),
@@ -306,8 +358,8 @@ impl Work {
     }
 
     fn probe(&self) -> Result<Probe> {
-        let source_id = || self.source.plan().id.clone();
-        let first = self.source.open(0, 0)?.next();
+        let source_id = || self.sources.train.plan().id.clone();
+        let first = self.sources.train.open(0, 0)?.next();
         let first = first.ok_or_else(|| Error::NothingToLearn {
             source_id: source_id(),
         })??;

@@ -12,6 +12,7 @@ use updraft_store::CancelToken;
 use crate::batch::parts;
 use crate::checkpoint::{Checkpoint, Machine, RunState};
 use crate::checkpoints::Checkpoints;
+use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::loader::{StepExamples, StepReader, read_ahead};
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
@@ -48,6 +49,10 @@ pub struct Trainer<'a> {
     optimizer: Box<dyn Optimizer>,
     cursor: Cursor,
     log: Vec<StepRecord>,
+    held_out: Option<&'a dyn ExampleSource>,
+    evals: Vec<EvalRecord>,
+    /// The adapter of the best evaluation so far, if that is the one wanted.
+    best: Option<Adapter>,
     observers: Vec<Box<dyn Observer + 'a>>,
     checkpoints: Option<(Checkpoints, Handle)>,
     cancels: Vec<CancelToken>,
@@ -63,6 +68,9 @@ pub struct TrainReport {
     pub epoch: f64,
     /// Mean of the steps' losses.
     pub train_loss: f64,
+    /// The evaluation of the adapter that the run ends with, where examples
+    /// were held out.
+    pub eval: Option<EvalRecord>,
     /// Tokens read in the whole run.
     pub tokens: u64,
     /// Tokens that counted towards the loss in the whole run.
@@ -107,6 +115,9 @@ impl<'a> Trainer<'a> {
             adapter,
             cursor: plan.start(),
             log: Vec::new(),
+            held_out: None,
+            evals: Vec::new(),
+            best: None,
             observers: Vec::new(),
             checkpoints: None,
             cancels: Vec::new(),
@@ -117,6 +128,14 @@ impl<'a> Trainer<'a> {
     /// Tells an observer of every step.
     pub fn with_observer(mut self, observer: impl Observer + 'a) -> Self {
         self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Evaluates the loss on these examples every `eval_steps` steps and at
+    /// the end. What `early_stopping_patience` and `load_best_model_at_end`
+    /// say is then followed.
+    pub fn with_evaluation(mut self, held_out: &'a dyn ExampleSource) -> Self {
+        self.held_out = Some(held_out);
         self
     }
 
@@ -146,6 +165,8 @@ impl<'a> Trainer<'a> {
             adapter,
             optimizer,
             log,
+            evals,
+            best,
         } = checkpoint;
         let step = state.cursor.step;
         let ours = [
@@ -173,6 +194,7 @@ impl<'a> Trainer<'a> {
         }
         self.optimizer.restore(optimizer)?;
         (self.cursor, self.adapter, self.log) = (state.cursor, adapter, log);
+        (self.evals, self.best) = (evals, best);
         Ok(self)
     }
 
@@ -186,12 +208,18 @@ impl<'a> Trainer<'a> {
         &self.log
     }
 
-    /// Hands out the adapter and the log.
-    pub fn into_parts(self) -> (Adapter, Vec<StepRecord>) {
-        (self.adapter, self.log)
+    /// Every evaluation so far.
+    pub fn evals(&self) -> &[EvalRecord] {
+        &self.evals
     }
 
-    /// Trains to the last step.
+    /// Hands out the adapter that the run ends with, the last or the best one,
+    /// and the log.
+    pub fn into_parts(self) -> (Adapter, Vec<StepRecord>) {
+        (self.best.unwrap_or(self.adapter), self.log)
+    }
+
+    /// Trains to the last step, or until the held-out loss no longer falls.
     ///
     /// # Errors
     /// [`Error::Cancelled`] after writing a checkpoint;
@@ -218,7 +246,9 @@ impl<'a> Trainer<'a> {
         let reader = StepReader::new(self.source, self.plan, self.cursor.clone());
         std::thread::scope(|scope| {
             let steps = read_ahead(scope, reader);
-            while self.cursor.step < step.min(self.plan.total_steps()) {
+            while self.cursor.step < step.min(self.plan.total_steps())
+                && !patience_is_out(&self.evals, &self.config)
+            {
                 match self.next(&steps)? {
                     ControlFlow::Continue(examples) => {
                         self.decoder.threads().install(|| self.step(&examples))?;
@@ -226,9 +256,8 @@ impl<'a> Trainer<'a> {
                     ControlFlow::Break(()) => return self.cancelled(),
                 }
                 self.report(began, resumed_from);
-                if self.cursor.step.is_multiple_of(self.config.save_steps)
-                    || self.cursor.step == self.plan.total_steps()
-                {
+                self.evaluate_if_due()?;
+                if self.cursor.step.is_multiple_of(self.config.save_steps) || self.is_over() {
                     self.save()?;
                 }
             }
@@ -360,6 +389,37 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    /// Whether no step is left to be done.
+    fn is_over(&self) -> bool {
+        self.cursor.step == self.plan.total_steps() || patience_is_out(&self.evals, &self.config)
+    }
+
+    fn evaluate_if_due(&mut self) -> Result<()> {
+        let step = self.cursor.step;
+        let due = |every: u64| step.is_multiple_of(every);
+        let due = self.config.eval_steps.is_some_and(due) || step == self.plan.total_steps();
+        let Some(held_out) = self.held_out.filter(|_| due) else {
+            return Ok(());
+        };
+        let batch_size = self.config.per_device_eval_batch_size as usize;
+        let (eval_loss, trained_tokens) =
+            evaluate(self.decoder, Some(&self.adapter), held_out, batch_size)?;
+        let eval = EvalRecord {
+            step,
+            epoch: self.log.last().map_or(0.0, |record| record.epoch),
+            eval_loss,
+            trained_tokens,
+        };
+        self.evals.push(eval);
+        if self.config.load_best_model_at_end && best(&self.evals) == Some(&eval) {
+            self.best = Some(self.adapter.to_dtype(self.adapter.dtype())?);
+        }
+        for observer in &mut self.observers {
+            observer.on_evaluation(&eval);
+        }
+        Ok(())
+    }
+
     fn cancelled(&mut self) -> Result<()> {
         if self.cursor.step > 0 {
             self.save()?;
@@ -396,6 +456,11 @@ impl<'a> Trainer<'a> {
             adapter: self.adapter.to_dtype(self.adapter.dtype())?,
             optimizer,
             log: self.log.clone(),
+            evals: self.evals.clone(),
+            best: match &self.best {
+                Some(best) => Some(best.to_dtype(best.dtype())?),
+                None => None,
+            },
         })
     }
 
@@ -409,6 +474,10 @@ impl<'a> Trainer<'a> {
             steps: self.cursor.step,
             epoch: self.log.last().map_or(0.0, |record| record.epoch),
             train_loss: losses / self.log.len().max(1) as f64,
+            eval: match self.config.load_best_model_at_end {
+                true => best(&self.evals).copied(),
+                false => self.evals.last().copied(),
+            },
             tokens: sum(&self.log, |record| record.tokens),
             trained_tokens: sum(&self.log, |record| record.trained_tokens),
             examples: sum(&self.log, |record| record.examples),

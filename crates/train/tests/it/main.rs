@@ -7,6 +7,7 @@
     reason = "a test that skips says why"
 )]
 
+mod evaluation;
 mod identities;
 mod peft;
 mod refusals;

@@ -11,8 +11,11 @@ use updraft_store::{
     CancelToken, FinishedStage, ManifestDraft, NoProgress, Opened, Progress, ProgressSink, StageId,
     Store, open_stage,
 };
-use updraft_train::metrics::parse_loss_log;
-use updraft_train::{Error, ExampleSource, TrainConfig, TrainStage, Trained, train_stage};
+use updraft_train::metrics::parse_log;
+use updraft_train::{
+    Error, EvalRecord, ExampleSource, Sources, StepRecord, TrainConfig, TrainStage, Trained,
+    train_stage,
+};
 
 use crate::world::{config, lora, model, source};
 
@@ -59,6 +62,7 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
         dataset: "world".to_owned(),
         base,
         data,
+        held_out: None,
         lora: lora(),
         config: TrainConfig {
             max_steps: Some(4),
@@ -70,8 +74,9 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
     (store, stage)
 }
 
-async fn open_source() -> Result<Arc<dyn ExampleSource>, Error> {
-    Ok(Arc::new(source(26)))
+async fn open_source() -> Result<Sources, Error> {
+    let train: Arc<dyn ExampleSource> = Arc::new(source(26));
+    Ok(train.into())
 }
 
 async fn train(store: &Store, stage: &TrainStage) -> Result<Trained, Error> {
@@ -141,7 +146,7 @@ async fn it_leaves_an_adapter_a_merged_model_and_a_curve() {
         let entry = manifest.object(name).expect(name);
         String::from_utf8(done.read(entry).await.expect(name).to_vec()).expect("text")
     };
-    let log = parse_loss_log(&text("loss.jsonl").await).expect("a log");
+    let log: Vec<StepRecord> = parse_log(text("loss.jsonl").await.as_bytes()).expect("a log");
     assert_eq!(log.len(), 4);
     assert_eq!(log[0].learning_rate, 0.0);
     let card = text("lora_model/README.md").await;
@@ -384,4 +389,42 @@ async fn a_source_that_cannot_be_opened_is_the_stages_error() {
         asked.into_inner() && matches!(error, Error::Source(_)),
         "{error}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn held_out_data_is_evaluated_and_decides_the_key() {
+    let (store, stage) = world().await;
+    let id = StageId::model_ready("tiny", "held-out").expect("a name");
+    let held_out = finished(&store, id, vec![("shard.parquet", b"other rows".to_vec())]).await;
+    let with = TrainStage {
+        held_out: Some(held_out),
+        config: TrainConfig {
+            eval_steps: Some(3),
+            ..stage.config.clone()
+        },
+        ..stage.clone()
+    };
+    let sources = async {
+        Ok(Sources {
+            held_out: Some(Arc::new(source(7))),
+            ..open_source().await?
+        })
+    };
+    let trained = train_stage(&store, &with, sources, &NoProgress, &CancelToken::new())
+        .await
+        .expect("trained");
+    let done = trained.stage;
+    let manifest = done.manifest().await.expect("a manifest");
+    let entry = manifest.object("eval.jsonl").expect("listed");
+    let evals = done.read(entry).await.expect("readable");
+    let evals: Vec<EvalRecord> = parse_log(&evals).expect("a log");
+    assert_eq!(
+        evals.iter().map(|eval| eval.step).collect::<Vec<_>>(),
+        [3, 4]
+    );
+    let eval = trained.report.expect("this process trained").eval;
+    assert_eq!(eval.as_ref(), evals.last());
+    assert_eq!(manifest.attributes["eval_step"], 4);
+    let without = train(&store, &stage).await.expect("trained").stage;
+    assert_ne!(done.key(), without.key());
 }
