@@ -2,10 +2,10 @@
 //!
 //! The model of `peers/train_step.py`, which asks PEFT the same: hidden 256, 6 layers, 4 heads, 2
 //! key/value heads, intermediate 1,024, vocabulary 8,192, rank 16 on all projections, batch 8 x 256,
-//! f32. Every token is trained on. Run both in one go:
+//! f32 and bf16. Every token is trained on. Run both in one go:
 //!
 //! ```sh
-//! cargo bench --bench train_step && python benches/peers/train_step.py --threads 2
+//! cargo bench --bench train_step && python benches/peers/train_step.py --threads 2 --dtype f32
 //! ```
 
 use std::time::{Duration, Instant};
@@ -66,13 +66,15 @@ fn train_step(criterion: &mut Criterion) {
     group
         .throughput(Throughput::Elements(u64::from(BATCH * LENGTH)))
         .sample_size(10);
-    for num_threads in [1, 2] {
-        let threads = Threads::new(num_threads).expect("threads");
-        let decoder = Decoder::load(&config, &weights, DType::F32, &Device::Cpu, &threads)
-            .expect("own weights");
-        group.bench_function(BenchmarkId::new("f32", num_threads), |bencher| {
-            bencher.iter_custom(|steps| time_steps(&decoder, &source, steps));
-        });
+    for (name, dtype) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+        for num_threads in [1, 2] {
+            let threads = Threads::new(num_threads).expect("threads");
+            let decoder = Decoder::load(&config, &weights, dtype, &Device::Cpu, &threads)
+                .expect("own weights");
+            group.bench_function(BenchmarkId::new(name, num_threads), |bencher| {
+                bencher.iter_custom(|steps| time_steps(&decoder, &source, steps));
+            });
+        }
     }
     group.finish();
 }

@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use crate::linear::{normal, product, transposed};
+use crate::linear;
 use crate::simd::{Op, Simd, dispatch};
-use crate::{Float, Mat, MatMut, Threads, softmax};
+use crate::{Float, Mat, MatMut, Threads, Weight, softmax};
 
 /// Logits that exist at once: 64 MiB in f32, unless that is fewer than [`MIN_CHUNK`] rows.
 const MAX_LOGITS: usize = 1 << 24;
@@ -25,10 +25,10 @@ const MAX_CHUNK: usize = 512;
 ///
 /// # Panics
 /// If the shapes do not agree or a label is not in the vocabulary.
-pub fn forward<F: Float>(
+pub fn forward<F: Float, W: Weight<F>>(
     threads: &Threads,
     hidden: Mat<'_, F>,
-    head: Mat<'_, F>,
+    head: Mat<'_, W>,
     labels: &[u32],
     scratch: &mut Vec<F>,
 ) -> f64 {
@@ -45,10 +45,10 @@ pub fn forward<F: Float>(
 ///
 /// # Panics
 /// If the shapes do not agree or a label is not in the vocabulary.
-pub fn forward_backward<F: Float>(
+pub fn forward_backward<F: Float, W: Weight<F>>(
     threads: &Threads,
     hidden: Mat<'_, F>,
-    head: Mat<'_, F>,
+    head: Mat<'_, W>,
     labels: &[u32],
     denom: f64,
     mut dhidden: MatMut<'_, F>,
@@ -58,22 +58,15 @@ pub fn forward_backward<F: Float>(
     chunks(threads, hidden, head, labels, scratch, |rows, dlogits| {
         let cols = dhidden.num_cols();
         let dhidden = dhidden.reborrow().block(rows, 0..cols);
-        product(
-            threads,
-            alpha,
-            normal(dlogits),
-            normal(head),
-            F::ZERO,
-            dhidden,
-        );
+        linear::backward_input(threads, alpha, dlogits, head, F::ZERO, dhidden);
     })
 }
 
 /// Walks the rows chunk by chunk, handing on where a chunk starts and its `softmax(logits) − onehot(label)`.
-fn chunks<F: Float>(
+fn chunks<F: Float, W: Weight<F>>(
     threads: &Threads,
     hidden: Mat<'_, F>,
-    head: Mat<'_, F>,
+    head: Mat<'_, W>,
     labels: &[u32],
     scratch: &mut Vec<F>,
     mut use_gradient: impl FnMut(Range<usize>, Mat<'_, F>),
@@ -92,11 +85,11 @@ fn chunks<F: Float>(
         let rows = start..labels.len().min(start + chunk);
         let mut logits = MatMut::new(&mut scratch[..rows.len() * vocab], rows.len(), vocab);
         let chunk_hidden = hidden.rows(rows.clone());
-        product(
+        linear::forward(
             threads,
             F::ONE,
-            normal(chunk_hidden),
-            transposed(head),
+            chunk_hidden,
+            head,
             F::ZERO,
             logits.reborrow(),
         );

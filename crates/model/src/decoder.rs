@@ -23,7 +23,6 @@ use crate::weights::Weights;
 pub struct Decoder {
     pub(crate) config: ModelConfig,
     dtype: DType,
-    pub(crate) keeps_bf16: bool,
     threads: Threads,
     rope: RopeTable,
     embedding: Embedding,
@@ -35,8 +34,10 @@ pub struct Decoder {
 
 impl Decoder {
     /// Loads a model's weights, converted to `dtype`: [`DType::F32`], or [`DType::F64`] to check
-    /// gradients. With [`DType::BF16`] the matrices that are stored in bf16 stay so, at half the
-    /// memory, and everything is computed in f32: the same bits as with `F32`, for serving only.
+    /// gradients. With [`DType::BF16`] the matrices are kept in bf16, at half the memory, and
+    /// everything else is f32. With pages, and where the matrices were stored in bf16, the bits
+    /// are those of `F32`; without pages, as in training, what is multiplied with them is rounded
+    /// to bf16 too.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::Shape`] and [`Error::DType`] name the tensor;
@@ -69,7 +70,6 @@ impl Decoder {
         Ok(Self {
             config: config.clone(),
             dtype,
-            keeps_bf16,
             threads: threads.clone(),
             rope,
             embedding,

@@ -1,13 +1,13 @@
 //! The kernels as operations on tensors: the one place that knows which device and number type run.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::bf16;
 use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
 use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::rope::Table;
 use updraft_kernels::{
-    Float, Mat, MatMut, Threads, embedding, kv_scatter, linear, linear_cross_entropy, rms_norm,
-    rope, swiglu,
+    Float, Mat, MatMut, Threads, Weight, embedding, kv_scatter, linear, linear_cross_entropy,
+    rms_norm, rope, swiglu,
 };
 
 use crate::batch::Batch;
@@ -138,13 +138,12 @@ impl Ops {
         })
     }
 
-    /// There is no other product for these weights, so rows stay apart even where they need not.
     fn linear_bf16(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (x, w) = (read::<f32>(x)?, read::<bf16>(w)?);
         let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
         let mut y = vec![0.0; rows * cols];
         let out = MatMut::new(&mut y, rows, cols);
-        linear::forward_invariant(&self.threads, 1.0, x.mat(), w.mat(), 0.0, out);
+        self.product(1.0, x.mat(), w.mat(), 0.0, out);
         self.with_bias(y, (rows, cols), bias)
     }
 
@@ -170,7 +169,14 @@ impl Ops {
         })
     }
 
-    fn product<F: Real>(&self, alpha: F, x: Mat<'_, F>, w: Mat<'_, F>, beta: F, y: MatMut<'_, F>) {
+    fn product<F: Real, W: Weight<F>>(
+        &self,
+        alpha: F,
+        x: Mat<'_, F>,
+        w: Mat<'_, W>,
+        beta: F,
+        y: MatMut<'_, F>,
+    ) {
         match self.rows {
             Rows::Together => linear::forward(&self.threads, alpha, x, w, beta, y),
             Rows::Apart => linear::forward_invariant(&self.threads, alpha, x, w, beta, y),
@@ -179,6 +185,14 @@ impl Ops {
 
     /// `dy·w`: `dy: [T, N]`, `w: [N, K]` → `[T, K]`.
     pub(crate) fn linear_backward(&self, dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+        if w.dtype() == DType::BF16 {
+            let (dy, w) = (read::<f32>(dy)?, read::<bf16>(w)?);
+            let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
+            let mut dx = vec![0.0; rows * cols];
+            let out = MatMut::new(&mut dx, rows, cols);
+            linear::backward_input(&self.threads, 1.0, dy.mat(), w.mat(), 0.0, out);
+            return tensor(dx, (rows, cols));
+        }
         typed!(dy, F => {
             let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
             let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
@@ -341,11 +355,28 @@ impl Ops {
         head: &Tensor,
         labels: &[u32],
     ) -> Result<f64> {
-        typed!(hidden, F => {
-            let (hidden, head) = (read::<F>(hidden)?, read::<F>(head)?);
-            let mut scratch = Vec::new();
-            Ok(linear_cross_entropy::forward(&self.threads, hidden.mat(), head.mat(), labels, &mut scratch))
-        })
+        if head.dtype() == DType::BF16 {
+            return self.cross_entropy_of::<f32, bf16>(hidden, head, labels);
+        }
+        typed!(hidden, F => self.cross_entropy_of::<F, F>(hidden, head, labels))
+    }
+
+    fn cross_entropy_of<F: Real, W: Weight<F> + WithDType>(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        labels: &[u32],
+    ) -> Result<f64> {
+        let (hidden, head) = (read::<F>(hidden)?, read::<W>(head)?);
+        let (hidden, head) = (hidden.mat(), head.mat());
+        let mut scratch = Vec::new();
+        Ok(linear_cross_entropy::forward(
+            &self.threads,
+            hidden,
+            head,
+            labels,
+            &mut scratch,
+        ))
     }
 
     /// As [`cross_entropy`](Self::cross_entropy), with the gradient of `sum / denom` by `hidden`.
@@ -356,16 +387,34 @@ impl Ops {
         labels: &[u32],
         denom: f64,
     ) -> Result<(f64, Tensor)> {
-        typed!(hidden, F => {
-            let (rows, cols) = hidden.dims2()?;
-            let (hidden, head) = (read::<F>(hidden)?, read::<F>(head)?);
-            let (mut dhidden, mut scratch) = (vec![F::ZERO; rows * cols], Vec::new());
-            let out = MatMut::new(&mut dhidden, rows, cols);
-            let (hidden, head) = (hidden.mat(), head.mat());
-            let loss =
-                linear_cross_entropy::forward_backward(&self.threads, hidden, head, labels, denom, out, &mut scratch);
-            Ok((loss, tensor(dhidden, (rows, cols))?))
-        })
+        if head.dtype() == DType::BF16 {
+            return self.cross_entropy_backward_of::<f32, bf16>(hidden, head, labels, denom);
+        }
+        typed!(hidden, F => self.cross_entropy_backward_of::<F, F>(hidden, head, labels, denom))
+    }
+
+    fn cross_entropy_backward_of<F: Real, W: Weight<F> + WithDType>(
+        &self,
+        hidden: &Tensor,
+        head: &Tensor,
+        labels: &[u32],
+        denom: f64,
+    ) -> Result<(f64, Tensor)> {
+        let (rows, cols) = hidden.dims2()?;
+        let (hidden, head) = (read::<F>(hidden)?, read::<W>(head)?);
+        let (mut dhidden, mut scratch) = (vec![F::ZERO; rows * cols], Vec::new());
+        let out = MatMut::new(&mut dhidden, rows, cols);
+        let (hidden, head) = (hidden.mat(), head.mat());
+        let loss = linear_cross_entropy::forward_backward(
+            &self.threads,
+            hidden,
+            head,
+            labels,
+            denom,
+            out,
+            &mut scratch,
+        );
+        Ok((loss, tensor(dhidden, (rows, cols))?))
     }
 }
 

@@ -57,7 +57,7 @@ impl Decoder {
     /// # Errors
     /// [`Error::Batch`] if a part contradicts itself or the model, no token of any part is to be
     /// learned, or `denom` is not positive; [`Error::Adapter`] if adapter or gradients do not fit;
-    /// [`Error::Unsupported`] for an adapter with dropout or weights kept in bf16.
+    /// [`Error::Unsupported`] for an adapter with dropout.
     pub fn loss_and_backward(
         &self,
         parts: &[Part],
@@ -181,12 +181,6 @@ impl Decoder {
     }
 
     fn check_parts(&self, parts: &[Part], adapter: Option<&Adapter>) -> Result<()> {
-        if self.keeps_bf16 {
-            return Err(Error::Unsupported {
-                what: "training on weights kept in bf16".to_owned(),
-                instead: "load the model as F32",
-            });
-        }
         parts.iter().try_for_each(|part| self.check_part(part))?;
         if parts.iter().all(|part| part.labels.is_empty()) {
             return Err(Error::batch("no token is to be learned"));

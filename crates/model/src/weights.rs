@@ -201,6 +201,12 @@ impl Weights {
         Ok(self.place(name)?.dtype)
     }
 
+    /// Whether every matrix is stored in bf16, as most models are published.
+    pub fn matrices_are_bf16(&self) -> bool {
+        let mut matrices = self.by_name.values().filter(|place| place.shape.len() == 2);
+        matrices.all(|place| place.dtype == Dtype::BF16)
+    }
+
     /// A tensor's stored bytes, little endian, row-major; nothing is copied.
     ///
     /// # Errors

@@ -217,14 +217,8 @@ struct Work {
 impl Work {
     /// Trains, exports and verifies; returns what is to be committed.
     fn run(self, events: Events) -> Result<(ManifestDraft, TrainReport)> {
-        let (config, threads) = (&self.base.config, &self.stage.threads);
-        let decoder = Decoder::load(
-            config,
-            &self.base.weights,
-            DType::F32,
-            &Device::Cpu,
-            threads,
-        )?;
+        let config = &self.base.config;
+        let decoder = self.decoder(self.stage.config.dtype())?;
         let adapter = Adapter::init(
             &self.stage.lora,
             config,
@@ -238,6 +232,13 @@ impl Work {
             evals,
         } = self.train(&decoder, adapter, events)?;
 
+        let decoder = match self.stage.config.dtype() {
+            DType::F32 => decoder,
+            _ => {
+                drop(decoder);
+                self.decoder(DType::F32)? // Verified at full precision, however it was trained.
+            }
+        };
         let probe = self.probe()?;
         let expected = probe.logits(&decoder, Some(&adapter))?;
         let mut objects = self.write_adapter(&adapter, &log)?;
@@ -270,6 +271,18 @@ impl Work {
             ..Default::default()
         };
         Ok((draft, report))
+    }
+
+    fn decoder(&self, dtype: DType) -> Result<Decoder> {
+        let (config, weights) = (&self.base.config, &self.base.weights);
+        let threads = &self.stage.threads;
+        Ok(Decoder::load(
+            config,
+            weights,
+            dtype,
+            &Device::Cpu,
+            threads,
+        )?)
     }
 
     fn train(&self, decoder: &Decoder, adapter: Adapter, events: Events) -> Result<Run> {
@@ -388,7 +401,7 @@ impl Work {
         let config = ModelConfig::from_json(&self.read(&format!("{FUSED}/config.json"))?)?;
         let weights = self.fused_weights(written)?;
         let threads = &self.stage.threads;
-        let decoder = Decoder::load(&config, &weights, DType::BF16, &Device::Cpu, threads)?;
+        let decoder = Decoder::load(&config, &weights, DType::F32, &Device::Cpu, threads)?;
         let merged = probe.logits(&decoder, None)?;
         compare(FUSED, expected, &merged, tolerance(&weights, learned)?)
     }

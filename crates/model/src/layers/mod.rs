@@ -13,7 +13,6 @@ pub(crate) use linear::{AdapterRows, Group, Trained};
 pub(crate) use rms_norm::{RmsNorm, Stream};
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
 
 use crate::batch::Batch;
 use crate::bridge::RopeTable;
@@ -31,7 +30,7 @@ pub(crate) struct Loader<'a> {
     pub(crate) weights: &'a Weights,
     /// What the decoder computes in.
     pub(crate) dtype: DType,
-    /// Whether matrices that are stored in bf16 stay so.
+    /// Whether matrices are kept in bf16 instead.
     pub(crate) keeps_bf16: bool,
     pub(crate) device: &'a Device,
 }
@@ -53,15 +52,11 @@ impl Loader<'_> {
 
     /// Matrices one below the other.
     pub(crate) fn matrices(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
-        let stored_in_bf16 = |name| Ok(self.weights.dtype(name)? == Dtype::BF16);
-        let kept = self.keeps_bf16
-            && tensors
-                .iter()
-                .map(|(name, _)| stored_in_bf16(name))
-                .collect::<Result<Vec<bool>>>()?
-                .into_iter()
-                .all(|kept| kept);
-        let dtype = if kept { DType::BF16 } else { self.dtype };
+        let dtype = if self.keeps_bf16 {
+            DType::BF16
+        } else {
+            self.dtype
+        };
         self.weights.load_stacked(tensors, dtype, self.device)
     }
 }

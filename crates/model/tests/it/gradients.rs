@@ -14,6 +14,32 @@ const ALL: [Architecture; 4] = [
 ];
 
 #[test]
+fn products_in_bf16_follow_those_in_f32() {
+    let world = World::new_bf16(Architecture::Qwen2);
+    let adapter = world.adapter(&uneven_lora(), 3);
+    let parts = [one_part(&documents(&[9, 1, 17, 2], 5))];
+    let run = |dtype| {
+        let decoder = world.decoder(dtype, 1);
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        let loss = decoder
+            .loss_and_backward(&parts, &adapter, 3.0, &mut gradients, Activations::Stored)
+            .expect("a sound part");
+        let evaluated = decoder.loss(&parts, Some(&adapter)).expect("a sound part");
+        assert_eq!(evaluated, loss, "{dtype:?}");
+        (loss, gradients.with(<[f32]>::to_vec).expect("f32"))
+    };
+    let ((loss, gradients), (expected_loss, expected)) = (run(DType::BF16), run(DType::F32));
+    assert!(
+        (loss / expected_loss - 1.0).abs() < 1e-2,
+        "{loss}, {expected_loss}"
+    );
+    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+    let difference = norm(&mut gradients.iter().zip(&expected).map(|(a, b)| a - b));
+    let error = difference / norm(&mut expected.iter().copied());
+    assert!(error > 0.0 && error < 2e-2, "relative error {error:e}");
+}
+
+#[test]
 fn every_family_agrees_with_autograd_over_naive_operations() {
     for architecture in ALL {
         for lora in [

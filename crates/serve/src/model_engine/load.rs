@@ -87,7 +87,11 @@ async fn model_files(found: &Found) -> Result<ModelFiles> {
 
 fn load_decoder(files: &ModelFiles, threads: &Threads) -> updraft_model::Result<Decoder> {
     let (config, weights) = (&files.config, &files.weights);
-    Decoder::load(config, weights, DType::BF16, &Device::Cpu, threads)
+    let dtype = match weights.matrices_are_bf16() {
+        true => DType::BF16,
+        false => DType::F32,
+    };
+    Decoder::load(config, weights, dtype, &Device::Cpu, threads)
 }
 
 fn load_chat(root: &str, files: &ModelFiles) -> Result<Chat> {

@@ -9,7 +9,7 @@ use updraft_train::{
     Checkpoints, Error, ExampleSource, Observer, StepRecord, StepStats, TrainConfig, Trainer,
 };
 
-use crate::world::{adapter, config, decoder, model, source};
+use crate::world::{adapter, config, decoder, decoder_in, model, source};
 
 const DIR: &str = "done/tiny/world/0123456789abcdef/checkpoints";
 
@@ -36,7 +36,8 @@ struct End {
 /// Starts, or continues from the store's newest checkpoint, and goes on until
 /// `step`; then the process is gone.
 fn life(store: &Store, config: &TrainConfig, step: u64) -> Result<End, Error> {
-    let (runtime, decoder, source) = (runtime(), decoder(2), source(26));
+    let (runtime, source) = (runtime(), source(26));
+    let decoder = decoder_in(config.dtype(), 2);
     let mut trainer = Trainer::new(&decoder, adapter(), &source, config.clone())?
         .with_checkpoints(checkpoints(store), runtime.handle().clone());
     if let Some(checkpoint) = runtime.block_on(checkpoints(store).latest(&model()))? {
@@ -57,9 +58,13 @@ fn life(store: &Store, config: &TrainConfig, step: u64) -> Result<End, Error> {
     })
 }
 
-fn configs() -> [TrainConfig; 2] {
+fn configs() -> [TrainConfig; 3] {
     [
         config(),
+        TrainConfig {
+            bf16: true,
+            ..config()
+        },
         TrainConfig {
             packing: true,
             packing_window: 8,

@@ -12,9 +12,13 @@ pub(crate) fn model() -> ModelConfig {
 }
 
 pub(crate) fn decoder(num_threads: usize) -> Decoder {
+    decoder_in(DType::F32, num_threads)
+}
+
+pub(crate) fn decoder_in(dtype: DType, num_threads: usize) -> Decoder {
     let threads = Threads::new(num_threads).expect("threads");
     let weights = tiny::weights(&model(), 1);
-    Decoder::load(&model(), &weights, DType::F32, &Device::Cpu, &threads).expect("the tiny model")
+    Decoder::load(&model(), &weights, dtype, &Device::Cpu, &threads).expect("the tiny model")
 }
 
 pub(crate) fn lora() -> LoraConfig {
