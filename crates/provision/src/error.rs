@@ -62,6 +62,14 @@ pub enum Error {
         /// The variable.
         name: String,
     },
+    /// `secrets: {NAME:}` declares a secret that nobody gave a value.
+    #[error(
+        "secret `{name}` has no value; pass --secret {name}=VALUE or add it to the --secret-file"
+    )]
+    MissingSecret {
+        /// The secret.
+        name: String,
+    },
     /// A line of an env file is not `NAME=VALUE`.
     #[error("env file line {line}: expected NAME=VALUE")]
     EnvFile {

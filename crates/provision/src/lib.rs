@@ -26,13 +26,17 @@ pub use planner::{Plan, Skipped, plan};
 pub use provider::{
     CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Lease, Provider,
 };
-pub use resources::{Accelerator, Accelerators, Amount, Resources};
+pub use resources::{
+    Accelerator, Accelerators, Alternatives, Amount, Autostop, Resources, WaitFor,
+};
 pub use retry::{Backoff, Retry};
 pub use secret::Secret;
 #[cfg(feature = "service")]
 pub use service::wait_ready;
-pub use service::{ProbeOutcome, ProbeState, ProbeVerdict, ReadinessProbe, ServiceSpec};
-pub use task::{EnvOverrides, Task};
+pub use service::{
+    LoadBalancing, ProbeOutcome, ProbeState, ProbeVerdict, ReadinessProbe, ServiceSpec,
+};
+pub use task::{EnvOverrides, FileMount, MountSource, Pipeline, Task, TaskBuilder, Warning};
 pub use transport::{
     ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
 };
