@@ -1,6 +1,9 @@
 //! Why provisioning failed, by what the caller can do about it.
 
 use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::failover::Attempt;
 
 /// A boxed cause from outside this crate.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -76,6 +79,16 @@ pub enum Error {
         /// Line in the file, from 1.
         line: usize,
     },
+    /// A catalogue file cannot be read.
+    #[error("catalogue of {provider}, line {line}: {problem}")]
+    Catalog {
+        /// The provider it speaks of.
+        provider: String,
+        /// Line in the file, from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+    },
     /// The task asks for something the launched resources cannot do.
     #[error("{what}")]
     InvalidTask {
@@ -115,6 +128,20 @@ pub enum Error {
         provider: &'static str,
         /// What the provider said.
         source: BoxError,
+    },
+    /// The provider wants fewer calls; it may say when to come back.
+    #[error("{provider} asks for fewer calls; try again in {} s", .retry_after.as_secs())]
+    RateLimited {
+        /// The provider.
+        provider: &'static str,
+        /// How long to leave it alone.
+        retry_after: Duration,
+    },
+    /// Every candidate was tried and none could be had.
+    #[error("no candidate could be launched:\n{}", attempts_table(.attempts))]
+    Exhausted {
+        /// What was tried, in order, and how it failed.
+        attempts: Vec<Attempt>,
     },
     /// The provider did not answer, or answered with a passing fault.
     #[error("{provider} did not {operation}")]
@@ -169,7 +196,10 @@ pub enum Error {
 impl Error {
     /// Whether the same call may succeed when tried again a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Error::NoCapacity { .. } | Error::Unavailable { .. })
+        matches!(
+            self,
+            Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::RateLimited { .. }
+        )
     }
 
     #[cfg(feature = "local")]
@@ -177,6 +207,11 @@ impl Error {
         let path = path.into();
         move |source| Error::Io { path, source }
     }
+}
+
+fn attempts_table(attempts: &[Attempt]) -> String {
+    let lines: Vec<_> = attempts.iter().map(ToString::to_string).collect();
+    lines.join("\n")
 }
 
 fn skipped_list(skipped: &[String]) -> String {

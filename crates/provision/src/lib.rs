@@ -1,9 +1,11 @@
 #![doc = include_str!("../README.md")]
 
 mod budget;
+mod catalog;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 mod error;
+mod failover;
 mod fake;
 mod launch;
 mod offer;
@@ -18,7 +20,9 @@ mod task;
 mod transport;
 
 pub use budget::Budget;
+pub use catalog::Catalog;
 pub use error::{BoxError, Error, Result};
+pub use failover::{Attempt, Failover, FailoverPolicy, Step};
 pub use fake::{Fake, Fault};
 pub use launch::{Cluster, Job, JobStatus, LaunchOptions, Phase, launch};
 pub use offer::Offer;

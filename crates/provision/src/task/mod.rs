@@ -19,6 +19,7 @@ pub(crate) use fields::Fields;
 pub use mounts::{FileMount, MountSource};
 use node::{Node, Value};
 pub use pipeline::Pipeline;
+pub(crate) use schema::edit_distance;
 pub use warnings::Warning;
 
 use crate::error::{Error, Result};
