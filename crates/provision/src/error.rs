@@ -169,6 +169,50 @@ pub enum Error {
         /// The id that was asked for.
         id: String,
     },
+    /// No cluster of ours has that name.
+    #[error("no cluster `{name}`; `status` lists those there are")]
+    NoSuchCluster {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// Another process works on the cluster at this moment.
+    #[error("another process works on cluster `{name}`; try again when it is done")]
+    Busy {
+        /// The cluster.
+        name: String,
+    },
+    /// No provider of that name is at hand.
+    #[error("no provider `{name}`; this build and configuration has {known}")]
+    NoSuchProvider {
+        /// The name that was asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// The provider cannot do that.
+    #[error("{provider} cannot {verb} instances; use `down`")]
+    NotCapable {
+        /// The provider.
+        provider: String,
+        /// What was asked for, such as `stop`.
+        verb: &'static str,
+    },
+    /// The cloud has not confirmed that an instance is gone; its row is kept.
+    #[error("{instances} of cluster `{name}` are not gone yet; run `down` again")]
+    NotYetTerminated {
+        /// The cluster.
+        name: String,
+        /// How many are left.
+        instances: usize,
+    },
+    /// The state file could not be read or written.
+    #[error("could not use the state in {}", .path.display())]
+    State {
+        /// The folder of the state.
+        path: PathBuf,
+        /// What the database said.
+        source: BoxError,
+    },
     /// A command could not be started on the node.
     #[error("could not run a command on {host}")]
     Transport {
@@ -202,7 +246,7 @@ impl Error {
         )
     }
 
-    #[cfg(feature = "local")]
+    #[cfg(any(feature = "local", feature = "ssh", feature = "state"))]
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }

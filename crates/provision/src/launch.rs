@@ -107,7 +107,7 @@ pub(crate) fn no_offer(plan: &Plan) -> Error {
 }
 
 /// The way to an instance, by its endpoint.
-fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
+pub(crate) fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
     match &instance.endpoint {
         #[cfg(feature = "local")]
         Some(crate::provider::Endpoint::Local { dir }) => {

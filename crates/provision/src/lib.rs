@@ -4,6 +4,8 @@ mod budget;
 mod catalog;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+#[cfg(feature = "state")]
+mod engine;
 mod error;
 mod failover;
 mod fake;
@@ -16,11 +18,15 @@ mod resources;
 mod retry;
 mod secret;
 mod service;
+#[cfg(feature = "state")]
+mod state;
 mod task;
 mod transport;
 
 pub use budget::Budget;
 pub use catalog::Catalog;
+#[cfg(feature = "state")]
+pub use engine::{ClusterReport, CostLine, Engine, LaunchRequest};
 pub use error::{BoxError, Error, Result};
 pub use failover::{Attempt, Failover, FailoverPolicy, Step};
 pub use fake::{Fake, Fault};
@@ -29,6 +35,7 @@ pub use offer::Offer;
 pub use planner::{Plan, Skipped, plan};
 pub use provider::{
     CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Lease, Provider,
+    StopStart,
 };
 pub use resources::{
     Accelerator, Accelerators, Alternatives, Amount, Autostop, Resources, WaitFor,
@@ -40,6 +47,8 @@ pub use service::wait_ready;
 pub use service::{
     LoadBalancing, ProbeOutcome, ProbeState, ProbeVerdict, ReadinessProbe, ServiceSpec,
 };
+#[cfg(feature = "state")]
+pub use state::{ClusterRow, ClusterStatus, NodeRow, NodeState, State};
 pub use task::{EnvOverrides, FileMount, MountSource, Pipeline, Task, TaskBuilder, Warning};
 pub use transport::{
     ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,

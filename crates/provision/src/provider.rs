@@ -42,6 +42,26 @@ pub trait Provider: fmt::Debug + Send + Sync {
 
     /// Ends the instance and everything that runs on it.
     async fn terminate(&self, id: &InstanceId) -> Result<()>;
+
+    /// The power to stop instances and start them again, where the provider has it.
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        None
+    }
+}
+
+/// Stopping an instance without losing its files.
+///
+/// # Contract
+/// - Both verbs are idempotent, and [`Error::NoSuchInstance`](crate::Error::NoSuchInstance) for an
+///   instance that is gone.
+/// - A stopped instance runs nothing, is still listed, and is [`InstanceState::Stopped`].
+#[async_trait]
+pub trait StopStart: Send + Sync {
+    /// Ends everything that runs on the instance and keeps its files.
+    async fn stop(&self, id: &InstanceId) -> Result<()>;
+
+    /// Lets it run again.
+    async fn start(&self, id: &InstanceId) -> Result<Instance>;
 }
 
 /// Which guards end an instance that its owner has forgotten.
@@ -99,6 +119,8 @@ impl fmt::Display for InstanceId {
 pub struct Instance {
     /// The provider's identifier.
     pub id: InstanceId,
+    /// The [`CreateRequest::token`] it was created with.
+    pub token: String,
     /// The cluster it belongs to.
     pub cluster: String,
     /// What it does now.
@@ -116,6 +138,8 @@ pub enum InstanceState {
     Starting,
     /// It can be reached.
     Running,
+    /// It does not run and keeps its files; [`StopStart::start`] brings it back.
+    Stopped,
     /// It is being ended; the bill may still run.
     Terminating,
 }

@@ -103,7 +103,7 @@ impl Accelerators {
 }
 
 /// A number of one kind of accelerator, such as `A100:8`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Accelerator {
     /// The name as catalogues write it; compared without regard to case.
     pub name: String,

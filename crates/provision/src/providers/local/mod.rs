@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
 };
 pub use transport::LocalTransport;
 
@@ -34,6 +34,8 @@ pub struct LocalProvider {
 struct Record {
     cluster: String,
     token: String,
+    #[serde(default)]
+    stopped: bool,
 }
 
 impl LocalProvider {
@@ -66,8 +68,12 @@ impl LocalProvider {
             serde_json::from_slice(&bytes).map_err(|error| Error::io(path)(error.into()))?;
         Ok(Instance {
             id: id.clone(),
+            token: record.token,
             cluster: record.cluster,
-            state: InstanceState::Running,
+            state: match record.stopped {
+                true => InstanceState::Stopped,
+                false => InstanceState::Running,
+            },
             endpoint: Some(Endpoint::Local { dir: self.dir(id) }),
             usd_per_hour: 0.0,
         })
@@ -109,6 +115,7 @@ impl Provider for LocalProvider {
         let record = Record {
             cluster: request.cluster.clone(),
             token: request.token.clone(),
+            stopped: false,
         };
         let path = dir.join("instance.json");
         if !path.exists() {
@@ -160,7 +167,44 @@ impl Provider for LocalProvider {
                 _ => {}
             }
         }
-        std::fs::remove_dir_all(&dir).map_err(Error::io(dir))
+        match std::fs::remove_dir_all(&dir) {
+            // Another client, or the instance itself, has ended it in this moment.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            result => result.map_err(Error::io(dir)),
+        }
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        Some(self)
+    }
+}
+
+impl LocalProvider {
+    fn set_stopped(&self, id: &InstanceId, stopped: bool) -> Result<()> {
+        let instance = self.read(id)?;
+        let record = Record {
+            cluster: instance.cluster,
+            token: instance.token,
+            stopped,
+        };
+        let path = self.dir(id).join("instance.json");
+        let text =
+            serde_json::to_vec_pretty(&record).map_err(|error| Error::io(&path)(error.into()))?;
+        replace(&path, &text)
+    }
+}
+
+#[async_trait]
+impl StopStart for LocalProvider {
+    async fn stop(&self, id: &InstanceId) -> Result<()> {
+        // The record goes first: an interrupted stop is a stopped instance to be stopped again.
+        self.set_stopped(id, true)?;
+        groups::end_all(&self.dir(id), GRACE).await
+    }
+
+    async fn start(&self, id: &InstanceId) -> Result<Instance> {
+        self.set_stopped(id, false)?;
+        self.read(id)
     }
 }
 
