@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "agent")]
+pub mod agent;
 mod budget;
 mod catalog;
 #[cfg(any(test, feature = "conformance"))]
@@ -9,6 +11,8 @@ mod engine;
 mod error;
 mod failover;
 mod fake;
+#[cfg(any(feature = "local", feature = "agent"))]
+mod groups;
 mod launch;
 mod offer;
 mod planner;

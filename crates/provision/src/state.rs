@@ -15,6 +15,11 @@ use crate::provider::{InstanceId, Lease};
 /// How long another process may hold the database.
 const BUSY: Duration = Duration::from_secs(10);
 
+/// A child that was forked while we held a lock holds it too, until it runs its own program: a lock
+/// that was just dropped may look taken for some milliseconds.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+const LOCK_PAUSES: u32 = 20;
+
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS owner (id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS clusters (
@@ -177,12 +182,21 @@ impl State {
     pub fn lock(&self, cluster: &str) -> Result<ClusterLock> {
         let path = self.dir.join("locks").join(cluster);
         let file = File::create(&path).map_err(Error::io(&path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(ClusterLock { _file: file }),
-            Err(TryLockError::WouldBlock) => Err(Error::Busy {
-                name: cluster.to_owned(),
-            }),
-            Err(TryLockError::Error(error)) => Err(Error::io(path)(error)),
+        let mut pauses = LOCK_PAUSES;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(ClusterLock { _file: file }),
+                Err(TryLockError::WouldBlock) if pauses > 0 => {
+                    pauses -= 1;
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Busy {
+                        name: cluster.to_owned(),
+                    });
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::io(path)(error)),
+            }
         }
     }
 

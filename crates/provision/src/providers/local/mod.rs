@@ -1,6 +1,5 @@
 //! This machine as a provider: an instance is a folder, and the processes started in it.
 
-mod groups;
 mod transport;
 
 use std::io::ErrorKind;
@@ -11,11 +10,15 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::groups::{self, replace};
 use crate::offer::Offer;
 use crate::provider::{
     CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
 };
 pub use transport::LocalTransport;
+
+/// The file that marks an instance as stopped; its agent writes it too.
+const STOPPED: &str = "stopped";
 
 /// How long the processes of a terminated instance may take to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
@@ -34,8 +37,6 @@ pub struct LocalProvider {
 struct Record {
     cluster: String,
     token: String,
-    #[serde(default)]
-    stopped: bool,
 }
 
 impl LocalProvider {
@@ -70,7 +71,7 @@ impl LocalProvider {
             id: id.clone(),
             token: record.token,
             cluster: record.cluster,
-            state: match record.stopped {
+            state: match self.dir(id).join(STOPPED).exists() {
                 true => InstanceState::Stopped,
                 false => InstanceState::Running,
             },
@@ -115,7 +116,6 @@ impl Provider for LocalProvider {
         let record = Record {
             cluster: request.cluster.clone(),
             token: request.token.clone(),
-            stopped: false,
         };
         let path = dir.join("instance.json");
         if !path.exists() {
@@ -179,32 +179,23 @@ impl Provider for LocalProvider {
     }
 }
 
-impl LocalProvider {
-    fn set_stopped(&self, id: &InstanceId, stopped: bool) -> Result<()> {
-        let instance = self.read(id)?;
-        let record = Record {
-            cluster: instance.cluster,
-            token: instance.token,
-            stopped,
-        };
-        let path = self.dir(id).join("instance.json");
-        let text =
-            serde_json::to_vec_pretty(&record).map_err(|error| Error::io(&path)(error.into()))?;
-        replace(&path, &text)
-    }
-}
-
 #[async_trait]
 impl StopStart for LocalProvider {
     async fn stop(&self, id: &InstanceId) -> Result<()> {
-        // The record goes first: an interrupted stop is a stopped instance to be stopped again.
-        self.set_stopped(id, true)?;
+        // The marker goes first: an interrupted stop is a stopped instance to be stopped again.
+        self.read(id)?;
+        let marker = self.dir(id).join(STOPPED);
+        replace(&marker, b"")?;
         groups::end_all(&self.dir(id), GRACE).await
     }
 
     async fn start(&self, id: &InstanceId) -> Result<Instance> {
-        self.set_stopped(id, false)?;
-        self.read(id)
+        self.read(id)?;
+        let marker = self.dir(id).join(STOPPED);
+        match std::fs::remove_file(&marker) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(marker)(error)),
+            _ => self.read(id),
+        }
     }
 }
 
@@ -217,13 +208,6 @@ fn file_name(token: &str) -> Result<String> {
         });
     }
     Ok(token.to_owned())
-}
-
-/// Writes a sibling and renames it, so that a reader sees all or nothing.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let sibling = path.with_extension(format!("tmp-{}", std::process::id()));
-    std::fs::write(&sibling, bytes).map_err(Error::io(&sibling))?;
-    std::fs::rename(&sibling, path).map_err(Error::io(path))
 }
 
 /// The machine's memory, from the first line of `/proc/meminfo`.
