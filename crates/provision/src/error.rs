@@ -181,6 +181,14 @@ pub enum Error {
         /// The cluster.
         name: String,
     },
+    /// The list of one's own machines cannot be read.
+    #[error("in {}: {problem}", .path.display())]
+    Hosts {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
     /// No provider of that name is at hand.
     #[error("no provider `{name}`; this build and configuration has {known}")]
     NoSuchProvider {

@@ -113,6 +113,10 @@ pub(crate) fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
         Some(crate::provider::Endpoint::Local { dir }) => {
             Ok(Arc::new(crate::providers::local::LocalTransport::new(dir)))
         }
+        #[cfg(feature = "ssh")]
+        Some(crate::provider::Endpoint::Ssh { target, dir }) => Ok(Arc::new(
+            crate::providers::ssh::SshTransport::new(target.clone(), dir),
+        )),
         endpoint => Err(Error::Transport {
             host: instance.id.to_string(),
             source: format!("no transport for {endpoint:?} in this build").into(),

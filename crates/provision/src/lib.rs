@@ -22,8 +22,12 @@ mod resources;
 mod retry;
 mod secret;
 mod service;
+#[cfg(any(feature = "agent", feature = "local", feature = "ssh"))]
+mod shell;
 #[cfg(feature = "state")]
 mod state;
+#[cfg(any(feature = "local", feature = "ssh"))]
+mod sync;
 mod task;
 mod transport;
 
@@ -31,6 +35,8 @@ pub use budget::Budget;
 pub use catalog::Catalog;
 #[cfg(feature = "state")]
 pub use engine::{ClusterReport, CostLine, Engine, LaunchRequest};
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+pub use engine::{ExecOptions, JobId};
 pub use error::{BoxError, Error, Result};
 pub use failover::{Attempt, Failover, FailoverPolicy, Step};
 pub use fake::{Fake, Fault};
@@ -39,7 +45,7 @@ pub use offer::Offer;
 pub use planner::{Plan, Skipped, plan};
 pub use provider::{
     CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Lease, Provider,
-    StopStart,
+    SshTarget, StopStart,
 };
 pub use resources::{
     Accelerator, Accelerators, Alternatives, Amount, Autostop, Resources, WaitFor,
@@ -53,6 +59,8 @@ pub use service::{
 };
 #[cfg(feature = "state")]
 pub use state::{ClusterRow, ClusterStatus, NodeRow, NodeState, State};
+#[cfg(any(feature = "local", feature = "ssh"))]
+pub use sync::{Syncer, mount_files};
 pub use task::{EnvOverrides, FileMount, MountSource, Pipeline, Task, TaskBuilder, Warning};
 pub use transport::{
     ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,

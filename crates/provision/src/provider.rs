@@ -1,7 +1,6 @@
 //! The trait behind which every cloud, and this machine, rents out instances.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -154,11 +153,24 @@ pub enum Endpoint {
     },
     /// A machine with an ssh server.
     Ssh {
-        /// Its address.
-        host: IpAddr,
-        /// The server's port.
-        port: u16,
-        /// The user to log in as.
-        user: String,
+        /// How to log in.
+        target: SshTarget,
+        /// The instance's folder on it, under the user's home unless absolute.
+        dir: String,
     },
+}
+
+/// How to log in to a machine over ssh; what is `None` is left to the user's ssh configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SshTarget {
+    /// Its address, or its alias in the user's ssh configuration.
+    pub host: String,
+    /// The server's port.
+    pub port: Option<u16>,
+    /// The user to log in as.
+    pub user: Option<String>,
+    /// The private key.
+    pub identity_file: Option<PathBuf>,
+    /// The file that holds the machine's key; a machine that is not in it is refused.
+    pub known_hosts: Option<PathBuf>,
 }

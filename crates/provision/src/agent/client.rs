@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::binary::AgentBinary;
 use super::idle::AgentLease;
 use super::queue::{JobRow, JobSpec};
-use super::wrapper::quote;
 use crate::error::{Error, Result};
 use crate::provider::Endpoint;
 use crate::secret::Secret;
+use crate::shell::quote;
 use crate::transport::{HostTransport, LogStream, Process, ShellCommand};
 
 /// The agent's folder, under the node's home.
@@ -38,8 +39,13 @@ impl NodeSetup {
                 let down = format!("cd {dir} && rm -rf files groups && rm -rf {dir}");
                 (format!("touch {dir}/stopped"), down)
             }
-            // A machine one owns is left running.
-            Some(Endpoint::Ssh { .. }) => ("true".to_owned(), format!("rm -rf ~/{DIR}")),
+            // A machine one owns is left running; it is only given back.
+            Some(Endpoint::Ssh { dir, .. }) => {
+                let dir = quote(dir);
+                let down =
+                    format!("cd ~ && cd {dir} && d=$PWD && rm -rf files groups && rm -rf \"$d\"");
+                (format!("cd ~ && touch {dir}/stopped"), down)
+            }
             None => ("true".to_owned(), "true".to_owned()),
         };
         Self {
@@ -69,28 +75,27 @@ impl AgentClient {
         }
     }
 
-    /// Copies the binary `local` to the node, under the hash of its contents, unless it is there.
+    /// Copies the binary to the node, under the hash of its contents, unless it is there.
     ///
     /// # Errors
     /// [`Error::Transport`] or [`Error::Io`].
     pub async fn installed(
         transport: Arc<dyn HostTransport>,
-        local: &Path,
-        subcommand: &str,
+        binary: &AgentBinary,
     ) -> Result<Self> {
-        let bytes = std::fs::read(local).map_err(Error::io(local))?;
-        let name = format!("{DIR}/bin/agent-{:016x}", fnv(&bytes));
-        let program = format!("./{name} {subcommand}");
-        let client = Self::new(transport.clone(), program);
-        if client
+        let name = format!("{DIR}/bin/{}", binary.name());
+        let client = Self::new(
+            transport.clone(),
+            format!("./{name} {}", binary.subcommand()),
+        );
+        let there = client
             .ask(
                 &format!("test -x {name} && echo there || echo absent"),
                 None,
             )
-            .await?
-            != ["there"]
-        {
-            transport.put(local, Path::new(&name)).await?;
+            .await?;
+        if there != ["there"] {
+            transport.put(binary.path(), Path::new(&name)).await?;
             client.ask(&format!("chmod 700 {name}"), None).await?;
         }
         Ok(client)
@@ -267,11 +272,4 @@ impl JobLogs {
             }),
         }
     }
-}
-
-/// Tells versions of the binary apart; not a guard against anybody.
-fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

@@ -7,6 +7,7 @@
 //! A job outlives the agent. Its wrapper claims the job's folder, records its process group and
 //! leaves the outcome in a file, so that an agent that was killed finds everything as it was.
 
+mod binary;
 mod client;
 mod command;
 mod idle;
@@ -14,6 +15,7 @@ mod queue;
 mod runner;
 mod wrapper;
 
+pub use binary::AgentBinary;
 pub use client::{AgentClient, JobLogs, NodeSetup};
 pub use command::command;
 pub use idle::AgentLease;

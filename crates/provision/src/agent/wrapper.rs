@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::queue::{JobSpec, QueueStatus};
 use crate::error::{Error, Result};
+use crate::shell::quote;
 
 /// Run by `bash` with the job's folder as `$1` and the number of the attempt as `$2`.
 ///
@@ -76,11 +77,6 @@ pub(super) fn write(dir: &Path, spec: &JobSpec, id: i64) -> Result<()> {
     put("setup.sh", spec.setup.as_deref().unwrap_or_default())?;
     put("run.sh", spec.run.as_deref().unwrap_or_default())?;
     put("run.log", "")
-}
-
-/// A word of shell that means exactly `text`.
-pub(crate) fn quote(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// What the wrapper said at its end: status, code, and when.

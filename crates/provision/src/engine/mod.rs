@@ -1,9 +1,14 @@
 //! Clusters over any providers, none of whose instances is ever forgotten.
 
 mod collect;
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+mod jobs;
 mod launch;
 #[cfg(test)]
 mod tests;
+
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+pub use jobs::{ExecOptions, JobId};
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -5,7 +5,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use updraft_provision::agent::{AgentClient, AgentLease, JobSpec, NodeSetup, Queue, QueueStatus};
+use updraft_provision::agent::{
+    AgentBinary, AgentClient, AgentLease, JobSpec, NodeSetup, Queue, QueueStatus,
+};
 use updraft_provision::providers::local::LocalTransport;
 use updraft_provision::{Lease, WaitFor};
 
@@ -175,7 +177,8 @@ fn an_idle_node_ends_itself() {
 async fn the_client_speaks_to_the_agent_over_a_transport() {
     let home = tempfile::tempdir().expect("folder");
     let transport = Arc::new(LocalTransport::new(home.path()));
-    let client = AgentClient::installed(transport, Path::new(AGENT), "")
+    let binary = AgentBinary::new(AGENT, "").expect("binary");
+    let client = AgentClient::installed(transport, &binary)
         .await
         .expect("installed");
     let setup = NodeSetup {

@@ -3,3 +3,9 @@
 #[cfg(all(feature = "agent", feature = "local"))]
 mod agent;
 mod cases;
+#[cfg(all(feature = "agent", feature = "local"))]
+mod clusters;
+#[cfg(all(feature = "ssh", feature = "conformance"))]
+mod ssh;
+#[cfg(feature = "ssh")]
+mod sshd;
