@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use crate::error::{Error, Result};
 use crate::offer::Offer;
-use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
+use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider, StopStart};
 
 /// Refuses to create what would bring the sum of all owned instances over a limit.
 ///
@@ -63,6 +63,10 @@ impl<P: Provider> Provider for Budget<P> {
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
         self.inner.terminate(id).await
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        self.inner.stop_start()
     }
 }
 

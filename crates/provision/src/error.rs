@@ -1,6 +1,9 @@
 //! Why provisioning failed, by what the caller can do about it.
 
 use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::failover::Attempt;
 
 /// A boxed cause from outside this crate.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -62,11 +65,29 @@ pub enum Error {
         /// The variable.
         name: String,
     },
+    /// `secrets: {NAME:}` declares a secret that nobody gave a value.
+    #[error(
+        "secret `{name}` has no value; pass --secret {name}=VALUE or add it to the --secret-file"
+    )]
+    MissingSecret {
+        /// The secret.
+        name: String,
+    },
     /// A line of an env file is not `NAME=VALUE`.
     #[error("env file line {line}: expected NAME=VALUE")]
     EnvFile {
         /// Line in the file, from 1.
         line: usize,
+    },
+    /// A catalogue file cannot be read.
+    #[error("catalogue of {provider}, line {line}: {problem}")]
+    Catalog {
+        /// The provider it speaks of.
+        provider: String,
+        /// Line in the file, from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
     },
     /// The task asks for something the launched resources cannot do.
     #[error("{what}")]
@@ -108,6 +129,20 @@ pub enum Error {
         /// What the provider said.
         source: BoxError,
     },
+    /// The provider wants fewer calls; it may say when to come back.
+    #[error("{provider} asks for fewer calls; try again in {} s", .retry_after.as_secs())]
+    RateLimited {
+        /// The provider.
+        provider: &'static str,
+        /// How long to leave it alone.
+        retry_after: Duration,
+    },
+    /// Every candidate was tried and none could be had.
+    #[error("no candidate could be launched:\n{}", attempts_table(.attempts))]
+    Exhausted {
+        /// What was tried, in order, and how it failed.
+        attempts: Vec<Attempt>,
+    },
     /// The provider did not answer, or answered with a passing fault.
     #[error("{provider} did not {operation}")]
     Unavailable {
@@ -133,6 +168,58 @@ pub enum Error {
     NoSuchInstance {
         /// The id that was asked for.
         id: String,
+    },
+    /// No cluster of ours has that name.
+    #[error("no cluster `{name}`; `status` lists those there are")]
+    NoSuchCluster {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// Another process works on the cluster at this moment.
+    #[error("another process works on cluster `{name}`; try again when it is done")]
+    Busy {
+        /// The cluster.
+        name: String,
+    },
+    /// The list of one's own machines cannot be read.
+    #[error("in {}: {problem}", .path.display())]
+    Hosts {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// No provider of that name is at hand.
+    #[error("no provider `{name}`; this build and configuration has {known}")]
+    NoSuchProvider {
+        /// The name that was asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+    /// The provider cannot do that.
+    #[error("{provider} cannot {verb} instances; use `down`")]
+    NotCapable {
+        /// The provider.
+        provider: String,
+        /// What was asked for, such as `stop`.
+        verb: &'static str,
+    },
+    /// The cloud has not confirmed that an instance is gone; its row is kept.
+    #[error("{instances} of cluster `{name}` are not gone yet; run `down` again")]
+    NotYetTerminated {
+        /// The cluster.
+        name: String,
+        /// How many are left.
+        instances: usize,
+    },
+    /// The state file could not be read or written.
+    #[error("could not use the state in {}", .path.display())]
+    State {
+        /// The folder of the state.
+        path: PathBuf,
+        /// What the database said.
+        source: BoxError,
     },
     /// A command could not be started on the node.
     #[error("could not run a command on {host}")]
@@ -161,14 +248,22 @@ pub enum Error {
 impl Error {
     /// Whether the same call may succeed when tried again a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Error::NoCapacity { .. } | Error::Unavailable { .. })
+        matches!(
+            self,
+            Error::NoCapacity { .. } | Error::Unavailable { .. } | Error::RateLimited { .. }
+        )
     }
 
-    #[cfg(feature = "local")]
+    #[cfg(any(feature = "local", feature = "ssh", feature = "state"))]
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }
     }
+}
+
+fn attempts_table(attempts: &[Attempt]) -> String {
+    let lines: Vec<_> = attempts.iter().map(ToString::to_string).collect();
+    lines.join("\n")
 }
 
 fn skipped_list(skipped: &[String]) -> String {

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use crate::error::{Error, Result};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
 };
 
 /// A provider in memory. Its next answers can be scripted with [`Fake::fail_next`].
@@ -95,6 +95,7 @@ impl Provider for Fake {
         }
         let fresh = Instance {
             id: InstanceId(format!("i-{}", request.token)),
+            token: request.token.clone(),
             cluster: request.cluster.clone(),
             state: InstanceState::Running,
             endpoint: Some(Endpoint::Local {
@@ -134,6 +135,34 @@ impl Provider for Fake {
             .by_token
             .retain(|_, instance| instance.id != *id);
         Ok(())
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        Some(self)
+    }
+}
+
+impl Fake {
+    fn set(&self, id: &InstanceId, to: InstanceState) -> Result<Instance> {
+        let mut state = self.state();
+        let found = state
+            .by_token
+            .values_mut()
+            .find(|instance| instance.id == *id);
+        let instance = found.ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })?;
+        instance.state = to;
+        Ok(instance.clone())
+    }
+}
+
+#[async_trait]
+impl StopStart for Fake {
+    async fn stop(&self, id: &InstanceId) -> Result<()> {
+        self.set(id, InstanceState::Stopped).map(drop)
+    }
+
+    async fn start(&self, id: &InstanceId) -> Result<Instance> {
+        self.set(id, InstanceState::Running)
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::planner::{Plan, plan};
+use crate::failover::{Failover, FailoverPolicy, Step};
+use crate::planner::Plan;
 use crate::provider::{CreateRequest, Instance, Lease, Provider};
 use crate::secret::Secret;
 use crate::task::Task;
@@ -33,8 +34,8 @@ pub struct Cluster {
 /// Candidates are tried in the plan's order; one without capacity or quota gives way to the next.
 ///
 /// # Errors
-/// [`Error::NoOffer`] if nothing fits the task, with the reasons; the last candidate's error if all
-/// of them failed; [`Error::InvalidTask`] for what this version cannot run.
+/// [`Error::NoOffer`] if nothing fits the task, with the reasons; [`Error::Exhausted`] if every
+/// candidate failed, with how; [`Error::InvalidTask`] for what this version cannot run.
 pub async fn launch(
     provider: Arc<dyn Provider>,
     task: &Task,
@@ -70,36 +71,52 @@ async fn create(provider: &dyn Provider, task: &Task, options: &LaunchOptions) -
             "nothing but this client ends a forgotten instance of this provider"
         );
     }
-    let Plan {
-        candidates,
-        skipped,
-    } = plan(&task.resources, provider.offers().await?);
-    let mut last_error = Error::NoOffer {
-        skipped: skipped.iter().map(ToString::to_string).collect(),
-    };
-    for offer in candidates {
+    let plan = Plan::for_task(task, provider.offers().await?);
+    if plan.candidates.is_empty() {
+        return Err(no_offer(&plan));
+    }
+    let mut failover = Failover::new(plan, FailoverPolicy::default());
+    loop {
+        let offer = match failover.step() {
+            Step::Try(offer) => offer,
+            Step::Wait(pause) => {
+                tokio::time::sleep(pause).await;
+                continue;
+            }
+            Step::GiveUp => return Err(failover.exhausted()),
+        };
         let request = CreateRequest {
             token: options.cluster.clone(),
             cluster: options.cluster.clone(),
-            offer,
+            offer: offer.clone(),
             lease: options.lease,
         };
         match provider.create(&request).await {
             Ok(instance) => return Ok(instance),
-            Err(error @ (Error::NoCapacity { .. } | Error::Quota { .. })) => last_error = error,
-            Err(error) => return Err(error),
+            Err(error) => failover.failed(&offer, error)?,
         }
     }
-    Err(last_error)
+}
+
+/// The error of a plan without candidates: what was skipped and why, and what may have been meant.
+pub(crate) fn no_offer(plan: &Plan) -> Error {
+    let skipped = plan.skipped.iter().map(ToString::to_string);
+    Error::NoOffer {
+        skipped: skipped.chain(plan.hints.iter().cloned()).collect(),
+    }
 }
 
 /// The way to an instance, by its endpoint.
-fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
+pub(crate) fn connect(instance: &Instance) -> Result<Arc<dyn HostTransport>> {
     match &instance.endpoint {
         #[cfg(feature = "local")]
         Some(crate::provider::Endpoint::Local { dir }) => {
             Ok(Arc::new(crate::providers::local::LocalTransport::new(dir)))
         }
+        #[cfg(feature = "ssh")]
+        Some(crate::provider::Endpoint::Ssh { target, dir }) => Ok(Arc::new(
+            crate::providers::ssh::SshTransport::new(target.clone(), dir),
+        )),
         endpoint => Err(Error::Transport {
             host: instance.id.to_string(),
             source: format!("no transport for {endpoint:?} in this build").into(),

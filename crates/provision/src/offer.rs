@@ -1,9 +1,11 @@
 //! What a provider can rent out.
 
+use serde::{Deserialize, Serialize};
+
 use crate::resources::Accelerator;
 
 /// One kind of machine in one place, with its price.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
     /// The provider that makes it.
     pub provider: String,

@@ -1,9 +1,15 @@
 //! From offers to an ordered list of candidates: a pure function that can explain itself.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use crate::catalog::near_names;
 use crate::offer::Offer;
-use crate::resources::{Accelerators, Resources};
+use crate::resources::{Accelerators, Alternatives, Resources};
+use crate::task::Task;
+
+/// What clouds ask for a GB that leaves them; the data of a task may lie elsewhere.
+const EGRESS_USD_PER_GB: f64 = 0.09;
 
 /// The candidates for a task, best first, and why the others are none.
 #[derive(Debug, Clone, Default)]
@@ -12,6 +18,12 @@ pub struct Plan {
     pub candidates: Vec<Offer>,
     /// What was passed over, with the first reason that excluded it.
     pub skipped: Vec<Skipped>,
+    /// What the task may have meant where nothing has the name it gave.
+    pub hints: Vec<String>,
+    /// What reading the task's input costs once, by provider; absent when it is there already.
+    pub egress_usd: BTreeMap<String, f64>,
+    /// How many nodes the task runs on.
+    pub num_nodes: u32,
 }
 
 /// An offer that does not fit.
@@ -37,26 +49,93 @@ impl fmt::Display for Skipped {
 
 /// Orders the `offers` that satisfy `resources`: by the task's accelerator order, then by price.
 ///
-/// An accelerator list is an order whatever the price; a set is the cheapest of any.
+/// An accelerator list is an order whatever the price; a set is the cheapest of any. So are
+/// `ordered` and `any_of`.
 pub fn plan(resources: &Resources, offers: Vec<Offer>) -> Plan {
-    let mut ranked = Vec::new();
-    let mut skipped = Vec::new();
-    for offer in offers {
-        match rank(resources, &offer) {
-            Ok(preference) => ranked.push((preference, offer)),
-            Err(reason) => skipped.push(Skipped { offer, reason }),
-        }
+    order(resources, offers, 1, None)
+}
+
+impl Plan {
+    /// As [`plan`], for all of the task's nodes, with the cost of bringing its input to another
+    /// cloud added to the price of the first hour.
+    pub fn for_task(task: &Task, offers: Vec<Offer>) -> Plan {
+        let input = task
+            .inputs
+            .as_ref()
+            .and_then(|(url, gb)| Some((home_of(url)?, gb * EGRESS_USD_PER_GB)));
+        order(&task.resources, offers, task.num_nodes.max(1), input)
     }
-    // A stable sort: equal offers keep the provider's order.
-    ranked.sort_by(|(pa, a), (pb, b)| pa.cmp(pb).then(a.usd_per_hour.total_cmp(&b.usd_per_hour)));
-    Plan {
-        candidates: ranked.into_iter().map(|(_, offer)| offer).collect(),
-        skipped,
+
+    /// What the first hour of a candidate costs, all nodes and the input's way included.
+    pub fn first_hour_usd(&self, offer: &Offer) -> f64 {
+        let egress = self.egress_usd.get(&offer.provider).copied().unwrap_or(0.0);
+        offer.usd_per_hour * f64::from(self.num_nodes) + egress
     }
 }
 
-/// The offer's place in the task's order of accelerators, or why it does not fit.
-fn rank(resources: &Resources, offer: &Offer) -> Result<usize, String> {
+/// The provider whose buckets a URL names.
+fn home_of(url: &str) -> Option<&'static str> {
+    match url.split_once("://")?.0 {
+        "s3" => Some("aws"),
+        "gs" | "gcs" => Some("gcp"),
+        "az" => Some("azure"),
+        _ => None,
+    }
+}
+
+fn order(
+    resources: &Resources,
+    offers: Vec<Offer>,
+    num_nodes: u32,
+    input: Option<(&'static str, f64)>,
+) -> Plan {
+    let hints = hints(resources, &offers);
+    let mut plan = Plan {
+        hints,
+        num_nodes,
+        ..Plan::default()
+    };
+    let mut ranked = Vec::new();
+    for offer in offers {
+        if let Some((_, usd)) =
+            input.filter(|(home, _)| *home != offer.provider && offer.usd_per_hour > 0.0)
+        {
+            plan.egress_usd.insert(offer.provider.clone(), usd);
+        }
+        match rank(resources, &offer) {
+            Ok(preference) => ranked.push((preference, offer)),
+            Err(reason) => plan.skipped.push(Skipped { offer, reason }),
+        }
+    }
+    // A stable sort: equal offers keep the provider's order.
+    ranked.sort_by(|(pa, a), (pb, b)| {
+        let costs = plan.first_hour_usd(a).total_cmp(&plan.first_hour_usd(b));
+        pa.cmp(pb).then(costs)
+    });
+    plan.candidates = ranked.into_iter().map(|(_, offer)| offer).collect();
+    plan
+}
+
+/// The offer's place in the task's order: of alternatives first, then of accelerators.
+fn rank(resources: &Resources, offer: &Offer) -> Result<(usize, usize), String> {
+    let (choices, is_order) = match &resources.alternatives {
+        Alternatives::None => return fit(resources, offer).map(|place| (0, place)),
+        Alternatives::AnyOf(choices) => (choices, false),
+        Alternatives::Ordered(choices) => (choices, true),
+    };
+    let mut reasons = Vec::new();
+    for (index, choice) in choices.iter().enumerate() {
+        match fit(choice, offer) {
+            Ok(place) => return Ok((if is_order { index } else { 0 }, place)),
+            Err(reason) if !reasons.contains(&reason) => reasons.push(reason),
+            Err(_) => {}
+        }
+    }
+    Err(reasons.join("; or "))
+}
+
+/// The offer's place in the order of accelerators, or why it does not fit.
+fn fit(resources: &Resources, offer: &Offer) -> Result<usize, String> {
     let same = |wanted: &Option<String>, offered: &str, what: &str| match wanted {
         Some(wanted) if !wanted.eq_ignore_ascii_case(offered) => {
             Err(format!("the task asks for {what} {wanted}"))
@@ -87,7 +166,8 @@ fn rank(resources: &Resources, offer: &Offer) -> Result<usize, String> {
             offer.memory_gib
         ));
     }
-    if offer.spot != resources.use_spot {
+    // A machine one has cannot be taken away: it serves a task that would put up with less.
+    if offer.spot != resources.use_spot && (offer.spot || offer.usd_per_hour > 0.0) {
         let (has, wants) = if offer.spot {
             ("spot", "on demand")
         } else {
@@ -133,116 +213,85 @@ fn rank_accelerator(accelerators: &Accelerators, offer: &Offer) -> Result<usize,
     }
 }
 
+/// For every accelerator that no offer has under that name: what is near.
+fn hints(resources: &Resources, offers: &[Offer]) -> Vec<String> {
+    let alternatives = match &resources.alternatives {
+        Alternatives::None => std::slice::from_ref(resources),
+        Alternatives::AnyOf(list) | Alternatives::Ordered(list) => list,
+    };
+    let names = alternatives
+        .iter()
+        .flat_map(|choice| choice.accelerators.choices());
+    let mut hints = Vec::new();
+    for wanted in names {
+        let near = near_names(&wanted.name, offers);
+        let is_known = near
+            .first()
+            .is_some_and(|name| name.eq_ignore_ascii_case(&wanted.name));
+        if !is_known && !near.is_empty() {
+            let hint = format!(
+                "nothing is called {}; did you mean {}?",
+                wanted.name,
+                near.join(" or ")
+            );
+            if !hints.contains(&hint) {
+                hints.push(hint);
+            }
+        }
+    }
+    hints
+}
+
 impl fmt::Display for Plan {
-    /// A table of candidates with their prices, then what was skipped and why.
+    /// A table of candidates with their prices, then what was skipped, by reason.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, offer) in self.candidates.iter().enumerate() {
             let accelerator = offer
                 .accelerator
                 .as_ref()
                 .map_or("-".to_owned(), ToString::to_string);
-            writeln!(
+            write!(
                 f,
-                "{:>2}. {:<10} {:<16} {:<12} {:>4} cpus {:>5.0} GiB {:<12} {:>8.2} USD/h",
+                "{:>2}. {:<10} {:<16} {:<12} {:>4} cpus {:>5.0} GiB {:<12} {:<9} {:>8.2} USD/h",
                 index + 1,
                 offer.provider,
                 offer.instance_type,
-                offer.region,
+                offer.zone.as_deref().unwrap_or(&offer.region),
                 offer.cpus,
                 offer.memory_gib,
                 accelerator,
-                offer.usd_per_hour,
+                if offer.spot { "spot" } else { "on demand" },
+                offer.usd_per_hour * f64::from(self.num_nodes),
+            )?;
+            match self.egress_usd.get(&offer.provider) {
+                Some(usd) => writeln!(f, " + {usd:.2} USD to bring the input")?,
+                None => writeln!(f)?,
+            }
+        }
+        let mut by_reason: BTreeMap<&str, Vec<&Offer>> = BTreeMap::new();
+        for skipped in &self.skipped {
+            by_reason
+                .entry(&skipped.reason)
+                .or_default()
+                .push(&skipped.offer);
+        }
+        for (reason, offers) in by_reason {
+            let first = offers[0];
+            let more = match offers.len() {
+                1 => String::new(),
+                many => format!(" and {} more", many - 1),
+            };
+            writeln!(
+                f,
+                "    skipped {} {} in {}{more}: {reason}",
+                first.provider, first.instance_type, first.region
             )?;
         }
-        self.skipped
+        self.hints
             .iter()
-            .try_for_each(|skipped| writeln!(f, "    skipped {skipped}"))
+            .try_for_each(|hint| writeln!(f, "    {hint}"))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::resources::{Accelerator, Amount};
-
-    fn offer(name: &str, accelerator: Option<&str>, usd_per_hour: f64) -> Offer {
-        Offer {
-            provider: "fake".into(),
-            instance_type: name.into(),
-            region: "here".into(),
-            zone: None,
-            cpus: 4.0,
-            memory_gib: 16.0,
-            accelerator: accelerator.map(|name| Accelerator {
-                name: name.into(),
-                count: 1,
-            }),
-            spot: false,
-            usd_per_hour,
-        }
-    }
-
-    fn one(name: &str) -> Accelerator {
-        Accelerator {
-            name: name.into(),
-            count: 1,
-        }
-    }
-
-    fn check(accelerators: Accelerators, expected: &[&str]) {
-        let offers = vec![
-            offer("a", Some("A100"), 3.0),
-            offer("l", Some("L4"), 1.0),
-            offer("c", None, 0.1),
-        ];
-        let resources = Resources {
-            accelerators,
-            ..Resources::default()
-        };
-        let plan = plan(&resources, offers);
-        let got: Vec<_> = plan
-            .candidates
-            .iter()
-            .map(|offer| offer.instance_type.as_str())
-            .collect();
-        assert_eq!(got, expected);
-    }
-
-    #[test]
-    fn a_list_is_an_order_whatever_the_price() {
-        check(
-            Accelerators::Ordered(vec![one("a100"), one("L4")]),
-            &["a", "l"],
-        );
-    }
-
-    #[test]
-    fn a_set_is_the_cheapest_of_any() {
-        check(
-            Accelerators::AnyOf(vec![one("A100"), one("l4")]),
-            &["l", "a"],
-        );
-    }
-
-    #[test]
-    fn no_accelerator_asked_for_means_cheapest_of_all() {
-        check(Accelerators::None, &["c", "l", "a"]);
-    }
-
-    #[test]
-    fn every_skipped_offer_has_its_reason() {
-        let resources = Resources {
-            cpus: Some(Amount {
-                value: 8.0,
-                or_more: true,
-            }),
-            ..Resources::default()
-        };
-        let plan = plan(&resources, vec![offer("c", None, 0.1)]);
-        assert!(plan.candidates.is_empty());
-        assert_eq!(
-            plan.skipped[0].to_string(),
-            "fake c in here: has 4 cpus, the task asks for 8+"
-        );
-    }
-}
+mod tests;

@@ -1,7 +1,6 @@
 //! The trait behind which every cloud, and this machine, rents out instances.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,6 +41,26 @@ pub trait Provider: fmt::Debug + Send + Sync {
 
     /// Ends the instance and everything that runs on it.
     async fn terminate(&self, id: &InstanceId) -> Result<()>;
+
+    /// The power to stop instances and start them again, where the provider has it.
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        None
+    }
+}
+
+/// Stopping an instance without losing its files.
+///
+/// # Contract
+/// - Both verbs are idempotent, and [`Error::NoSuchInstance`](crate::Error::NoSuchInstance) for an
+///   instance that is gone.
+/// - A stopped instance runs nothing, is still listed, and is [`InstanceState::Stopped`].
+#[async_trait]
+pub trait StopStart: Send + Sync {
+    /// Ends everything that runs on the instance and keeps its files.
+    async fn stop(&self, id: &InstanceId) -> Result<()>;
+
+    /// Lets it run again.
+    async fn start(&self, id: &InstanceId) -> Result<Instance>;
 }
 
 /// Which guards end an instance that its owner has forgotten.
@@ -99,6 +118,8 @@ impl fmt::Display for InstanceId {
 pub struct Instance {
     /// The provider's identifier.
     pub id: InstanceId,
+    /// The [`CreateRequest::token`] it was created with.
+    pub token: String,
     /// The cluster it belongs to.
     pub cluster: String,
     /// What it does now.
@@ -116,6 +137,8 @@ pub enum InstanceState {
     Starting,
     /// It can be reached.
     Running,
+    /// It does not run and keeps its files; [`StopStart::start`] brings it back.
+    Stopped,
     /// It is being ended; the bill may still run.
     Terminating,
 }
@@ -130,11 +153,24 @@ pub enum Endpoint {
     },
     /// A machine with an ssh server.
     Ssh {
-        /// Its address.
-        host: IpAddr,
-        /// The server's port.
-        port: u16,
-        /// The user to log in as.
-        user: String,
+        /// How to log in.
+        target: SshTarget,
+        /// The instance's folder on it, under the user's home unless absolute.
+        dir: String,
     },
+}
+
+/// How to log in to a machine over ssh; what is `None` is left to the user's ssh configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SshTarget {
+    /// Its address, or its alias in the user's ssh configuration.
+    pub host: String,
+    /// The server's port.
+    pub port: Option<u16>,
+    /// The user to log in as.
+    pub user: Option<String>,
+    /// The private key.
+    pub identity_file: Option<PathBuf>,
+    /// The file that holds the machine's key; a machine that is not in it is refused.
+    pub known_hosts: Option<PathBuf>,
 }

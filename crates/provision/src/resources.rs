@@ -1,10 +1,10 @@
 //! What a task needs of a node.
 
-use std::fmt;
+mod read;
 
-use crate::error::Result;
-use crate::task::Fields;
-use crate::task::node::{Node, Value};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
 
 /// What a task needs of a node; the default needs nothing in particular.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -31,6 +31,53 @@ pub struct Resources {
     pub ports: Vec<u16>,
     /// The most the task may cost, in USD per hour and node.
     pub max_hourly_cost_usd: Option<f64>,
+    /// Tags for the instance, on top of the ones that mark it as ours.
+    pub labels: BTreeMap<String, String>,
+    /// When the instance ends by itself; `None` when the task does not say.
+    pub autostop: Option<Autostop>,
+    /// Other resources that would do, each complete: what it leaves open is filled in.
+    pub alternatives: Alternatives,
+}
+
+/// Several complete [`Resources`], of which one is enough.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum Alternatives {
+    /// There are none: the resources themselves are meant.
+    #[default]
+    None,
+    /// `any_of`: the cheapest.
+    AnyOf(Vec<Resources>),
+    /// `ordered`: the first that can be had, whatever it costs.
+    Ordered(Vec<Resources>),
+}
+
+/// When an instance that does nothing ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Autostop {
+    /// How long it may be idle; `None` for never (`autostop: false`).
+    pub idle: Option<Duration>,
+    /// Whether it is terminated then, not stopped.
+    pub down: bool,
+    /// What keeps it from being idle.
+    pub wait_for: WaitFor,
+}
+
+impl Autostop {
+    /// SkyPilot's idle time when a task says `autostop: true`.
+    pub const DEFAULT_IDLE: Duration = Duration::from_secs(5 * 60);
+}
+
+/// What keeps an instance from being idle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitFor {
+    /// A job that has not ended, or somebody logged in.
+    #[default]
+    JobsAndSsh,
+    /// A job that has not ended.
+    Jobs,
+    /// Nothing: the time counts from when it was set.
+    None,
 }
 
 /// A choice of accelerators.
@@ -56,12 +103,22 @@ impl Accelerators {
 }
 
 /// A number of one kind of accelerator, such as `A100:8`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Accelerator {
     /// The name as catalogues write it; compared without regard to case.
     pub name: String,
     /// How many a node must have.
     pub count: u32,
+}
+
+impl Accelerator {
+    /// `count` accelerators called `name`.
+    pub fn new(name: impl Into<String>, count: u32) -> Self {
+        Self {
+            name: name.into(),
+            count,
+        }
+    }
 }
 
 impl fmt::Display for Accelerator {
@@ -89,7 +146,8 @@ impl Amount {
         }
     }
 
-    fn parse(text: &str) -> Option<Amount> {
+    /// Reads `4` or `4+`.
+    pub(crate) fn parse(text: &str) -> Option<Amount> {
         let (number, or_more) = match text.strip_suffix('+') {
             Some(number) => (number, true),
             None => (text, false),
@@ -103,136 +161,4 @@ impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.value, if self.or_more { "+" } else { "" })
     }
-}
-
-const KNOWN: &[&str] = &[
-    "cloud",
-    "region",
-    "zone",
-    "instance_type",
-    "accelerators",
-    "gpus",
-    "cpus",
-    "memory",
-    "disk_size",
-    "use_spot",
-    "ports",
-    "max_hourly_cost",
-];
-
-const UNSUPPORTED: &[&str] = &[
-    "infra",
-    "job_recovery",
-    "any_of",
-    "ordered",
-    "disk_tier",
-    "ephemeral_storage",
-    "local_disk",
-    "network_tier",
-    "volumes",
-    "image_id",
-    "labels",
-    "autostop",
-    "priority",
-    "priority_class",
-    "accelerator_args",
-];
-
-impl Resources {
-    pub(crate) fn from_node(node: Node) -> Result<Self> {
-        let mut fields = Fields::of("resources", node, KNOWN, UNSUPPORTED)?;
-        let accelerators = fields.take("accelerators").or_else(|| fields.take("gpus"));
-        Ok(Resources {
-            cloud: fields.text("cloud")?.map(|cloud| cloud.to_lowercase()),
-            region: fields.text("region")?,
-            zone: fields.text("zone")?,
-            instance_type: fields.text("instance_type")?,
-            accelerators: accelerators
-                .map_or(Ok(Accelerators::None), |node| read_accelerators(&node))?,
-            cpus: amount(&mut fields, "cpus")?,
-            memory_gib: amount(&mut fields, "memory")?,
-            disk_size_gib: fields.count("disk_size")?,
-            use_spot: fields.boolean("use_spot")?.unwrap_or(false),
-            ports: fields
-                .take("ports")
-                .map_or(Ok(Vec::new()), |node| read_ports(&node))?,
-            max_hourly_cost_usd: fields.number("max_hourly_cost")?,
-        })
-    }
-}
-
-fn amount(fields: &mut Fields, name: &str) -> Result<Option<Amount>> {
-    let Some(node) = fields.take(name) else {
-        return Ok(None);
-    };
-    match node.scalar_text().as_deref().and_then(Amount::parse) {
-        Some(amount) => Ok(Some(amount)),
-        None => Err(node.invalid(
-            &fields.path(name),
-            "must be a number such as 4, or 4+ for at least four",
-        )),
-    }
-}
-
-/// A name, a list (an order), or a set or mapping (any of).
-fn read_accelerators(node: &Node) -> Result<Accelerators> {
-    match &node.value {
-        Value::String(text) => Ok(Accelerators::AnyOf(vec![read_accelerator(
-            node, text, None,
-        )?])),
-        Value::Sequence(items) => {
-            let choices = items.iter().map(|item| match &item.value {
-                Value::String(text) => read_accelerator(item, text, None),
-                _ => Err(item.invalid(FIELD, "must list names such as A100:8")),
-            });
-            Ok(Accelerators::Ordered(choices.collect::<Result<_>>()?))
-        }
-        Value::Mapping(entries) => {
-            let choices = entries.iter().map(|(key, count)| {
-                read_accelerator(key, &key.scalar_text().unwrap_or_default(), Some(count))
-            });
-            Ok(Accelerators::AnyOf(choices.collect::<Result<_>>()?))
-        }
-        _ => Err(node.invalid(
-            FIELD,
-            "must be a name such as A100:8, a list or a set of them",
-        )),
-    }
-}
-
-const FIELD: &str = "resources.accelerators";
-
-/// `A100`, `A100:8`, or the key and value of `{A100: 8}`; a null value means one.
-fn read_accelerator(node: &Node, text: &str, count: Option<&Node>) -> Result<Accelerator> {
-    let (name, count) = match (text.split_once(':'), count.map(|count| &count.value)) {
-        (Some((name, count)), None | Some(Value::Null)) => (name, count.trim().parse().ok()),
-        (None, None | Some(Value::Null)) => (text, Some(1)),
-        (None, Some(Value::Integer(count))) => (text, u32::try_from(*count).ok()),
-        _ => (text, None),
-    };
-    match count.filter(|count| *count > 0 && !name.trim().is_empty()) {
-        Some(count) => Ok(Accelerator {
-            name: name.trim().to_owned(),
-            count,
-        }),
-        None => Err(node.invalid(
-            FIELD,
-            format!("has `{text}`; write a name and a whole number, such as A100:8"),
-        )),
-    }
-}
-
-fn read_ports(node: &Node) -> Result<Vec<u16>> {
-    let items = match &node.value {
-        Value::Sequence(items) => items.as_slice(),
-        _ => std::slice::from_ref(node),
-    };
-    items
-        .iter()
-        .map(|item| {
-            let port = item.scalar_text().and_then(|text| text.parse::<u16>().ok());
-            port.filter(|port| *port > 0)
-                .ok_or_else(|| item.invalid("resources.ports", "must be ports from 1 to 65535"))
-        })
-        .collect()
 }

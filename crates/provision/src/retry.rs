@@ -7,7 +7,7 @@ use async_trait::async_trait;
 
 use crate::error::Result;
 use crate::offer::Offer;
-use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
+use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider, StopStart};
 
 /// How often, and how far apart, calls are tried.
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +101,10 @@ impl<P: Provider> Provider for Retry<P> {
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
         self.attempt(|| self.inner.terminate(id)).await
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        self.inner.stop_start()
     }
 }
 

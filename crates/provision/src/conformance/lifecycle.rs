@@ -2,7 +2,7 @@
 
 use super::smallest;
 use crate::error::Error;
-use crate::provider::{InstanceId, Provider};
+use crate::provider::{InstanceId, InstanceState, Provider};
 
 /// Task files find offers by the provider's name.
 pub async fn offers_name_their_provider(provider: &dyn Provider) {
@@ -90,4 +90,32 @@ pub async fn terminate_of_an_absent_instance_succeeds(provider: &dyn Provider) {
         .terminate(&InstanceId("absent".into()))
         .await
         .expect("absent");
+}
+
+/// Where there is stopping: what was stopped is still ours, and starts again.
+pub async fn stopped_instances_are_listed_and_start_again(provider: &dyn Provider) {
+    let Some(power) = provider.stop_start() else {
+        return;
+    };
+    let created = provider
+        .create(&smallest(provider, "stopped").await)
+        .await
+        .expect("create");
+    for _ in 0..2 {
+        power.stop(&created.id).await.expect("stop");
+    }
+    let listed = provider.list_owned().await.expect("list");
+    assert_eq!(
+        listed
+            .first()
+            .map(|instance| (&instance.id, instance.state)),
+        Some((&created.id, InstanceState::Stopped))
+    );
+    for _ in 0..2 {
+        let started = power.start(&created.id).await.expect("start");
+        assert_eq!(started.state, InstanceState::Running);
+    }
+    let absent = InstanceId("absent".into());
+    let error = power.stop(&absent).await.expect_err("absent");
+    assert!(matches!(error, Error::NoSuchInstance { .. }), "{error:?}");
 }

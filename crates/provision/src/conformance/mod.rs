@@ -41,6 +41,7 @@ macro_rules! provider_conformance_tests {
             terminate_removes_from_the_list,
             terminate_is_idempotent,
             terminate_of_an_absent_instance_succeeds,
+            stopped_instances_are_listed_and_start_again,
         );
     };
 }

@@ -8,4 +8,4 @@ mod spec;
 pub use probe::{ProbeOutcome, ProbeState, ProbeVerdict};
 #[cfg(feature = "service")]
 pub use ready::wait_ready;
-pub use spec::{ReadinessProbe, ServiceSpec};
+pub use spec::{LoadBalancing, ReadinessProbe, ServiceSpec};

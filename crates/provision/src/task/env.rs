@@ -9,6 +9,7 @@ use crate::secret::Secret;
 #[derive(Debug, Clone, Default)]
 pub struct EnvOverrides {
     values: BTreeMap<String, Secret<String>>,
+    secrets: BTreeMap<String, Secret<String>>,
 }
 
 impl EnvOverrides {
@@ -43,6 +44,32 @@ impl EnvOverrides {
     pub fn with(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.values.insert(name.into(), Secret::new(value.into()));
         self
+    }
+
+    /// Sets one secret, as `--secret NAME=VALUE` does.
+    pub fn with_secret(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.secrets.insert(name.into(), Secret::new(value.into()));
+        self
+    }
+
+    /// Adds the lines of a secret file, which is written like an env file.
+    ///
+    /// # Errors
+    /// As [`EnvOverrides::with_env_file`].
+    pub fn with_secret_file(mut self, text: &str) -> Result<Self> {
+        let file = EnvOverrides::new().with_env_file(text)?;
+        self.secrets.extend(file.values);
+        Ok(self)
+    }
+
+    /// The secrets given, whether or not the task declares them.
+    pub(crate) fn secrets(&self) -> &BTreeMap<String, Secret<String>> {
+        &self.secrets
+    }
+
+    /// The value given for a secret: as one, or as a variable.
+    pub(crate) fn secret(&self, name: &str) -> Option<&Secret<String>> {
+        self.secrets.get(name).or_else(|| self.values.get(name))
     }
 
     /// The value given for `name`.

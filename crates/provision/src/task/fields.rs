@@ -1,68 +1,41 @@
-//! The fields of one YAML mapping, each taken once, none overlooked.
+//! The fields of one YAML mapping whose shape has been checked, each taken once.
 
 use std::collections::BTreeMap;
 
 use super::node::{Node, Value};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// The fields of a mapping whose names have been checked.
+/// The fields of a mapping.
 pub(crate) struct Fields {
     block: String,
     nodes: BTreeMap<String, Node>,
 }
 
 impl Fields {
-    /// Checks the names of `node`'s fields against what is `known` and what is `unsupported`.
-    ///
-    /// `block` is the dotted path of the mapping itself, empty at the top. A null mapping
-    /// (`resources:` with nothing below) has no fields.
-    pub(crate) fn of(
-        block: &str,
-        node: Node,
-        known: &[&str],
-        unsupported: &[&str],
-    ) -> Result<Self> {
+    /// `block` is the dotted path of the mapping, empty at the top. A node that is no mapping, such
+    /// as the null of `resources:` with nothing below, has no fields.
+    pub(crate) fn of(block: &str, node: Node) -> Self {
         let entries = match node.value {
-            Value::Null => Vec::new(),
             Value::Mapping(entries) => entries,
-            _ if block.is_empty() => {
-                return Err(node.invalid("task", "must be a mapping of fields"));
-            }
-            _ => return Err(node.invalid(block, "must be a mapping of fields")),
+            _ => Vec::new(),
         };
-        let mut fields = Fields {
+        let name = |(key, value): (Node, Node)| (key.scalar_text().unwrap_or_default(), value);
+        Fields {
             block: block.to_owned(),
-            nodes: BTreeMap::new(),
-        };
-        for (key, value) in entries {
-            let name = key.scalar_text().unwrap_or_default();
-            let field = fields.path(&name);
-            let (line, column) = (key.line, key.column);
-            if unsupported.contains(&name.as_str()) {
-                return Err(Error::Unsupported {
-                    field,
-                    line,
-                    column,
-                });
-            }
-            if !known.contains(&name.as_str()) {
-                return Err(Error::UnknownField {
-                    field,
-                    line,
-                    column,
-                    hint: hint(&name, known),
-                });
-            }
-            fields.nodes.insert(name, value);
+            nodes: entries.into_iter().map(name).collect(),
         }
-        Ok(fields)
     }
 
     /// Takes the field out, unless it is absent or null.
     pub(crate) fn take(&mut self, name: &str) -> Option<Node> {
-        self.nodes
-            .remove(name)
-            .filter(|node| !matches!(node.value, Value::Null))
+        self.peek(name)?;
+        self.nodes.remove(name)
+    }
+
+    /// Looks at the field without taking it.
+    pub(crate) fn peek(&self, name: &str) -> Option<&Node> {
+        let node = self.nodes.get(name)?;
+        (!matches!(node.value, Value::Null)).then_some(node)
     }
 
     /// A string, or a number or boolean as its text.
@@ -85,12 +58,8 @@ impl Fields {
     /// A number that is not negative.
     pub(crate) fn number(&mut self, name: &str) -> Result<Option<f64>> {
         self.take_as(name, "must be a number that is not negative", |node| {
-            match node.value {
-                Value::Integer(value) => Some(value as f64),
-                Value::Float(value) => Some(value),
-                _ => None,
-            }
-            .filter(|value| value.is_finite() && *value >= 0.0)
+            node.number()
+                .filter(|value| value.is_finite() && *value >= 0.0)
         })
     }
 
@@ -124,32 +93,4 @@ impl Fields {
             None => Err(node.invalid(&self.path(name), problem)),
         }
     }
-}
-
-/// The nearest known name if one is near, else all of them.
-fn hint(name: &str, known: &[&str]) -> String {
-    let nearest = known
-        .iter()
-        .map(|candidate| (edit_distance(name, candidate), candidate))
-        .min();
-    match nearest {
-        Some((distance, candidate)) if distance <= 2 => format!("did you mean `{candidate}`?"),
-        _ => format!("known fields are {}", known.join(", ")),
-    }
-}
-
-/// Levenshtein distance in characters.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }

@@ -1,15 +1,26 @@
 //! A task: what to run, on what, with which environment, in SkyPilot's YAML.
 
+mod builder;
 mod env;
 mod fields;
+mod mounts;
 pub(crate) mod node;
+mod pipeline;
+mod schema;
+pub(crate) mod surface;
+mod warnings;
 
 use std::collections::BTreeMap;
 
+pub use builder::TaskBuilder;
 pub use env::EnvOverrides;
 pub(crate) use env::{is_env_name, substitute};
 pub(crate) use fields::Fields;
+pub use mounts::{FileMount, MountSource};
 use node::{Node, Value};
+pub use pipeline::Pipeline;
+pub(crate) use schema::edit_distance;
+pub use warnings::Warning;
 
 use crate::error::{Error, Result};
 use crate::resources::Resources;
@@ -35,37 +46,13 @@ pub struct Task {
     pub resources: Resources,
     /// How many nodes run the task.
     pub num_nodes: u32,
+    /// Files and folders that are put on every node before `setup`.
+    pub file_mounts: Vec<FileMount>,
+    /// Where the task's input lies, with its size in GB, for the cost of reading it from elsewhere.
+    pub inputs: Option<(String, f64)>,
     /// Present when the task serves HTTP and has a readiness probe.
     pub service: Option<ServiceSpec>,
 }
-
-const KNOWN: &[&str] = &[
-    "name",
-    "workdir",
-    "setup",
-    "run",
-    "envs",
-    "secrets",
-    "resources",
-    "num_nodes",
-    "service",
-];
-
-/// SkyPilot's other fields: known, not acted on, therefore refused.
-const UNSUPPORTED: &[&str] = &[
-    "file_mounts",
-    "config",
-    "volumes",
-    "volume_mounts",
-    "pool",
-    "event_callback",
-    "inputs",
-    "outputs",
-    "managed_secrets",
-    "file_mounts_mapping",
-    "api_server_access",
-    "_metadata",
-];
 
 impl Task {
     /// Parses a task file of one document.
@@ -90,36 +77,62 @@ impl Task {
         if documents.len() > 1 {
             return Err(documents[1].invalid(
                 "---",
-                "starts a second document; pipelines of several tasks are not supported, split the file",
+                "starts a second document; read a pipeline of several tasks with `Pipeline::from_yaml`",
             ));
         }
-        let Some(document) = documents.pop() else {
-            return Ok(Task {
+        match documents.pop() {
+            Some(document) => Self::from_node(document, overrides),
+            None => Ok(Task {
                 num_nodes: 1,
                 ..Task::default()
-            });
-        };
-        let mut fields = Fields::of("", document, KNOWN, UNSUPPORTED)?;
+            }),
+        }
+    }
+
+    /// The shape first, then the meaning, and last what Updraft does not act on: a file that
+    /// SkyPilot would refuse is refused for the same reason.
+    fn from_node(document: Node, overrides: &EnvOverrides) -> Result<Task> {
+        let mut refused = Vec::new();
+        if !matches!(document.value, Value::Null) {
+            surface::TASK.check("", &document, &mut refused)?;
+        }
+        let mut fields = Fields::of("", document);
+        if let (Some(pool), Some(_)) = (fields.peek("pool"), fields.peek("service")) {
+            return Err(pool.invalid("pool", "cannot stand beside service; keep one of the two"));
+        }
         let envs = read_envs(&mut fields, overrides)?;
-        let secrets = read_secrets(&mut fields, overrides)?;
+        let (secrets, unfilled) = read_secrets(&mut fields, overrides, &mut refused)?;
+        let mut visible = envs.clone();
+        visible.extend(secrets.iter().map(|(k, v)| (k.clone(), v.expose().clone())));
+        let mut filled = |name: &str| fields.take(name).map(|node| node.substituted(&visible));
+        let (workdir, mounts, service) =
+            (filled("workdir"), filled("file_mounts"), filled("service"));
         let task = Task {
-            name: fields.text("name")?,
-            workdir: fields.text("workdir")?.map(|dir| substitute(&dir, &envs)),
+            name: read_name(&mut fields)?,
+            workdir: workdir.and_then(|node| read_workdir(&node, &mut refused)),
             setup: fields.text("setup")?,
             run: fields.text("run")?,
             resources: match fields.take("resources") {
-                Some(node) => Resources::from_node(node)?,
+                Some(node) => Resources::from_node(node, &mut refused)?,
                 None => Resources::default(),
             },
             num_nodes: fields.count("num_nodes")?.unwrap_or(1),
-            service: match fields.take("service") {
-                Some(node) => Some(ServiceSpec::from_node(node, &envs)?),
+            file_mounts: match mounts {
+                Some(node) => mounts::read(&node, &mut refused)?,
+                None => Vec::new(),
+            },
+            inputs: fields.take("inputs").and_then(|node| read_inputs(&node)),
+            service: match service {
+                Some(node) => Some(ServiceSpec::from_node(node, &mut refused)?),
                 None => None,
             },
             envs,
             secrets,
         };
-        Ok(task)
+        match refused.into_iter().chain(unfilled).next() {
+            Some(error) => Err(error),
+            None => Ok(task),
+        }
     }
 
     /// The variables a job of this task sees: `envs`, then `secrets`.
@@ -140,7 +153,7 @@ fn read_envs(fields: &mut Fields, overrides: &EnvOverrides) -> Result<BTreeMap<S
             Some(value) => value.expose().clone(),
             None => node
                 .scalar_text()
-                .ok_or_else(|| missing(&name, &node, "envs"))?,
+                .ok_or_else(|| Error::MissingEnv { name: name.clone() })?,
         };
         envs.insert(name, value);
     }
@@ -151,23 +164,106 @@ fn read_envs(fields: &mut Fields, overrides: &EnvOverrides) -> Result<BTreeMap<S
     Ok(envs)
 }
 
+/// Secrets by name, and the error of the first that has no value.
+type Secrets = (BTreeMap<String, Secret<String>>, Option<Error>);
+
 /// `secrets`, whose names leave `envs` alone: a secret is never an ordinary variable.
+///
+/// One without a value is not SkyPilot's error: its server may know the value. Ours cannot.
 fn read_secrets(
     fields: &mut Fields,
     overrides: &EnvOverrides,
-) -> Result<BTreeMap<String, Secret<String>>> {
-    let mut secrets = BTreeMap::new();
-    for (name, node) in variables(fields, "secrets")? {
-        let value = match overrides.get(&name) {
-            Some(value) => value.clone(),
-            None => Secret::new(
-                node.scalar_text()
-                    .ok_or_else(|| missing(&name, &node, "secrets"))?,
-            ),
-        };
-        secrets.insert(name, value);
+    refused: &mut Vec<Error>,
+) -> Result<Secrets> {
+    let Some(node) = fields.take("secrets") else {
+        return Ok((overrides.secrets().clone(), None));
+    };
+    let entries = match &node.value {
+        Value::Mapping(entries) => entries.as_slice(),
+        _ => &[],
+    };
+    if let Value::Sequence(items) = &node.value {
+        for item in items {
+            if !item
+                .scalar_text()
+                .is_some_and(|text| text.starts_with("secrets:"))
+            {
+                return Err(item.invalid("secrets", "must list names such as secrets:HF_TOKEN"));
+            }
+        }
+        if !items.is_empty() {
+            refused.push(Error::Unsupported {
+                field: "secrets (a list of names kept on a server)".to_owned(),
+                line: node.line,
+                column: node.column,
+            });
+        }
     }
-    Ok(secrets)
+    let mut unfilled = None;
+    let mut secrets = overrides.secrets().clone();
+    for (key, value) in entries {
+        let name = key.scalar_text().unwrap_or_default();
+        if name.starts_with("secrets:") && !matches!(value.value, Value::Null) {
+            return Err(value.invalid("secrets", "has a reference with a value; leave one out"));
+        }
+        match (overrides.secret(&name), value.scalar_text()) {
+            (Some(given), _) => secrets.insert(name, given.clone()),
+            (None, Some(text)) => secrets.insert(name, Secret::new(text)),
+            (None, None) => {
+                unfilled = unfilled.or(Some(Error::MissingSecret { name }));
+                None
+            }
+        };
+    }
+    Ok((secrets, unfilled))
+}
+
+/// Letters and digits, with one or two of `.`, `_` and `-` between them.
+pub(crate) fn is_task_name(name: &str) -> bool {
+    let mut separators = 0;
+    for c in name.chars() {
+        match c {
+            c if c.is_ascii_alphanumeric() => separators = 0,
+            '.' | '_' | '-' if separators < 2 => separators += 1,
+            _ => return false,
+        }
+    }
+    separators == 0 && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+}
+
+fn read_name(fields: &mut Fields) -> Result<Option<String>> {
+    let Some(node) = fields.take("name") else {
+        return Ok(None);
+    };
+    let name = node.scalar_text().unwrap_or_default();
+    if !is_task_name(&name) {
+        return Err(node.invalid(
+            "name",
+            "must be letters and digits, with single or double . _ - between them",
+        ));
+    }
+    Ok(Some(name))
+}
+
+/// A folder; a git repository is refused.
+fn read_workdir(node: &Node, refused: &mut Vec<Error>) -> Option<String> {
+    let workdir = node.scalar_text();
+    if workdir.is_none() {
+        refused.push(Error::Unsupported {
+            field: "workdir.url".to_owned(),
+            line: node.line,
+            column: node.column,
+        });
+    }
+    workdir
+}
+
+fn read_inputs(node: &Node) -> Option<(String, f64)> {
+    let Value::Mapping(entries) = &node.value else {
+        return None;
+    };
+    let (key, value) = entries.first()?;
+    Some((key.scalar_text()?, value.number()?))
 }
 
 fn variables(fields: &mut Fields, block: &str) -> Result<Vec<(String, Node)>> {
@@ -189,15 +285,6 @@ fn variables(fields: &mut Fields, block: &str) -> Result<Vec<(String, Node)>> {
             },
         )
         .collect()
-}
-
-fn missing(name: &str, node: &Node, block: &str) -> Error {
-    match node.value {
-        Value::Null => Error::MissingEnv {
-            name: name.to_owned(),
-        },
-        _ => node.invalid(&format!("{block}.{name}"), "must be a string or a number"),
-    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! A YAML document as a tree that remembers where each value stands.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
 
+use super::substitute;
 use crate::error::{Error, Result};
 
 /// A YAML value with its position.
@@ -43,9 +45,90 @@ impl Node {
         match &self.value {
             Value::Bool(value) => Some(if *value { "True" } else { "False" }.to_owned()),
             Value::Integer(value) => Some(value.to_string()),
-            Value::Float(value) => Some(value.to_string()),
+            Value::Float(value) => Some(format!("{value:?}")), // with its `.0`, as Python writes it
             Value::String(value) => Some(value.clone()),
             Value::Null | Value::Sequence(_) | Value::Mapping(_) => None,
+        }
+    }
+
+    /// An integer or a float.
+    pub(crate) fn number(&self) -> Option<f64> {
+        match self.value {
+            Value::Integer(value) => Some(value as f64),
+            Value::Float(value) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// The keys of a mapping.
+    pub(crate) fn keys(&self) -> Vec<String> {
+        match &self.value {
+            Value::Mapping(entries) => entries
+                .iter()
+                .filter_map(|(key, _)| key.scalar_text())
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// The value of a key of a mapping.
+    pub(crate) fn get(&self, name: &str) -> Option<&Node> {
+        let Value::Mapping(entries) = &self.value else {
+            return None;
+        };
+        let found = entries
+            .iter()
+            .find(|(key, _)| key.scalar_text().as_deref() == Some(name));
+        found.map(|(_, value)| value)
+    }
+
+    /// A mapping of scalars as text.
+    pub(crate) fn text_map(&self) -> BTreeMap<String, String> {
+        let Value::Mapping(entries) = &self.value else {
+            return BTreeMap::new();
+        };
+        entries
+            .iter()
+            .filter_map(|(key, value)| Some((key.scalar_text()?, value.scalar_text()?)))
+            .collect()
+    }
+
+    /// The same tree with `$NAME` replaced in every string, keys included.
+    pub(crate) fn substituted(&self, envs: &BTreeMap<String, String>) -> Node {
+        let value = match &self.value {
+            Value::String(text) => Value::String(substitute(text, envs)),
+            Value::Sequence(items) => {
+                Value::Sequence(items.iter().map(|item| item.substituted(envs)).collect())
+            }
+            Value::Mapping(entries) => Value::Mapping(
+                entries
+                    .iter()
+                    .map(|(key, value)| (key.substituted(envs), value.substituted(envs)))
+                    .collect(),
+            ),
+            scalar => scalar.clone(),
+        };
+        Node {
+            line: self.line,
+            column: self.column,
+            value,
+        }
+    }
+
+    /// The tree as JSON, which has no positions.
+    pub(crate) fn to_json(&self) -> serde_json::Value {
+        match &self.value {
+            Value::Null => serde_json::Value::Null,
+            Value::Bool(value) => (*value).into(),
+            Value::Integer(value) => (*value).into(),
+            Value::Float(value) => (*value).into(),
+            Value::String(value) => value.clone().into(),
+            Value::Sequence(items) => items.iter().map(Node::to_json).collect(),
+            Value::Mapping(entries) => entries
+                .iter()
+                .map(|(key, value)| (key.scalar_text().unwrap_or_default(), value.to_json()))
+                .collect::<serde_json::Map<_, _>>()
+                .into(),
         }
     }
 

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::resources::{Accelerator, Accelerators, Amount};
+use crate::resources::{Accelerator, Accelerators, Alternatives, Amount};
 
 fn parse(yaml: &str) -> Task {
     Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml)
@@ -125,8 +125,8 @@ fn errors_point_into_the_file() {
         "line 2, column 3: unknown field `resources.acelerators`; did you mean `accelerators`?",
     );
     check(
-        "file_mounts: {/data: s3://b}\n",
-        "line 1, column 1: field `file_mounts` is not supported by updraft; remove it, or run this task with SkyPilot",
+        "resources:\n  image_id: docker:x\n",
+        "line 2, column 3: field `resources.image_id` is not supported by updraft; remove it, or run this task with SkyPilot",
     );
     check(
         "num_nodes: 0\n",
@@ -137,13 +137,71 @@ fn errors_point_into_the_file() {
         "line 1, column 19: `resources.cpus` must be a number such as 4, or 4+ for at least four",
     );
     check(
-        "service: {replicas: 1}\n",
-        "line 1, column 10: `service` needs a readiness_probe, such as `readiness_probe: /v1/models`",
-    );
-    check(
         "- a\n",
         "line 1, column 1: `task` must be a mapping of fields",
     );
+}
+
+#[test]
+fn what_skypilot_refuses_too_comes_before_what_only_updraft_refuses() {
+    check(
+        "resources:\n  image_id: docker:x\n  cpus: many\n",
+        "line 3, column 9: `resources.cpus` must be a number such as 4, or 4+ for at least four",
+    );
+}
+
+#[test]
+fn alternatives_are_complete_and_joined_with_the_base() {
+    let yaml = "resources:\n  cpus: 4+\n  labels: {a: b}\n  ordered:\n    - {infra: aws/us-east-1, labels: {c: d}}\n    - {cpus: 8, gpus: L4}\n";
+    let Alternatives::Ordered(list) = parse(yaml).resources.alternatives else {
+        panic!("ordered");
+    };
+    assert_eq!(list[0].cloud.as_deref(), Some("aws"));
+    assert_eq!(list[0].region.as_deref(), Some("us-east-1"));
+    assert_eq!(list[0].cpus, Amount::parse("4+"));
+    assert_eq!(list[0].labels.len(), 2);
+    assert_eq!(list[1].cpus, Amount::parse("8"));
+    assert_eq!(
+        list[1].accelerators,
+        Accelerators::AnyOf(vec![gpu("L4", 1)])
+    );
+}
+
+#[test]
+fn file_mounts_see_the_variables_in_both_columns() {
+    let yaml = "envs: {SIZE: 7}\nfile_mounts:\n  /data-$SIZE: s3://bucket/${SIZE}b\n  ~/in: ./in\n";
+    let mounts = parse(yaml).file_mounts;
+    assert_eq!(mounts[0].target, "/data-7");
+    assert_eq!(
+        mounts[0].source,
+        MountSource::Bucket("s3://bucket/7b".into())
+    );
+    assert_eq!(mounts[1].source, MountSource::Local("./in".into()));
+}
+
+#[test]
+fn autostop_in_all_its_forms() {
+    let of = |yaml: &str| {
+        let autostop = parse(&format!("resources:\n  autostop: {yaml}\n"))
+            .resources
+            .autostop;
+        autostop.map(|autostop| (autostop.idle.map(|idle| idle.as_secs() / 60), autostop.down))
+    };
+    assert_eq!(of("true"), Some((Some(5), false)));
+    assert_eq!(of("false"), Some((None, false)));
+    assert_eq!(of("2h"), Some((Some(120), false)));
+    assert_eq!(of("{idle_minutes: 10, down: true}"), Some((Some(10), true)));
+}
+
+#[test]
+fn a_secret_reaches_neither_debug_nor_errors() {
+    let overrides = EnvOverrides::new().with_secret("TOKEN", "hunter2");
+    let yaml = "secrets: {TOKEN:}\nenvs: {A: b}\n";
+    let task = Task::from_yaml(yaml, &overrides).expect("filled");
+    assert_eq!(task.secrets["TOKEN"].expose(), "hunter2");
+    assert!(!format!("{task:?}").contains("hunter2"));
+    let error = Task::from_yaml(yaml, &EnvOverrides::new()).expect_err("unfilled");
+    assert!(matches!(error, Error::MissingSecret { .. }), "{error:?}");
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! This machine as a provider: an instance is a folder, and the processes started in it.
 
-mod groups;
 mod transport;
 
 use std::io::ErrorKind;
@@ -11,11 +10,15 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::groups::{self, replace};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
 };
 pub use transport::LocalTransport;
+
+/// The file that marks an instance as stopped; its agent writes it too.
+const STOPPED: &str = "stopped";
 
 /// How long the processes of a terminated instance may take to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
@@ -66,8 +69,12 @@ impl LocalProvider {
             serde_json::from_slice(&bytes).map_err(|error| Error::io(path)(error.into()))?;
         Ok(Instance {
             id: id.clone(),
+            token: record.token,
             cluster: record.cluster,
-            state: InstanceState::Running,
+            state: match self.dir(id).join(STOPPED).exists() {
+                true => InstanceState::Stopped,
+                false => InstanceState::Running,
+            },
             endpoint: Some(Endpoint::Local { dir: self.dir(id) }),
             usd_per_hour: 0.0,
         })
@@ -160,7 +167,35 @@ impl Provider for LocalProvider {
                 _ => {}
             }
         }
-        std::fs::remove_dir_all(&dir).map_err(Error::io(dir))
+        match std::fs::remove_dir_all(&dir) {
+            // Another client, or the instance itself, has ended it in this moment.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            result => result.map_err(Error::io(dir)),
+        }
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl StopStart for LocalProvider {
+    async fn stop(&self, id: &InstanceId) -> Result<()> {
+        // The marker goes first: an interrupted stop is a stopped instance to be stopped again.
+        self.read(id)?;
+        let marker = self.dir(id).join(STOPPED);
+        replace(&marker, b"")?;
+        groups::end_all(&self.dir(id), GRACE).await
+    }
+
+    async fn start(&self, id: &InstanceId) -> Result<Instance> {
+        self.read(id)?;
+        let marker = self.dir(id).join(STOPPED);
+        match std::fs::remove_file(&marker) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(marker)(error)),
+            _ => self.read(id),
+        }
     }
 }
 
@@ -173,13 +208,6 @@ fn file_name(token: &str) -> Result<String> {
         });
     }
     Ok(token.to_owned())
-}
-
-/// Writes a sibling and renames it, so that a reader sees all or nothing.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let sibling = path.with_extension(format!("tmp-{}", std::process::id()));
-    std::fs::write(&sibling, bytes).map_err(Error::io(&sibling))?;
-    std::fs::rename(&sibling, path).map_err(Error::io(path))
 }
 
 /// The machine's memory, from the first line of `/proc/meminfo`.

@@ -10,8 +10,8 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
-use super::groups;
 use crate::error::{Error, Result};
+use crate::groups::{self, replace};
 use crate::transport::{
     ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
 };
@@ -55,6 +55,8 @@ impl HostTransport for LocalTransport {
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(&command.script);
         bash.current_dir(command.workdir.as_deref().map_or(files, PathBuf::from));
+        // What escapes the group of this command is to record its own here.
+        bash.env(groups::FOLDER, self.dir.join("groups"));
         bash.envs(
             command
                 .environment
@@ -169,5 +171,5 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     }
     let bytes = std::fs::read(from).map_err(Error::io(from))?;
-    super::replace(to, &bytes)
+    replace(to, &bytes)
 }

@@ -1,4 +1,4 @@
-//! The process groups of an instance, recorded so that nobody's are ever ended but ours.
+//! Process groups, recorded so that nobody's are ever ended but ours.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,6 +7,9 @@ use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 use crate::error::{Error, Result};
 
+/// The variable that tells a command where its instance records process groups.
+pub(crate) const FOLDER: &str = "UPDRAFT_GROUPS";
+
 /// How often a group that was asked to end is looked at.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -14,16 +17,16 @@ const POLL: Duration = Duration::from_millis(20);
 ///
 /// The record carries the process's start time: a pid that the system has given to somebody else
 /// since then does not match it.
-pub(super) fn record(dir: &Path, pid: i32) -> Result<PathBuf> {
+pub(crate) fn record(dir: &Path, pid: i32) -> Result<PathBuf> {
     let groups = dir.join("groups");
     std::fs::create_dir_all(&groups).map_err(Error::io(&groups))?;
     let path = groups.join(pid.to_string());
-    super::replace(&path, start_time(pid).unwrap_or_default().as_bytes())?;
+    replace(&path, start_time(pid).unwrap_or_default().as_bytes())?;
     Ok(path)
 }
 
 /// Ends every recorded group: SIGTERM, then SIGKILL to what is left after `grace`.
-pub(super) async fn end_all(dir: &Path, grace: Duration) -> Result<()> {
+pub(crate) async fn end_all(dir: &Path, grace: Duration) -> Result<()> {
     let groups = dir.join("groups");
     let entries = match std::fs::read_dir(&groups) {
         Ok(entries) => entries,
@@ -50,7 +53,7 @@ pub(super) async fn end_all(dir: &Path, grace: Duration) -> Result<()> {
 }
 
 /// Ends one group; returns when none of its processes is left.
-pub(super) async fn end(pid: i32, grace: Duration) {
+pub(crate) async fn end(pid: i32, grace: Duration) {
     signal(pid, Signal::TERM);
     let asked = Instant::now();
     while !is_empty(pid) {
@@ -64,7 +67,7 @@ pub(super) async fn end(pid: i32, grace: Duration) {
     }
 }
 
-fn signal(pid: i32, signal: Signal) {
+pub(crate) fn signal(pid: i32, signal: Signal) {
     if let Some(group) = Pid::from_raw(pid) {
         // The group may have ended by itself in this moment, which is what was asked for.
         let _ = kill_process_group(group, signal);
@@ -74,7 +77,7 @@ fn signal(pid: i32, signal: Signal) {
 /// Whether no process of the group runs any more.
 ///
 /// A zombie has ended: it only waits for its parent, which may be a client that is busy elsewhere.
-pub(super) fn is_empty(pid: i32) -> bool {
+pub(crate) fn is_empty(pid: i32) -> bool {
     let group = pid.to_string();
     let Ok(processes) = std::fs::read_dir("/proc") else {
         return Pid::from_raw(pid).is_none_or(|group| test_kill_process_group(group).is_err());
@@ -85,8 +88,15 @@ pub(super) fn is_empty(pid: i32) -> bool {
     })
 }
 
+/// Writes a sibling and renames it, so that a reader sees all or nothing.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let sibling = path.with_extension(format!("tmp-{}", std::process::id()));
+    std::fs::write(&sibling, bytes).map_err(Error::io(&sibling))?;
+    std::fs::rename(&sibling, path).map_err(Error::io(path))
+}
+
 /// When the process was started, in clock ticks since boot; `None` when there is no such process.
-fn start_time(pid: i32) -> Option<String> {
+pub(crate) fn start_time(pid: i32) -> Option<String> {
     stat_fields(Path::new(&format!("/proc/{pid}")))?
         .into_iter()
         .nth(19)

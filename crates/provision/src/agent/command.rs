@@ -1,0 +1,113 @@
+//! The agent's command line, which [`AgentClient`](super::AgentClient) speaks over a transport.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::queue::{JobSpec, Queue};
+use super::runner::{Agent, now};
+use crate::error::{Error, Result};
+
+/// How often a followed log is looked at.
+const FOLLOW: Duration = Duration::from_millis(50);
+
+/// Runs one command of the agent; answers go to `out`.
+///
+/// `run DIR`, `set DIR NAME VALUE`, `submit DIR` (the job as JSON in `UPDRAFT_JOB`), `queue DIR`,
+/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`.
+///
+/// # Errors
+/// [`Error::InvalidTask`] for a command that is none; else the queue's.
+pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["run", dir] => match Agent::take(dir)? {
+            Some(agent) => agent.run(),
+            None => Ok(()),
+        },
+        ["set", dir, name, value] => Queue::open(dir)?.set(name, value),
+        ["submit", dir] => {
+            let text = std::env::var("UPDRAFT_JOB").unwrap_or_default();
+            let spec: JobSpec = serde_json::from_str(&text).map_err(|_| Error::InvalidTask {
+                what: "UPDRAFT_JOB must hold a job as JSON".to_owned(),
+            })?;
+            let id = Queue::open(dir)?.submit(&spec, now())?;
+            say(out, &id.to_string())
+        }
+        ["queue", dir] => {
+            for job in Queue::open(dir)?.jobs()? {
+                say(out, &serde_json::to_string(&job).unwrap_or_default())?;
+            }
+            Ok(())
+        }
+        ["cancel", dir, which] => {
+            let id = match *which {
+                "all" => None,
+                id => Some(number(id)?),
+            };
+            let cancelled = Queue::open(dir)?.cancel(id, now())?;
+            say(out, &cancelled.to_string())
+        }
+        ["logs", dir, id, rest @ ..] => {
+            let queue = Queue::open(dir)?;
+            let id = match *id {
+                "last" => queue
+                    .jobs()?
+                    .last()
+                    .map(|job| job.id)
+                    .ok_or_else(none_yet)?,
+                id => number(id)?,
+            };
+            logs(&queue, id, rest.contains(&"follow"), out)
+        }
+        ["lease", dir, text] => {
+            let lease = serde_json::from_str(text).map_err(|_| Error::InvalidTask {
+                what: "a lease must be JSON".to_owned(),
+            })?;
+            Queue::open(dir)?.set_lease(&lease, now())
+        }
+        _ => Err(Error::InvalidTask {
+            what: "unknown command of the agent; client and node may be of different versions"
+                .to_owned(),
+        }),
+    }
+}
+
+/// Copies a job's log; following it ends with the job.
+fn logs(queue: &Queue, id: i64, follow: bool, out: &mut dyn Write) -> Result<()> {
+    let path = queue.log(id);
+    let mut file = File::open(&path).map_err(Error::io(&path))?;
+    let mut at = 0;
+    loop {
+        // Asked before reading: what is written until the end is read after it.
+        let over = queue.job(id)?.is_none_or(|job| job.status.is_final());
+        file.seek(SeekFrom::Start(at)).map_err(Error::io(&path))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(Error::io(&path))?;
+        at += bytes.len() as u64;
+        out.write_all(&bytes)
+            .and_then(|()| out.flush())
+            .map_err(Error::io(PathBuf::from("output")))?;
+        if over || !follow {
+            return Ok(());
+        }
+        std::thread::sleep(FOLLOW);
+    }
+}
+
+fn say(out: &mut dyn Write, line: &str) -> Result<()> {
+    writeln!(out, "{line}").map_err(Error::io("output"))
+}
+
+fn number(text: &str) -> Result<i64> {
+    text.parse().map_err(|_| Error::InvalidTask {
+        what: format!("`{text}` is not the number of a job"),
+    })
+}
+
+fn none_yet() -> Error {
+    Error::InvalidTask {
+        what: "no job was submitted yet".to_owned(),
+    }
+}

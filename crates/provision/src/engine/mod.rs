@@ -1,0 +1,322 @@
+//! Clusters over any providers, none of whose instances is ever forgotten.
+
+mod collect;
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+mod jobs;
+mod launch;
+#[cfg(test)]
+mod tests;
+
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+pub use jobs::{ExecOptions, JobId};
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::failover::FailoverPolicy;
+use crate::launch::connect;
+use crate::offer::Offer;
+use crate::provider::{Instance, InstanceState, Lease, Provider};
+use crate::state::{ClusterRow, ClusterStatus, NodeRow, NodeState, State};
+use crate::task::Task;
+use crate::transport::HostTransport;
+
+/// How long `down` waits for providers to confirm, and how often it asks.
+const CONFIRM_TRIES: u32 = 60;
+const CONFIRM_PAUSE: Duration = Duration::from_secs(1);
+
+/// Launches, finds and ends clusters, and keeps the books.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    state: Arc<State>,
+    providers: Vec<Arc<dyn Provider>>,
+}
+
+/// What to launch.
+#[derive(Debug, Clone)]
+pub struct LaunchRequest {
+    /// The cluster's name.
+    pub cluster: String,
+    /// When its instances end by themselves.
+    pub lease: Lease,
+    /// How long to try.
+    pub policy: FailoverPolicy,
+}
+
+/// A cluster with its instances as their providers describe them.
+#[derive(Debug, Clone)]
+pub struct ClusterReport {
+    /// As recorded.
+    pub row: ClusterRow,
+    /// Its instances by rank; `None` where the provider was not asked.
+    pub nodes: Vec<(NodeRow, Option<Instance>)>,
+}
+
+/// What one cluster has cost.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CostLine {
+    /// The cluster.
+    pub cluster: String,
+    /// The machine types it ran on.
+    pub instance_type: String,
+    /// The instances it had, those that are gone included.
+    pub instances: u32,
+    /// Whether one still runs.
+    pub running: bool,
+    /// The sum of their hours.
+    pub hours: f64,
+    /// Hours times list price.
+    pub usd: f64,
+}
+
+impl Engine {
+    /// Keeps books in `state` about instances of `providers`.
+    pub fn new(state: Arc<State>, providers: Vec<Arc<dyn Provider>>) -> Self {
+        Self { state, providers }
+    }
+
+    /// The books.
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    /// The provider of that name.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchProvider`].
+    pub fn provider(&self, name: &str) -> Result<&Arc<dyn Provider>> {
+        let found = self
+            .providers
+            .iter()
+            .find(|provider| provider.name() == name);
+        found.ok_or_else(|| Error::NoSuchProvider {
+            name: name.to_owned(),
+            known: self.provider_names().join(", "),
+        })
+    }
+
+    /// The names of the providers at hand.
+    pub fn provider_names(&self) -> Vec<&'static str> {
+        self.providers
+            .iter()
+            .map(|provider| provider.name())
+            .collect()
+    }
+
+    /// What every provider offers now; one that does not answer is left out with a warning.
+    pub async fn offers(&self) -> Vec<Offer> {
+        let mut offers = Vec::new();
+        for provider in &self.providers {
+            match provider.offers().await {
+                Ok(more) => offers.extend(more),
+                Err(error) => {
+                    tracing::warn!(provider = provider.name(), %error, "no offers");
+                }
+            }
+        }
+        offers
+    }
+
+    /// Asks every provider whether it can be used: its name, and what it said.
+    pub async fn check(&self) -> Vec<(&'static str, Result<usize>)> {
+        let mut answers = Vec::new();
+        for provider in &self.providers {
+            let offers = provider.offers().await;
+            answers.push((provider.name(), offers.map(|offers| offers.len())));
+        }
+        answers
+    }
+
+    /// The clusters as recorded, and with `refresh` as their providers say; what is gone is recorded.
+    ///
+    /// # Errors
+    /// [`Error::State`], or a provider's.
+    pub async fn status(&self, refresh: bool) -> Result<Vec<ClusterReport>> {
+        if refresh {
+            for cluster in self.state.clusters()? {
+                // One that another process works on is left to it.
+                if let Ok(_lock) = self.state.lock(&cluster.name) {
+                    self.reconcile(&cluster.name).await?;
+                }
+            }
+        }
+        let nodes = self.state.open_nodes()?;
+        let mut reports = Vec::new();
+        for row in self.state.clusters()? {
+            let mut own = Vec::new();
+            for node in nodes.iter().filter(|node| node.cluster == row.name) {
+                own.push((node.clone(), self.describe(node).await));
+            }
+            reports.push(ClusterReport { row, nodes: own });
+        }
+        Ok(reports)
+    }
+
+    async fn describe(&self, node: &NodeRow) -> Option<Instance> {
+        let provider = self.provider(&node.provider).ok()?;
+        provider.describe(node.instance.as_ref()?).await.ok()
+    }
+
+    /// The ways to a running cluster's nodes, by rank.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchCluster`]; [`Error::InvalidTask`] if it does not run.
+    pub async fn connect(&self, cluster: &str) -> Result<Vec<(Instance, Arc<dyn HostTransport>)>> {
+        let row = self.row(cluster)?;
+        if row.status != ClusterStatus::Up {
+            return Err(Error::InvalidTask {
+                what: format!("cluster `{cluster}` is not up; start or launch it"),
+            });
+        }
+        let mut ways = Vec::new();
+        for node in self.live(cluster)? {
+            let provider = self.provider(&node.provider)?;
+            if let Some(id) = &node.instance {
+                let instance = provider.describe(id).await?;
+                let transport = connect(&instance)?;
+                ways.push((instance, transport));
+            }
+        }
+        Ok(ways)
+    }
+
+    /// Stops a cluster's instances; their files stay.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchCluster`]; [`Error::NotCapable`] if a provider cannot.
+    pub async fn stop(&self, cluster: &str) -> Result<()> {
+        let _lock = self.state.lock(cluster)?;
+        self.row(cluster)?;
+        for node in self.live(cluster)? {
+            let provider = self.provider(&node.provider)?;
+            let power = provider
+                .stop_start()
+                .ok_or_else(|| not_capable(&node, "stop"))?;
+            if let Some(id) = &node.instance {
+                power.stop(id).await?;
+            }
+        }
+        self.state.set_status(cluster, ClusterStatus::Stopped)
+    }
+
+    /// Starts a stopped cluster's instances again.
+    ///
+    /// # Errors
+    /// As [`Engine::stop`].
+    pub async fn start(&self, cluster: &str) -> Result<()> {
+        let _lock = self.state.lock(cluster)?;
+        self.row(cluster)?;
+        for node in self.live(cluster)? {
+            let provider = self.provider(&node.provider)?;
+            let power = provider
+                .stop_start()
+                .ok_or_else(|| not_capable(&node, "start"))?;
+            if let Some(id) = &node.instance {
+                power.start(id).await?;
+            }
+        }
+        self.state.set_status(cluster, ClusterStatus::Up)
+    }
+
+    /// Records when a cluster's instances end by themselves.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchCluster`].
+    pub fn set_lease(&self, cluster: &str, lease: Lease) -> Result<()> {
+        let row = self.row(cluster)?;
+        self.state.put_cluster(&ClusterRow { lease, ..row })
+    }
+
+    /// What every cluster has cost until `now`, by name.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub fn cost_report(&self, now: SystemTime) -> Result<Vec<CostLine>> {
+        let mut lines: Vec<CostLine> = Vec::new();
+        for node in self.state.all_nodes()? {
+            let Some(created) = node.created else {
+                continue;
+            };
+            let until = node.ended.unwrap_or(now);
+            let hours = until
+                .duration_since(created)
+                .unwrap_or_default()
+                .as_secs_f64()
+                / 3600.0;
+            let usd = hours * node.offer.usd_per_hour;
+            let same = |line: &&mut CostLine| {
+                line.cluster == node.cluster && line.instance_type == node.offer.instance_type
+            };
+            match lines.iter_mut().find(same) {
+                Some(line) => {
+                    line.instances += 1;
+                    line.running |= node.ended.is_none();
+                    line.hours += hours;
+                    line.usd += usd;
+                }
+                None => lines.push(CostLine {
+                    cluster: node.cluster,
+                    instance_type: node.offer.instance_type,
+                    instances: 1,
+                    running: node.ended.is_none(),
+                    hours,
+                    usd,
+                }),
+            }
+        }
+        Ok(lines)
+    }
+
+    fn row(&self, cluster: &str) -> Result<ClusterRow> {
+        let row = self.state.cluster(cluster)?;
+        row.ok_or_else(|| Error::NoSuchCluster {
+            name: cluster.to_owned(),
+        })
+    }
+
+    fn open(&self, cluster: &str) -> Result<Vec<NodeRow>> {
+        let nodes = self.state.open_nodes()?;
+        Ok(nodes
+            .into_iter()
+            .filter(|node| node.cluster == cluster)
+            .collect())
+    }
+
+    fn live(&self, cluster: &str) -> Result<Vec<NodeRow>> {
+        let nodes = self.open(cluster)?;
+        Ok(nodes
+            .into_iter()
+            .filter(|node| node.state == NodeState::Live)
+            .collect())
+    }
+}
+
+fn not_capable(node: &NodeRow, verb: &'static str) -> Error {
+    Error::NotCapable {
+        provider: node.provider.clone(),
+        verb,
+    }
+}
+
+/// What a new or relaunched cluster is recorded as.
+fn fresh_row(request: &LaunchRequest, task: &Task, created: SystemTime) -> ClusterRow {
+    ClusterRow {
+        name: request.cluster.clone(),
+        status: ClusterStatus::Init,
+        task: task.name.clone(),
+        num_nodes: task.num_nodes.max(1),
+        lease: request.lease,
+        created,
+    }
+}
+
+/// Whether a running or starting instance, not one that is stopped or going.
+fn is_up(instance: &Instance) -> bool {
+    matches!(
+        instance.state,
+        InstanceState::Running | InstanceState::Starting
+    )
+}

@@ -1,0 +1,283 @@
+//! Machines one owns, as a provider: taking one is making a folder on it.
+
+mod alias;
+mod hosts;
+mod transport;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::offer::Offer;
+use crate::provider::{
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
+};
+use crate::shell::quote;
+pub use alias::{forget_alias, write_alias};
+pub use hosts::{SshHost, read as read_hosts};
+pub use transport::SshTransport;
+
+/// The folder on a machine that says whose it is and holds what is theirs.
+const DIR: &str = ".updraft-instance";
+
+/// Ends every process group recorded in `groups/` whose leader is the process that was recorded, or
+/// whose leader is gone while its number still names a group of ours.
+const END_GROUPS: &str = r#"
+end_groups() {
+  for signal in TERM KILL; do
+    left=
+    for record in groups/[0-9]*; do
+      [ -e "$record" ] || continue
+      group=${record##*/}
+      if read -r -a stat < "/proc/$group/stat" 2>/dev/null; then
+        [ "${stat[21]}" = "$(cat "$record")" ] || continue
+      fi
+      kill -$signal -- "-$group" 2>/dev/null && left=1
+    done
+    [ -z "$left" ] && return 0
+    for i in $(seq 50); do
+      alive=
+      for record in groups/[0-9]*; do
+        [ -e "$record" ] || continue
+        kill -0 -- "-${record##*/}" 2>/dev/null && alive=1
+      done
+      [ -z "$alive" ] && return 0
+      sleep 0.1
+    done
+  done
+}
+"#;
+
+/// Machines one owns, reached over ssh. Each is given to one cluster at a time.
+///
+/// Which machine is whose is written on the machine, so that every client sees the same.
+#[derive(Debug, Clone)]
+pub struct SshProvider {
+    machines: Vec<(SshHost, SshTransport)>,
+}
+
+/// What `instance.json` on a machine holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    token: String,
+    cluster: String,
+}
+
+impl SshProvider {
+    /// Gives out these machines.
+    pub fn new(hosts: Vec<SshHost>) -> Self {
+        let way = |host: SshHost| {
+            let transport = SshTransport::new(host.target.clone(), DIR);
+            (host, transport)
+        };
+        Self {
+            machines: hosts.into_iter().map(way).collect(),
+        }
+    }
+
+    /// What is on a machine, if somebody has it.
+    async fn read(&self, host: &SshHost, transport: &SshTransport) -> Result<Option<Instance>> {
+        let script = format!(
+            "cd {DIR} 2>/dev/null || exit 0; [ -e stopped ] && echo stopped || echo running; cat instance.json 2>/dev/null || true"
+        );
+        let said = transport
+            .ask(&script)
+            .await
+            .map_err(unavailable("describe"))?;
+        let Some((state, json)) = said.split_once('\n') else {
+            return Ok(None);
+        };
+        let Ok(record) = serde_json::from_str::<Record>(json) else {
+            return Ok(None); // half taken, or half given back
+        };
+        Ok(Some(Instance {
+            id: id_of(host, &record.token),
+            token: record.token,
+            cluster: record.cluster,
+            state: match state {
+                "stopped" => InstanceState::Stopped,
+                _ => InstanceState::Running,
+            },
+            endpoint: Some(Endpoint::Ssh {
+                target: host.target.clone(),
+                dir: DIR.to_owned(),
+            }),
+            usd_per_hour: 0.0,
+        }))
+    }
+
+    /// The machine an id names, if its instance is still there.
+    async fn find(&self, id: &InstanceId) -> Result<Option<(&SshTransport, Instance)>> {
+        for (host, transport) in &self.machines {
+            if id.0.starts_with(&format!("{}/", name_of(host)))
+                && let Some(instance) = self.read(host, transport).await?
+                && instance.id == *id
+            {
+                return Ok(Some((transport, instance)));
+            }
+        }
+        Ok(None)
+    }
+
+    async fn existing(&self, id: &InstanceId) -> Result<(&SshTransport, Instance)> {
+        let found = self.find(id).await?;
+        found.ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
+    }
+}
+
+fn name_of(host: &SshHost) -> String {
+    match host.target.port {
+        Some(port) => format!("{}:{port}", host.target.host),
+        None => host.target.host.clone(),
+    }
+}
+
+fn id_of(host: &SshHost, token: &str) -> InstanceId {
+    InstanceId(format!("{}/{token}", name_of(host)))
+}
+
+fn unavailable(operation: &'static str) -> impl FnOnce(Error) -> Error {
+    move |error| Error::Unavailable {
+        provider: "ssh",
+        operation,
+        source: error.into(),
+    }
+}
+
+#[async_trait]
+impl Provider for SshProvider {
+    fn name(&self) -> &'static str {
+        "ssh"
+    }
+
+    fn guards(&self) -> Guards {
+        Guards {
+            free: true,
+            ..Guards::default()
+        }
+    }
+
+    /// Asks every machine; one that cannot be reached is left out with a warning.
+    async fn offers(&self) -> Result<Vec<Offer>> {
+        let mut offers = Vec::new();
+        for (host, transport) in &self.machines {
+            let script = "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; true";
+            let said = match transport.ask(script).await {
+                Ok(said) => said,
+                Err(error) => {
+                    tracing::warn!(host = name_of(host), %error, "cannot be reached");
+                    continue;
+                }
+            };
+            let numbers: Vec<f64> = said
+                .lines()
+                .filter_map(|line| line.trim().parse().ok())
+                .collect();
+            offers.push(Offer {
+                provider: self.name().to_owned(),
+                instance_type: name_of(host),
+                region: host.pool.clone(),
+                zone: None,
+                cpus: numbers.first().copied().unwrap_or(0.0),
+                memory_gib: numbers.get(1).copied().unwrap_or(0.0) / (1024.0 * 1024.0),
+                accelerator: host.accelerator.clone(),
+                spot: false,
+                usd_per_hour: 0.0,
+            });
+        }
+        Ok(offers)
+    }
+
+    async fn create(&self, request: &CreateRequest) -> Result<Instance> {
+        // The same token is the same instance, wherever it was made.
+        let owned = self.list_owned().await?;
+        if let Some(instance) = owned
+            .into_iter()
+            .find(|instance| instance.token == request.token)
+        {
+            return Ok(instance);
+        }
+        let wanted = &request.offer.instance_type;
+        let machine = self
+            .machines
+            .iter()
+            .find(|(host, _)| name_of(host) == *wanted);
+        let no_capacity = || Error::NoCapacity {
+            instance_type: wanted.clone(),
+            region: request.offer.region.clone(),
+        };
+        let (host, transport) = machine.ok_or_else(no_capacity)?;
+        let record = Record {
+            token: request.token.clone(),
+            cluster: request.cluster.clone(),
+        };
+        let json = serde_json::to_string(&record).unwrap_or_default();
+        // The link is the taking: it fails if somebody was first.
+        let script = format!(
+            "set -e; mkdir -p {DIR}/files {DIR}/groups; t={DIR}/taking.$$; printf %s {} > $t; \
+             if ln $t {DIR}/instance.json 2>/dev/null; then echo taken; else echo busy; fi; rm -f $t",
+            quote(&json)
+        );
+        let said = transport
+            .ask(&script)
+            .await
+            .map_err(unavailable("create"))?;
+        if said.trim() != "taken" {
+            return Err(no_capacity());
+        }
+        self.read(host, transport).await?.ok_or_else(no_capacity)
+    }
+
+    async fn describe(&self, id: &InstanceId) -> Result<Instance> {
+        self.existing(id).await.map(|(_, instance)| instance)
+    }
+
+    async fn list_owned(&self) -> Result<Vec<Instance>> {
+        let mut instances = Vec::new();
+        for (host, transport) in &self.machines {
+            instances.extend(self.read(host, transport).await?);
+        }
+        instances.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(instances)
+    }
+
+    async fn terminate(&self, id: &InstanceId) -> Result<()> {
+        let Some((transport, _)) = self.find(id).await? else {
+            return Ok(());
+        };
+        // The record goes last: an interrupted end still lists the instance.
+        let script = format!(
+            "{END_GROUPS} cd {DIR} || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
+        );
+        transport
+            .ask(&script)
+            .await
+            .map(drop)
+            .map_err(unavailable("terminate"))
+    }
+
+    fn stop_start(&self) -> Option<&dyn StopStart> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl StopStart for SshProvider {
+    async fn stop(&self, id: &InstanceId) -> Result<()> {
+        let (transport, _) = self.existing(id).await?;
+        let script =
+            format!("{END_GROUPS} cd {DIR} || exit 1; touch stopped; end_groups; rm -f groups/*");
+        transport
+            .ask(&script)
+            .await
+            .map(drop)
+            .map_err(unavailable("stop"))
+    }
+
+    async fn start(&self, id: &InstanceId) -> Result<Instance> {
+        let (transport, _) = self.existing(id).await?;
+        let script = format!("rm -f {DIR}/stopped");
+        transport.ask(&script).await.map_err(unavailable("start"))?;
+        self.describe(id).await
+    }
+}

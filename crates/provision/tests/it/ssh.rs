@@ -1,0 +1,75 @@
+//! Machines over ssh keep the promises that every provider and transport keeps.
+
+use updraft_provision::providers::ssh::{SshProvider, SshTransport};
+use updraft_provision::{Error, HostTransport, Provider, conformance};
+
+use crate::sshd::machines;
+
+/// One promise after the other, each on machines of its own state.
+macro_rules! provider_promises {
+    ($($promise:ident,)*) => {$(
+        #[tokio::test]
+        async fn $promise() {
+            if let Some(machines) = machines(2) {
+                let provider = SshProvider::new(machines.hosts.clone());
+                conformance::lifecycle::$promise(&provider).await;
+            }
+        }
+    )*};
+}
+
+macro_rules! transport_promises {
+    ($($promise:ident,)*) => {$(
+        #[tokio::test]
+        async fn $promise() {
+            if let Some(machines) = machines(1) {
+                let transport = SshTransport::new(machines.hosts[0].target.clone(), "instance");
+                conformance::transport::$promise(&transport).await;
+            }
+        }
+    )*};
+}
+
+provider_promises! {
+    offers_name_their_provider,
+    created_instances_are_listed,
+    create_is_idempotent_in_its_token,
+    describe_knows_what_was_created,
+    describe_of_an_absent_instance_is_typed,
+    terminate_is_idempotent,
+    terminate_of_an_absent_instance_succeeds,
+    stopped_instances_are_listed_and_start_again,
+}
+
+transport_promises! {
+    lines_arrive_in_order_and_none_is_lost,
+    the_exit_code_is_reported,
+    the_environment_and_workdir_are_set,
+    ending_a_process_ends_its_children,
+    files_arrive_whole_and_come_back,
+}
+
+#[tokio::test]
+async fn a_machine_whose_key_is_not_pinned_is_refused() {
+    let Some(machines) = machines(2) else { return };
+    let mut target = machines.hosts[0].target.clone();
+    let empty = tempfile::NamedTempFile::new().expect("file");
+    target.known_hosts = Some(empty.path().to_owned());
+    let transport = SshTransport::new(target, "instance");
+    let command = updraft_provision::ShellCommand::default();
+    let error = transport.start(&command).await.expect_err("unknown key");
+    assert!(matches!(error, Error::Transport { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_machine_is_given_to_one_at_a_time() {
+    let Some(machines) = machines(1) else { return };
+    let provider = SshProvider::new(machines.hosts.clone());
+    let first = conformance::smallest(&provider, "first").await;
+    let second = conformance::smallest(&provider, "second").await;
+    let taken = provider.create(&first).await.expect("free");
+    let error = provider.create(&second).await.expect_err("taken");
+    assert!(matches!(error, Error::NoCapacity { .. }), "{error:?}");
+    provider.terminate(&taken.id).await.expect("given back");
+    provider.create(&second).await.expect("free again");
+}
