@@ -49,7 +49,8 @@ impl Worker {
     /// order; the only one if none does. `variable` looks up one variable.
     ///
     /// # Errors
-    /// [`Error::InvalidOption`] if a variable is no number or does not fit the other.
+    /// [`Error::InvalidOption`] if a variable is no number or does not fit the other, or if only
+    /// the worker's own number is set, as Kubernetes does: then set `JOB_COMPLETIONS` too.
     ///
     /// ```
     /// # use updraft_dataset::Worker;
@@ -69,8 +70,18 @@ impl Worker {
             variable(name).map(parse).transpose()
         };
         for (index, count) in VARIABLES {
-            if let (Some(index), Some(count)) = (number(index)?, number(count)?) {
-                return Self::new(index, count);
+            match (number(index)?, number(count)?) {
+                (Some(index), Some(count)) => return Self::new(index, count),
+                // One of several that does not know of how many would take what is the others'.
+                (Some(found), None) => {
+                    return Err(Error::InvalidOption {
+                        option: index,
+                        problem: format!(
+                            "is {found}, but {count} is not set: set it to the number of workers"
+                        ),
+                    });
+                }
+                (None, _) => {}
             }
         }
         Ok(Self::default())
@@ -113,7 +124,31 @@ mod tests {
         assert!(Worker::new(3, 3).is_err());
         assert!(Worker::new(0, 0).is_err());
         let half = |name: &str| (name == "RANK").then(|| "1".to_owned());
-        assert_eq!(Worker::from_env(half).expect("no world"), Worker::default());
+        assert_eq!(
+            Worker::from_env(half).expect_err("no world").to_string(),
+            "RANK is 1, but WORLD_SIZE is not set: set it to the number of workers"
+        );
+        let launched = |variables: &[(&str, &str)]| {
+            let find = |name: &str| {
+                variables
+                    .iter()
+                    .find(|var| var.0 == name)
+                    .map(|var| var.1.to_owned())
+            };
+            Worker::from_env(find).expect("a launcher's variables")
+        };
+        assert_eq!(launched(&[]), Worker::default());
+        assert_eq!(launched(&[("WORLD_SIZE", "4")]), Worker::default());
+        let torchrun = [("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")];
+        let skypilot = [("SKYPILOT_NODE_RANK", "1"), ("SKYPILOT_NUM_NODES", "2")];
+        let kubernetes = [("JOB_COMPLETION_INDEX", "2"), ("JOB_COMPLETIONS", "3")];
+        assert_eq!(launched(&torchrun), Worker { index: 5, count: 8 });
+        assert_eq!(launched(&skypilot), Worker { index: 1, count: 2 });
+        assert_eq!(launched(&kubernetes), Worker { index: 2, count: 3 });
+        assert_eq!(
+            launched(&[skypilot, [torchrun[0], torchrun[1]]].concat()),
+            Worker { index: 5, count: 8 }
+        );
         let bad = |name: &str| Some(if name == "RANK" { "one" } else { "2" }.to_owned());
         assert_eq!(
             Worker::from_env(bad).expect_err("no number").to_string(),

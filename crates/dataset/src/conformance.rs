@@ -1,7 +1,10 @@
 //! The suites every [`Source`] and every [`Format`] passes, one function a promise.
 //!
 //! [`source_tests!`](crate::source_tests) and [`format_tests!`](crate::format_tests) make a
-//! named test of each, so a failure names the broken promise.
+//! named test of each, so a failure names the broken promise. [`Generated`] is a source of any
+//! size for tests of memory and speed.
+
+mod generated;
 
 use std::collections::HashSet;
 
@@ -10,6 +13,8 @@ use serde_json::{Map, Value, json};
 
 use crate::source::{Cursor, Row};
 use crate::{Format, Source};
+
+pub use generated::Generated;
 
 /// One test for each promise of a [`Source`](crate::Source).
 ///

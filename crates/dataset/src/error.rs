@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// A file's name says nothing about its format.
     #[error(
-        "{file} has an unknown format: rename it to one of .jsonl .ndjson .json .parquet .csv .tsv .txt, each also as .gz or .zst"
+        "{file} has an unknown format: rename it to one of .jsonl .ndjson .json .parquet .arrow .csv .tsv .txt, each but Parquet also as .gz or .zst"
     )]
     UnknownFile {
         /// The file.

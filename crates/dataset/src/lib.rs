@@ -97,7 +97,7 @@ mod shuffle;
 pub use assign::Worker;
 pub use error::{BoxError, Error, Result};
 pub use format::{Format, Formats};
-pub use import::{ImportOptions, import, import_with};
+pub use import::{ImportOptions, copy_raw, import, import_with};
 pub use pretokenize::{PretokenizeOptions, pretokenize};
 pub use read::{Reader, ReaderOptions, Shuffle};
 pub use record::{Preference, Record};

@@ -1,7 +1,9 @@
 //! Where a file's bytes lie, and how to read them by range.
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,7 +13,7 @@ use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
-use updraft_store::Store;
+use updraft_store::{FileHash, Store};
 #[cfg(feature = "hub")]
 use {
     bytes::BytesMut,
@@ -24,7 +26,8 @@ use crate::error::BoxError;
 /// A file's bytes.
 #[derive(Debug, Clone)]
 pub(crate) enum Location {
-    Local(PathBuf),
+    /// A file, and what it was when it was hashed.
+    Local(PathBuf, Arc<FileHash>),
     Remote(Remote),
 }
 
@@ -34,6 +37,8 @@ pub(crate) enum Remote {
     Object {
         store: Store,
         path: String,
+        /// The version that is meant.
+        etag: Option<String>,
     },
     #[cfg(feature = "hub")]
     Hub {
@@ -47,7 +52,9 @@ impl Remote {
     /// The bytes in `range`.
     pub(crate) async fn range(&self, range: Range<u64>) -> Result<Bytes, BoxError> {
         match self {
-            Self::Object { store, path } => Ok(store.get_range(path, range).await?),
+            Self::Object { store, path, etag } => {
+                Ok(store.get_range_of(path, range, etag.as_deref()).await?)
+            }
             #[cfg(feature = "hub")]
             Self::Hub { client, repo, file } => {
                 let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
@@ -59,6 +66,17 @@ impl Remote {
             }
         }
     }
+}
+
+/// Opens a local file, if it is still the one that was hashed.
+pub(crate) fn open_local(path: &Path, hash: &FileHash) -> io::Result<File> {
+    let file = File::open(path)?;
+    if hash.is_of(&file.metadata()?) {
+        return Ok(file);
+    }
+    Err(io::Error::other(
+        "it has changed since it was looked at; run again to read the new version",
+    ))
 }
 
 /// A remote file as Parquet's asynchronous reader wants it.

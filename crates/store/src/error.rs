@@ -275,7 +275,7 @@ fn cause(error: &(dyn StdError + 'static)) -> Cause {
                 _ => {}
             }
         }
-        #[cfg(feature = "s3")]
+        #[cfg(any(feature = "s3", feature = "gs", feature = "az"))]
         if let Some(http) = error.downcast_ref::<object_store::client::HttpError>() {
             use object_store::client::HttpErrorKind;
             if matches!(http.kind(), HttpErrorKind::Connect | HttpErrorKind::Timeout) {

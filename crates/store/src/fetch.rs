@@ -144,8 +144,13 @@ pub async fn copy(
 ) -> Result<ObjectEntry> {
     let mut body = std::pin::pin!(body);
     let copied = async {
-        while let Some(bytes) = body.try_next().await? {
-            cancel.check()?;
+        loop {
+            let next = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Err(Error::Cancelled),
+                next = body.try_next() => next?,
+            };
+            let Some(bytes) = next else { break };
             let length = bytes.len() as u64;
             writer.write(bytes).await?;
             progress(length);

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::layout::{MANIFEST, is_key16};
+use crate::layout::MANIFEST;
 use crate::manifest::FORMAT_VERSION;
 use crate::stage_key::sha256_hex;
-use crate::{Error, Manifest, ObjectEntry, ObjectInfo, Result, StageId, StageKey, Store};
+use crate::{Error, Manifest, ObjectEntry, Result, StageId, StageKey, Store};
 
 /// A stage whose manifest exists.
 #[derive(Clone, Debug)]
@@ -101,20 +101,21 @@ impl FinishedStage {
         Manifest::from_bytes(&bytes, &url)
     }
 
-    /// The bytes of one of its objects, checked against the manifest's entry.
+    /// The bytes of one of its objects, checked against the manifest's entry. A large one comes
+    /// by several requests at a time, as fast as the link allows.
     ///
     /// # Errors
     /// Those of [`Store::get`]; [`Error::Missing`] and [`Error::Corrupt`] if the bytes are not those.
     pub async fn read(&self, entry: &ObjectEntry) -> Result<Bytes> {
         let path = self.path(&entry.path);
         let url = self.store.url_of(&path);
-        let Some(bytes) = self.store.get(&path).await? else {
+        let Some((bytes, sha256)) = self.store.get_hashed(&path, entry.bytes).await? else {
             return Err(Error::Missing {
                 url,
                 next: "delete its folder and the current.json above it, and run again",
             });
         };
-        if bytes.len() as u64 != entry.bytes || sha256_hex(&bytes) != entry.sha256 {
+        if bytes.len() as u64 != entry.bytes || sha256 != entry.sha256 {
             return Err(Error::Corrupt {
                 url,
                 reason: "its bytes are not those the manifest lists".to_owned(),
@@ -184,42 +185,6 @@ pub async fn finished(store: &Store, id: &StageId, key16: &str) -> Result<Option
     Ok(read_manifest(store, id, key16)
         .await?
         .map(|(found, _)| found))
-}
-
-/// Every object under a stage name that no manifest lists: journals, leftovers of killed
-/// tries, and all of the stages that are still open, so delete only when none is running.
-///
-/// # Errors
-/// Those of listing and of reading manifests.
-pub async fn garbage(store: &Store, id: &StageId) -> Result<Vec<ObjectInfo>> {
-    let prefix = format!("{id}/");
-    let mut folders: BTreeMap<String, Vec<ObjectInfo>> = BTreeMap::new();
-    for object in store.list(&id.to_string()).await? {
-        let Some((key16, _)) = object
-            .path
-            .strip_prefix(&prefix)
-            .and_then(|rest| rest.split_once('/'))
-        else {
-            continue;
-        };
-        if is_key16(key16) {
-            folders.entry(key16.to_owned()).or_default().push(object);
-        }
-    }
-    let mut garbage = Vec::new();
-    for (key16, objects) in folders {
-        let manifest = read_manifest(store, id, &key16)
-            .await?
-            .map(|(_, manifest)| manifest);
-        let folder = format!("{prefix}{key16}/");
-        garbage.extend(objects.into_iter().filter(|object| {
-            let name = object.path.strip_prefix(&folder).unwrap_or(&object.path);
-            !manifest
-                .as_ref()
-                .is_some_and(|manifest| name == MANIFEST || manifest.object(name).is_some())
-        }));
-    }
-    Ok(garbage)
 }
 
 pub(crate) async fn read_manifest(

@@ -99,6 +99,7 @@ impl StageId {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn raw(dataset: &str) -> Result<Self> {
+        check_dataset(dataset)?;
         Self::new(Area::Raw, dataset)
     }
 
@@ -107,6 +108,7 @@ impl StageId {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn standardized(dataset: &str) -> Result<Self> {
+        check_dataset(dataset)?;
         Self::new(Area::Standardized, dataset)
     }
 
@@ -118,7 +120,8 @@ impl StageId {
         Self::new(Area::Models, model)
     }
 
-    /// `model-ready/<model>/<dataset>`.
+    /// `model-ready/<model>/<dataset>`, the dataset's `/` written `--`: the last part is the
+    /// dataset and all before it the model, so no two pairs share a folder.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -126,7 +129,8 @@ impl StageId {
         Self::pair(Area::ModelReady, model, dataset)
     }
 
-    /// `done/<model>/<dataset>`.
+    /// `done/<model>/<dataset>`, the dataset's `/` written `--` as in
+    /// [`model_ready`](Self::model_ready).
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -136,8 +140,8 @@ impl StageId {
 
     fn pair(area: Area, model: &str, dataset: &str) -> Result<Self> {
         check(model, &[&well_formed])?;
-        check(dataset, &[&well_formed])?;
-        Self::new(area, &format!("{model}/{dataset}"))
+        check_dataset(dataset)?;
+        Self::new(area, &format!("{model}/{}", dataset.replace('/', "--")))
     }
 
     /// The area.
@@ -192,6 +196,15 @@ pub(crate) fn check_object_name(name: &str) -> Result<()> {
             name,
             "manifest.json and journal/ belong to the commit protocol",
         ));
+    }
+    Ok(())
+}
+
+/// Refuses a dataset's name that could be mistaken for another's once its `/` is written `--`.
+fn check_dataset(name: &str) -> Result<()> {
+    check(name, &[&well_formed])?;
+    if name.contains("--") {
+        return Err(invalid(name, "'--' stands for '/' in a dataset's name"));
     }
     Ok(())
 }
@@ -292,6 +305,33 @@ mod tests {
             StageId::done("o/m", "d").expect("good").to_string(),
             "done/o/m/d"
         );
+    }
+
+    #[test]
+    fn no_two_pairs_share_a_folder() {
+        let pairs = [
+            ("a/b", "c"),
+            ("a", "b/c"),
+            ("a", "b"),
+            ("a/b", "c/d"),
+            ("a", "c"),
+        ];
+        for (i, (model, dataset)) in pairs.iter().enumerate() {
+            let id = StageId::model_ready(model, dataset).expect("good");
+            for (other_model, other_dataset) in &pairs[..i] {
+                let other = StageId::model_ready(other_model, other_dataset).expect("good");
+                assert_ne!(
+                    id, other,
+                    "{model} {dataset} and {other_model} {other_dataset}"
+                );
+            }
+        }
+        assert_eq!(
+            StageId::done("o/m", "p/d").expect("good").to_string(),
+            "done/o/m/p--d"
+        );
+        assert!(StageId::done("o/m", "p--d").is_err());
+        assert!(StageId::standardized("p--d").is_err());
     }
 
     #[test]

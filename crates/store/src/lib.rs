@@ -49,7 +49,9 @@
 //! | --- | --- | --- |
 //! | `fs` | yes | folders and `file://` |
 //! | `s3` | yes | `s3://`: AWS, Tigris, MinIO, Garage |
+//! | `gs`, `az` | no | `gs://` and `az://`: Google Cloud Storage, Azure Blob Storage |
 //! | `hub` | yes | the Hugging Face Hub read client |
+//! | `push` | no | uploading a folder to a Hub repository |
 //! | `conformance` | no | `faults` and `conformance`, for tests of stages |
 
 mod error;
@@ -58,8 +60,16 @@ mod url;
 
 mod object;
 mod object_writer;
+
+#[cfg(feature = "az")]
+mod az;
+#[cfg(any(feature = "s3", feature = "gs", feature = "az"))]
+mod cloud;
+#[cfg(feature = "gs")]
+mod gs;
+#[cfg(feature = "s3")]
 mod s3;
-#[cfg(any(feature = "s3", feature = "hub"))]
+#[cfg(any(feature = "s3", feature = "gs", feature = "az", feature = "hub"))]
 mod tls;
 
 pub mod layout;
@@ -71,8 +81,12 @@ mod journal;
 
 mod commit;
 mod finished;
+mod garbage;
+mod staging;
 
+mod download;
 pub mod fetch;
+mod file_hash;
 #[cfg(feature = "hub")]
 pub mod hub;
 
@@ -83,11 +97,15 @@ pub mod progress;
 pub mod conformance;
 #[cfg(feature = "conformance")]
 pub mod faults;
+#[cfg(feature = "conformance")]
+pub mod sink;
 
 pub use cancel::CancelToken;
 pub use commit::{Opened, StageObjectWriter, StageWriter, open_stage};
 pub use error::{BoxError, Error, Result};
-pub use finished::{FinishedStage, current, finished, garbage};
+pub use file_hash::{FileHash, FileHashes};
+pub use finished::{FinishedStage, current, finished};
+pub use garbage::garbage;
 pub use journal::JournalEntry;
 pub use layout::{Area, StageId};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestDraft, ObjectEntry, Reject};

@@ -67,13 +67,31 @@ impl Store {
     /// # Errors
     /// As [`get`](Self::get), and [`Error::Missing`] if there is no such object.
     pub async fn get_range(&self, path: &str, range: Range<u64>) -> Result<Bytes> {
+        self.get_range_of(path, range, None).await
+    }
+
+    /// [`get_range`](Self::get_range) of one version of the object: the one whose
+    /// [`etag`](ObjectInfo::etag) a listing told.
+    ///
+    /// # Errors
+    /// As [`get_range`](Self::get_range), and [`Error::Changed`] if it is another version now.
+    pub async fn get_range_of(
+        &self,
+        path: &str,
+        range: Range<u64>,
+        etag: Option<&str>,
+    ) -> Result<Bytes> {
         let options = GetOptions {
             range: Some(GetRange::Bounded(range)),
+            if_match: etag.map(str::to_owned),
             ..GetOptions::default()
         };
         let found = self.inner.get_opts(&self.path(path)?, options).await;
         match found {
             Ok(found) => found.bytes().await.map_err(|error| self.error(path, error)),
+            Err(object_store::Error::Precondition { .. }) => Err(Error::Changed {
+                url: self.url_of(path),
+            }),
             Err(error) => Err(self.error(path, error)),
         }
     }
@@ -147,6 +165,9 @@ impl Store {
     /// # Errors
     /// As [`put`](Self::put).
     pub async fn delete(&self, path: &str) -> Result<()> {
+        if let Some(file) = self.staged_file(path) {
+            return crate::staging::remove(&file).await;
+        }
         match self.inner.delete(&self.path(path)?).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.error(path, error)),

@@ -1,6 +1,7 @@
 //! Writing an object of any size with bounded memory.
 
 use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
 use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStoreExt, PutPayload};
 use sha2::{Digest, Sha256};
@@ -127,9 +128,35 @@ impl ObjectWriter {
             }
             Sent::Parts(_) | Sent::Over => self.complete().await,
         };
+        let entry = self.entry();
+        let done = match done {
+            // The upload may be complete and only the answer lost: then it is unknown when the
+            // client asks again.
+            Err(_) if self.is_there(&entry).await => Ok(()),
+            done => done,
+        };
         self.settle(done).await?;
         self.sent = Sent::Over;
-        Ok(self.entry())
+        Ok(entry)
+    }
+
+    /// Whether the path holds just these bytes; a store that does not answer is no yes.
+    async fn is_there(&self, entry: &ObjectEntry) -> bool {
+        let Ok(found) = self.store.inner.get(&self.location).await else {
+            return false;
+        };
+        if found.meta.size != entry.bytes {
+            return false;
+        }
+        let mut hasher = Sha256::new();
+        let mut body = found.into_stream();
+        while let Some(chunk) = body.next().await {
+            match chunk {
+                Ok(chunk) => hasher.update(&chunk),
+                Err(_) => return false,
+            }
+        }
+        hex(&hasher.finalize()) == entry.sha256
     }
 
     /// Gives up and removes what was sent. Dropping the writer does the same in the background.

@@ -63,6 +63,14 @@ impl<S: ProgressSink + ?Sized> ProgressSink for std::sync::Arc<S> {
     }
 }
 
+/// A stream of events: the receiver's end may be on another thread, or behind a socket.
+impl ProgressSink for tokio::sync::mpsc::UnboundedSender<Progress> {
+    fn report(&self, progress: &Progress) {
+        // Nobody listens any more: nobody misses the event.
+        let _ = self.send(progress.clone());
+    }
+}
+
 /// Shows nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoProgress;
@@ -74,6 +82,19 @@ impl ProgressSink for NoProgress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_channel_is_a_stream_of_events() {
+        let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
+        for done in 0..3 {
+            sender.report(&Progress::new("import", done, None, "rows"));
+        }
+        for done in 0..3 {
+            assert_eq!(receiver.recv().await.expect("sent").done, done);
+        }
+        drop(receiver);
+        sender.report(&Progress::new("import", 3, None, "rows"));
+    }
 
     #[test]
     fn an_event_is_one_line_of_json_and_back() {

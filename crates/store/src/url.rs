@@ -39,8 +39,11 @@ impl Store {
     ///   `AWS_SESSION_TOKEN`, `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for
     ///   Tigris, MinIO and others. Plain HTTP is allowed for loopback endpoints only,
     ///   elsewhere with `AWS_ALLOW_HTTP=true`.
+    /// - `gs://bucket/prefix` and `az://container/prefix`, with the features of these names:
+    ///   `GOOGLE_*` (`GOOGLE_APPLICATION_CREDENTIALS`) and `AZURE_*`
+    ///   (`AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`).
     ///
-    /// Opening an S3 store makes no request; the first call does.
+    /// Opening a remote store makes no request; the first call does.
     ///
     /// # Errors
     /// [`Error::InvalidUrl`] if the URL cannot be understood, holds credentials or needs a
@@ -66,10 +69,21 @@ impl Store {
             "file" => open_folder(url, &file_path(url)?),
             "memory" if rest.trim_matches('/').is_empty() => Ok(Self::memory()),
             "memory" => Err(invalid(url, "a memory store has no path; write memory://")),
+            #[cfg(feature = "s3")]
             "s3" | "s3a" => crate::s3::open(url, rest, env),
+            #[cfg(feature = "gs")]
+            "gs" => crate::gs::open(url, rest, env),
+            #[cfg(feature = "az")]
+            "az" => crate::az::open(url, rest, env),
+            #[cfg(not(feature = "s3"))]
+            "s3" | "s3a" => Err(lacks(url, "s3", env)),
+            #[cfg(not(feature = "gs"))]
+            "gs" => Err(lacks(url, "gs", env)),
+            #[cfg(not(feature = "az"))]
+            "az" => Err(lacks(url, "az", env)),
             _ => Err(invalid(
                 url,
-                "write a folder, file:///folder, memory:// or s3://bucket/prefix",
+                "write a folder, file:///folder, memory://, s3://bucket/prefix, gs:// or az://",
             )),
         }
     }
@@ -123,6 +137,12 @@ impl Store {
     pub fn url_of(&self, path: &str) -> String {
         format!("{}/{path}", self.url.trim_end_matches('/'))
     }
+}
+
+#[cfg(not(all(feature = "s3", feature = "gs", feature = "az")))]
+fn lacks<Env>(url: &str, feature: &str, _env: Env) -> Error {
+    let reason = format!("this build has no such stores; enable the feature `{feature}`");
+    invalid(url, reason)
 }
 
 pub(crate) fn invalid(url: &str, reason: impl Into<String>) -> Error {

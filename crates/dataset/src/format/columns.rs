@@ -3,6 +3,9 @@
 use serde_json::{Map, Value};
 use updraft_chat::{Conversation, Message};
 
+/// What some rows keep beside their messages; templates get it under the same names.
+const MEDIA: [&str; 3] = ["images", "videos", "audios"];
+
 /// A row's columns, taken out one by one.
 pub(super) struct Columns<'a>(pub(super) &'a mut Map<String, Value>);
 
@@ -46,11 +49,16 @@ impl Columns<'_> {
         if messages.is_empty() {
             return Err("no messages".to_owned());
         }
-        let variables = match self.take_json("chat_template_kwargs")? {
+        let mut variables = match self.take_json("chat_template_kwargs")? {
             None => Map::new(),
             Some(Value::Object(variables)) => variables,
             Some(_) => return Err("column chat_template_kwargs is not an object".to_owned()),
         };
+        for name in MEDIA {
+            if let Some(media) = self.take_json_list(name) {
+                variables.insert(name.to_owned(), media);
+            }
+        }
         let tools = self.take_json("tools")?.map(function_tools);
         Ok(Conversation {
             messages,
@@ -58,6 +66,13 @@ impl Columns<'_> {
             documents: self.take_json("documents")?,
             variables,
         })
+    }
+
+    /// A column that holds a list with something in it; any other is left.
+    fn take_json_list(&mut self, name: &str) -> Option<Value> {
+        let is_filled = |value: &Value| value.as_array().is_some_and(|list| !list.is_empty());
+        self.0.get(name).filter(|value| is_filled(value))?;
+        self.take(&[name])
     }
 
     /// A column that holds JSON or the text of JSON; empty lists and texts count as absent.

@@ -103,7 +103,14 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
 }
 
 /// Axolotl's `train`, LLaMA-Factory's `loss_weight` and OpenAI's `weight`, whichever is there.
+/// Training a part of a message is not supported, and passing it over would train all of it.
 fn weight(fields: &Map<String, Value>) -> Result<Option<f32>, String> {
+    if fields
+        .get("train_detail")
+        .is_some_and(|detail| !detail.is_null())
+    {
+        return Err("has train_detail, which is not supported: use train or weight".to_owned());
+    }
     if let Some(Value::Bool(train)) = fields.get("train") {
         return Ok((!train).then_some(0.0));
     }
@@ -181,6 +188,9 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
         let Value::Object(mut fields) = part else {
             return Err("has a part that is not an object".to_owned());
         };
+        if fields.get("train") == Some(&Value::Bool(false)) {
+            return Err("has a part that is not trained, which is not supported: use train or weight on the message".to_owned());
+        }
         let kind = fields
             .get("type")
             .and_then(Value::as_str)

@@ -1,6 +1,7 @@
 //! The import stage: any source's rows, standardized, into committed Parquet shards.
 
 mod gather;
+mod raw;
 
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ use crate::source::{Cursor, Row};
 use crate::tally::{RejectLimit, Tally};
 use crate::{Error, Format, Formats, Result, Source};
 use gather::{Gather, Shard, size};
+
+pub use raw::copy_raw;
 
 /// Raised whenever the same rows would become other shards.
 const STAGE_VERSION: u32 = 1;
@@ -43,6 +46,9 @@ pub struct ImportOptions {
     pub max_reject_rate: f64,
     /// Keep the columns no format reads, as JSON in the column `columns`; else they are ignored.
     pub keep_columns: bool,
+    /// Keep the rows as they came too, in `raw/<dataset>/` ([`copy_raw`]), which reads the source
+    /// once more. Not part of the stage's key.
+    pub keep_raw: bool,
     /// What joins the Alpaca formats' instruction and input.
     pub input_separator: String,
     /// When a shard is full.
@@ -56,6 +62,7 @@ impl Default for ImportOptions {
             limit: None,
             max_reject_rate: 0.1,
             keep_columns: false,
+            keep_raw: false,
             input_separator: "\n".to_owned(),
             shards: ShardPlan::default(),
         }
@@ -87,6 +94,7 @@ impl ImportOptions {
             input_separator,
             shards,
             max_reject_rate: _,
+            keep_raw: _,
         } = self;
         json!({ "format": format, "limit": limit, "keep_columns": keep_columns, "input_separator": input_separator, "shards": shards })
     }
@@ -129,6 +137,9 @@ pub async fn import_with(
     cancel: &CancelToken,
 ) -> Result<FinishedStage> {
     options.validate()?;
+    if options.keep_raw {
+        copy_raw(store, dataset, source, options, progress, cancel).await?;
+    }
     let id = StageId::standardized(dataset)?;
     let formats_key: Vec<&str> = formats.names().collect();
     let inputs = json!({ "source": source.identity(), "options": options.identity(), "formats": formats_key, "version": STAGE_VERSION });
@@ -236,8 +247,12 @@ impl Import<'_> {
         let mut rows = Vec::new();
         let mut batches = self.source.open(Cursor::default()).await?;
         while rows.len() < DETECT_ROWS {
-            self.cancel.check()?;
-            let Some(batch) = batches.try_next().await? else {
+            let batch = tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return Err(updraft_store::Error::Cancelled.into()),
+                batch = batches.try_next() => batch?,
+            };
+            let Some(batch) = batch else {
                 break;
             };
             rows.extend(batch.rows());

@@ -107,6 +107,7 @@ impl Shard {
         let path = stage.path(&object.path);
         let mut file = RangedFile::new(
             Remote::Object {
+                etag: None, // A shard's name holds its hash.
                 store: stage.store().clone(),
                 path: path.clone(),
             },

@@ -1,6 +1,5 @@
 //! A file's bytes in order, for a thread that may block.
 
-use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom};
 
 use bytes::{Buf as _, Bytes};
@@ -8,7 +7,7 @@ use tokio::task::JoinHandle;
 
 use super::files::{Compression, DataFile, Io};
 use crate::error::BoxError;
-use crate::location::{Location, Remote};
+use crate::location::{Location, Remote, open_local};
 use crate::{Error, Result};
 
 /// Bytes one request asks of a remote file; the next block is on its way while one is parsed.
@@ -39,8 +38,8 @@ fn skip(mut reader: impl Read + Send + 'static, bytes: u64) -> io::Result<Box<dy
 
 fn raw(file: &DataFile, from: u64, io: &Io) -> io::Result<Box<dyn Read + Send>> {
     match &file.location {
-        Location::Local(path) => {
-            let mut opened = File::open(path)?;
+        Location::Local(path, hash) => {
+            let mut opened = open_local(path, hash)?;
             opened.seek(SeekFrom::Start(from))?;
             Ok(Box::new(opened))
         }

@@ -1,5 +1,6 @@
 //! A source of one or many files, wherever they lie: read one after the other on one thread.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -9,9 +10,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::row::{Batch, Cursor};
-use super::{BatchStream, Source, csv, json_elements, json_lines, parquet};
-use crate::Result;
+use super::{BatchStream, Source, arrow_ipc, csv, json_elements, json_lines, parquet};
 use crate::location::Location;
+use crate::{Error, Result};
 
 /// Batches read ahead of the consumer.
 const READ_AHEAD: usize = 2;
@@ -49,6 +50,8 @@ pub(crate) enum Kind {
         delimiter: u8,
     },
     Parquet,
+    /// Arrow's stream or file format.
+    Arrow,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +78,7 @@ impl Kind {
             "txt" => Self::Text,
             "csv" => Self::Csv { delimiter: b',' },
             "tsv" => Self::Csv { delimiter: b'\t' },
+            "arrow" => Self::Arrow,
             "parquet" if compression == Compression::None => Self::Parquet,
             _ => return None,
         };
@@ -155,20 +159,35 @@ fn read_all(
                 ..Cursor::default()
             }
         };
-        let mut reader: Box<dyn BatchReader> = match file.kind {
-            Kind::JsonLines => json_lines::open(file, start, io, json_lines::Line::Json)?,
-            Kind::Text => json_lines::open(file, start, io, json_lines::Line::Text)?,
-            Kind::Json => json_elements::open(file, start, io)?,
-            Kind::Csv { delimiter } => csv::open(file, start, io, delimiter)?,
-            Kind::Parquet => parquet::open(file, start, io)?,
-        };
-        while let Some(batch) = reader.next_batch()? {
+        let mut reader = guarded(file, || open(file, start, io))?;
+        while let Some(batch) = guarded(file, || reader.next_batch())? {
             if sender.blocking_send(Ok(batch)).is_err() {
                 return Ok(());
             }
         }
     }
     Ok(())
+}
+
+fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn BatchReader>> {
+    match file.kind {
+        Kind::JsonLines => json_lines::open(file, start, io, json_lines::Line::Json),
+        Kind::Text => json_lines::open(file, start, io, json_lines::Line::Text),
+        Kind::Json => json_elements::open(file, start, io),
+        Kind::Csv { delimiter } => csv::open(file, start, io, delimiter),
+        Kind::Parquet => parquet::open(file, start, io),
+        Kind::Arrow => arrow_ipc::open(file, start, io),
+    }
+}
+
+/// Makes a panic in a decoder an error: were the thread to end by it, the rows would seem to end.
+fn guarded<T>(file: &DataFile, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| {
+        Err(Error::corrupt(
+            &*file.name,
+            "its decoder gave up on it: fetch or write it again",
+        ))
+    })
 }
 
 /// Lower-case hexadecimal.

@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 
+use futures::TryStreamExt as _;
 use serde_json::json;
 use updraft_store::hub::{HubClient, RepoFile, RepoRef, ResolvedRepo};
 
+use super::card::CARD;
+use super::choose::choose;
 use super::files::{DataFile, Files, Kind};
-use super::resolve::{SourceOptions, choose};
+use super::resolve::SourceOptions;
 use crate::location::{Location, Remote};
 use crate::{Error, Result};
 
@@ -22,26 +25,37 @@ pub(super) fn is_repo_name(spec: &str) -> bool {
 pub(super) async fn resolve(spec: &str, options: &SourceOptions) -> Result<Files> {
     let client = HubClient::from_env()?;
     let repo = RepoRef::dataset(spec)?.at(&options.revision);
-    Files::on_hub(&client, &repo, &options.split).await
+    Files::on_hub(&client, &repo, options).await
 }
 
 impl Files {
     /// The data files of a split of a Hub dataset, pinned to the commit its revision is now.
     ///
-    /// A repository without a file we read, such as one with a loading script, is taken from
-    /// the Hub's own Parquet export, if that is whole.
+    /// The dataset card's `configs` say which files these are, or else the files' names. A
+    /// repository without a file we read, such as one with a loading script, is taken from
+    /// the Hub's own Parquet export, if that is whole or a part of it is asked for.
     ///
     /// # Errors
     /// [`Error::NoDataFiles`] if there are none, and the Hub's errors.
-    pub async fn on_hub(client: &HubClient, repo: &RepoRef, split: &str) -> Result<Self> {
+    pub async fn on_hub(
+        client: &HubClient,
+        repo: &RepoRef,
+        options: &SourceOptions,
+    ) -> Result<Self> {
         let resolved = client.resolve(repo).await?;
-        match take(client, &resolved, resolved.files.iter().collect(), split) {
-            Err(Error::NoDataFiles { .. }) if !resolved.files.iter().any(is_data) => {}
-            found => return found,
+        if resolved.files.iter().any(is_data) {
+            let names: Vec<&str> = resolved
+                .files
+                .iter()
+                .map(|file| file.path.as_str())
+                .collect();
+            let card = card(client, &resolved).await?;
+            let chosen = choose(repo.id(), &names, card.as_deref(), options)?;
+            return Ok(take(client, &resolved, &chosen));
         }
         let converted = client.resolve(&repo.clone().at(CONVERTED)).await?;
-        let exported = exported(&converted, split)?;
-        take(client, &converted, exported, split)
+        let chosen = exported(&converted, options)?;
+        Ok(take(client, &converted, &chosen))
     }
 }
 
@@ -49,8 +63,18 @@ fn is_data(file: &RepoFile) -> bool {
     Kind::of(&file.path).is_some()
 }
 
-/// The files `default/<split>/0000.parquet`, or those of the only configuration.
-fn exported<'a>(repo: &'a ResolvedRepo, split: &str) -> Result<Vec<&'a RepoFile>> {
+/// The text of the dataset card.
+async fn card(client: &HubClient, repo: &ResolvedRepo) -> Result<Option<String>> {
+    let Some(file) = repo.files.iter().find(|file| file.path == CARD) else {
+        return Ok(None);
+    };
+    let bytes: Vec<bytes::Bytes> = client.read(repo, file, 0..file.size).try_collect().await?;
+    Ok(Some(String::from_utf8_lossy(&bytes.concat()).into_owned()))
+}
+
+/// The files `<config>/<split>/0000.parquet` of the configuration asked for, the default one or
+/// the only one.
+fn exported<'a>(repo: &'a ResolvedRepo, options: &SourceOptions) -> Result<Vec<&'a str>> {
     let missing = |expected: String| Error::NoDataFiles {
         spec: repo.repo.id().to_owned(),
         expected,
@@ -61,51 +85,43 @@ fn exported<'a>(repo: &'a ResolvedRepo, split: &str) -> Result<Vec<&'a RepoFile>
         .filter_map(|file| Some(file.path.split_once('/')?.0))
         .collect();
     configs.dedup();
+    let wanted = options.config.as_deref().unwrap_or("default");
     let config = match configs[..] {
-        [only] => only,
-        _ if configs.contains(&"default") => "default",
+        [only] if options.config.is_none() => only,
+        _ if configs.contains(&wanted) => wanted,
         _ => {
-            return Err(missing(format!(
-                "one configuration, found {}: fetch the one you want",
-                configs.join(", ")
-            )));
+            let names = configs.join(", ");
+            return Err(missing(format!("one configuration; name one of {names}")));
         }
     };
-    if repo
-        .files
-        .iter()
-        .any(|file| file.path.starts_with(&format!("{config}/partial-{split}/")))
-    {
-        return Err(missing(
-            "the whole split: the Hub has exported a part of it only".to_owned(),
-        ));
+    let below = |folder: String| -> Vec<&str> {
+        let paths = repo.files.iter().map(|file| file.path.as_str());
+        paths.filter(|path| path.starts_with(&folder)).collect()
+    };
+    let (split, part) = (
+        &options.split,
+        below(format!("{config}/partial-{}/", options.split)),
+    );
+    let whole = below(format!("{config}/{split}/"));
+    match (whole.is_empty(), part.is_empty(), options.partial_export) {
+        (false, ..) => Ok(whole),
+        (true, false, true) => Ok(part),
+        (true, false, false) => Err(missing(
+            "the whole split: the Hub has exported a part of it only; ask for the partial export to take that".to_owned(),
+        )),
+        (true, true, _) => Err(missing(format!("an export of the split '{split}'; choose another split"))),
     }
-    let folder = format!("{config}/{split}/");
-    Ok(repo
-        .files
-        .iter()
-        .filter(|file| file.path.starts_with(&folder))
-        .collect())
 }
 
-fn take(
-    client: &HubClient,
-    repo: &ResolvedRepo,
-    from: Vec<&RepoFile>,
-    split: &str,
-) -> Result<Files> {
-    let names: Vec<&str> = from.iter().map(|file| file.path.as_str()).collect();
-    let chosen = choose(repo.repo.id(), &names, split)?;
+fn take(client: &HubClient, repo: &ResolvedRepo, chosen: &[&str]) -> Files {
     let pinned = Arc::new(ResolvedRepo {
         files: Vec::new(),
         ..repo.clone()
     });
     let (mut files, mut identities) = (Vec::new(), Vec::new());
-    for file in from
-        .into_iter()
-        .filter(|file| chosen.contains(&file.path.as_str()))
-    {
-        let Some((kind, compression)) = Kind::of(&file.path) else {
+    for name in chosen {
+        let found = repo.files.iter().find(|file| file.path == *name);
+        let (Some(file), Some((kind, compression))) = (found, Kind::of(name)) else {
             continue;
         };
         let remote = Remote::Hub {
@@ -120,13 +136,11 @@ fn take(
             kind,
             compression,
         });
-        identities.push(json!({ "name": file.path, "bytes": file.size, "oid": file.oid }));
+        identities.push(json!({ "name": file.path, "bytes": file.size, "id": file.content_id() }));
     }
-    let identity =
-        json!({ "hub": repo.repo.id(), "commit": repo.sha, "files": identities, "split": split });
-    Ok(Files {
+    Files {
         label: repo.repo.id().to_owned(),
-        identity,
+        identity: json!({ "hub": repo.repo.id(), "commit": repo.sha, "files": identities }),
         files: files.into(),
-    })
+    }
 }

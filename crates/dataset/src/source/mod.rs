@@ -1,7 +1,10 @@
 //! Where rows come from: the [`Source`] trait and the sources built in.
 
+mod arrow_ipc;
 mod arrow_rows;
 mod bytes;
+mod card;
+mod choose;
 mod csv;
 mod files;
 #[cfg(feature = "hub")]

@@ -11,7 +11,7 @@ use parquet::file::metadata::ParquetMetaData;
 use super::arrow_rows::{rows, supported};
 use super::files::{BatchReader, DataFile, Io};
 use super::row::{Batch, Cursor, Origin, Row};
-use crate::location::{Location, RangedFile};
+use crate::location::{Location, RangedFile, open_local};
 use crate::{Error, Result};
 
 /// Decoded bytes a batch aims at.
@@ -25,8 +25,8 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
     let damaged = |err: parquet::errors::ParquetError| not_readable(&file.name, err);
     let name = file.name.clone();
     let batches: Batches = match &file.location {
-        Location::Local(path) => {
-            let opened = std::fs::File::open(path).map_err(|err| Error::read(&*file.name, err))?;
+        Location::Local(path, hash) => {
+            let opened = open_local(path, hash).map_err(|err| Error::read(&*file.name, err))?;
             let builder = ParquetRecordBatchReaderBuilder::try_new(opened).map_err(damaged)?;
             let reader = from_row(builder, start.row).build().map_err(damaged)?;
             Box::new(

@@ -1,17 +1,17 @@
 //! From what a person types to a [`Files`] source: paths, folders, store URLs, Hub names.
 
 use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
-use updraft_store::{ObjectInfo, Store};
+use updraft_store::{FileHashes, FinishedStage, ObjectEntry, ObjectInfo, Store};
 
-use super::files::{DataFile, Files, Kind, hex};
-use super::split::files_of_split;
+use super::card::CARD;
+use super::choose::choose;
+use super::files::{DataFile, Files, Kind};
 use crate::location::{Location, Remote};
 use crate::{Error, Result};
 
@@ -19,17 +19,23 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SourceOptions {
-    /// The split of a folder, prefix or repository: `train`, `test` or `validation`. A single
-    /// file is taken whole.
+    /// The split of a folder, prefix or repository: `train`, `test` or `validation`, or a name
+    /// that its dataset card gives. A single file is taken whole.
     pub split: String,
+    /// The configuration (subset), where the dataset card has several and none is the default.
+    pub config: Option<String>,
     /// The branch, tag or commit of a Hub dataset; pinned to a commit when resolved.
     pub revision: String,
+    /// Take the Hub's own Parquet export of a dataset even if it holds a part of it only.
+    pub partial_export: bool,
 }
 
 impl Default for SourceOptions {
     fn default() -> Self {
         Self {
             split: "train".to_owned(),
+            config: None,
+            partial_export: false,
             revision: "main".to_owned(),
         }
     }
@@ -38,8 +44,9 @@ impl Default for SourceOptions {
 /// Finds what `spec` names: a file, a folder, an object-store URL (`s3://bucket/prefix`), or a
 /// Hub dataset (`owner/name`, with the feature `hub`). A path that exists wins over a Hub dataset of the same name.
 ///
-/// Every file is pinned by content: local files are hashed, store objects are known by their
-/// ETag, Hub files by the commit.
+/// Every file is pinned by content: local files are hashed (large ones once, as long as they stay
+/// untouched: [`FileHashes`]), store objects are known by their ETag, Hub files by the commit. A
+/// file that changes before it is read is an error.
 ///
 /// # Errors
 /// [`Error::NotFound`] if nothing is there, [`Error::UnknownFile`] if a file's name does not
@@ -48,10 +55,10 @@ pub async fn resolve_source(spec: &str, options: &SourceOptions) -> Result<Arc<F
     let path = PathBuf::from(spec.strip_prefix("file://").unwrap_or(spec));
     match tokio::fs::metadata(&path).await {
         Ok(found) => {
-            let (spec, split) = (spec.to_owned(), options.split.clone());
+            let (spec, options) = (spec.to_owned(), options.clone());
             let resolve = move || {
                 if found.is_dir() {
-                    local_folder(&spec, &path, &split)
+                    local_folder(&spec, &path, &options)
                 } else {
                     local_file(&spec, &path)
                 }
@@ -67,7 +74,7 @@ pub async fn resolve_source(spec: &str, options: &SourceOptions) -> Result<Arc<F
             Err(Error::read(spec, err))
         }
         Err(_) if spec.contains("://") && !spec.starts_with("file://") => {
-            object_url(spec, &options.split).await
+            object_url(spec, options).await
         }
         #[cfg(feature = "hub")]
         Err(_) if super::hub::is_repo_name(spec) => super::hub::resolve(spec, options).await,
@@ -93,11 +100,15 @@ fn local_file(spec: &str, path: &Path) -> Result<Files> {
     })
 }
 
-fn local_folder(spec: &str, folder: &Path, split: &str) -> Result<Files> {
+fn local_folder(spec: &str, folder: &Path, options: &SourceOptions) -> Result<Files> {
     let mut names = Vec::new();
     walk(folder, "", &mut names).map_err(|err| Error::read(spec, err))?;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let chosen = choose(spec, &names, split)?;
+    let card = names
+        .contains(&CARD)
+        .then(|| fs::read_to_string(folder.join(CARD)));
+    let card = card.transpose().map_err(|err| Error::read(CARD, err))?;
+    let chosen = choose(spec, &names, card.as_deref(), options)?;
     let mut files = Vec::new();
     let mut identities = Vec::new();
     for name in chosen {
@@ -108,7 +119,7 @@ fn local_folder(spec: &str, folder: &Path, split: &str) -> Result<Files> {
     }
     Ok(Files {
         label: spec.to_owned(),
-        identity: json!({ "files": identities, "split": split }),
+        identity: json!({ "files": identities }),
         files: files.into(),
     })
 }
@@ -135,78 +146,39 @@ fn walk(folder: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> 
     Ok(())
 }
 
-/// The data files of the split, or an error that says what was expected.
-pub(super) fn choose<'a>(spec: &str, names: &[&'a str], split: &str) -> Result<Vec<&'a str>> {
-    let data: Vec<&str> = names
-        .iter()
-        .copied()
-        .filter(|name| Kind::of(name).is_some())
-        .collect();
-    let expected = if data.is_empty() {
-        ".jsonl .ndjson .json .parquet .csv .tsv .txt, each also as .gz or .zst".to_owned()
-    } else {
-        format!("names with '{split}'; choose another split")
-    };
-    let chosen = files_of_split(&data, split);
-    if chosen.is_empty() {
-        Err(Error::NoDataFiles {
-            spec: spec.to_owned(),
-            expected,
-        })
-    } else {
-        Ok(chosen)
-    }
-}
-
 /// A local file and what pins its content; `None` if its name tells no format.
 fn local(path: &Path, name: &str) -> Result<Option<(DataFile, Value)>> {
     let Some((kind, compression)) = Kind::of(name) else {
         return Ok(None);
     };
-    let (size, sha256) = hash(path).map_err(|err| Error::read(name, err))?;
+    let hash = FileHashes::from_env()
+        .hash(path)
+        .map_err(|err| Error::read(name, err))?;
+    let identity = json!({ "name": name, "bytes": hash.bytes, "sha256": hash.sha256 });
     let file = DataFile {
         name: name.into(),
-        location: Location::Local(path.to_owned()),
-        size,
+        size: hash.bytes,
+        location: Location::Local(path.to_owned(), Arc::new(hash)),
         kind,
         compression,
     };
-    Ok(Some((
-        file,
-        json!({ "name": name, "bytes": size, "sha256": sha256 }),
-    )))
-}
-
-fn hash(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = fs::File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut block = vec![0; 1 << 20];
-    let mut size = 0;
-    loop {
-        match file.read(&mut block)? {
-            0 => return Ok((size, hex(&hash.finalize()))),
-            read => {
-                hash.update(&block[..read]);
-                size += read as u64;
-            }
-        }
-    }
+    Ok(Some((file, identity)))
 }
 
 /// A URL of an object with a data file's name, or of a prefix.
-async fn object_url(url: &str, split: &str) -> Result<Files> {
+async fn object_url(url: &str, options: &SourceOptions) -> Result<Files> {
     let Some((base, name)) = url
         .rsplit_once('/')
         .filter(|(_, name)| Kind::of(name).is_some())
     else {
-        return Files::in_store(&Store::open(url)?, "", split).await;
+        return Files::in_store(&Store::open(url)?, "", options).await;
     };
     let store = Store::open(base)?;
     let found = store.head(name).await?;
     let found = found.ok_or_else(|| Error::NotFound {
         spec: url.to_owned(),
     })?;
-    Ok(objects(&store, url, split, [&found]))
+    Ok(objects(&store, url, [&found]))
 }
 
 impl Files {
@@ -214,22 +186,66 @@ impl Files {
     ///
     /// # Errors
     /// [`Error::NoDataFiles`] if there are none, and the store's errors.
-    pub async fn in_store(store: &Store, prefix: &str, split: &str) -> Result<Self> {
-        let url = store.url_of(prefix);
+    pub async fn in_store(store: &Store, prefix: &str, options: &SourceOptions) -> Result<Self> {
+        let (url, prefix) = (store.url_of(prefix), prefix.trim_matches('/'));
         let found = store.list(prefix).await?;
-        let names: Vec<&str> = found.iter().map(|object| object.path.as_str()).collect();
-        let chosen = choose(&url, &names, split)?;
-        let files = found
+        let below = |path: &'_ str| -> usize {
+            if prefix.is_empty() || !path.starts_with(prefix) {
+                0
+            } else {
+                prefix.len() + 1
+            }
+        };
+        let names: Vec<&str> = found
             .iter()
-            .filter(|object| chosen.contains(&object.path.as_str()));
-        Ok(objects(store, &url, split, files))
+            .map(|object| &object.path[below(&object.path)..])
+            .collect();
+        let card = match names.iter().position(|name| *name == CARD) {
+            Some(at) => store.get(&found[at].path).await?,
+            None => None,
+        };
+        let card = card.map(|card| String::from_utf8_lossy(&card).into_owned());
+        let chosen = choose(&url, &names, card.as_deref(), options)?;
+        let object = |name: &&str| {
+            names
+                .iter()
+                .position(|other| other == name)
+                .map(|at| &found[at])
+        };
+        Ok(objects(store, &url, chosen.iter().filter_map(object)))
+    }
+}
+
+impl Files {
+    /// The data files that a finished stage lists, such as a raw copy's; others beside them are
+    /// nobody's.
+    ///
+    /// # Errors
+    /// [`Error::NoDataFiles`] if it lists none, and the store's errors.
+    pub async fn in_stage(stage: &FinishedStage) -> Result<Self> {
+        let manifest = stage.manifest().await?;
+        let object = |object: &ObjectEntry| ObjectInfo {
+            path: stage.path(&object.path),
+            bytes: object.bytes,
+            etag: None,
+        };
+        let listed: Vec<ObjectInfo> = manifest.objects.iter().map(object).collect();
+        let url = stage.store().url_of(&stage.dir());
+        let mut files = objects(stage.store(), &url, &listed);
+        if files.files.is_empty() {
+            return Err(Error::NoDataFiles {
+                spec: url,
+                expected: "a raw copy".to_owned(),
+            });
+        }
+        files.identity = json!({ "stage": stage.key() });
+        Ok(files)
     }
 }
 
 fn objects<'a>(
     store: &Store,
     label: &str,
-    split: &str,
     found: impl IntoIterator<Item = &'a ObjectInfo>,
 ) -> Files {
     let (mut files, mut identities) = (Vec::new(), Vec::new());
@@ -241,6 +257,7 @@ fn objects<'a>(
         let remote = Remote::Object {
             store: store.clone(),
             path,
+            etag: object.etag.clone(),
         };
         files.push(DataFile {
             name: object.path.as_str().into(),
@@ -253,7 +270,7 @@ fn objects<'a>(
     }
     Files {
         label: label.to_owned(),
-        identity: json!({ "files": identities, "split": split }),
+        identity: json!({ "files": identities }),
         files: files.into(),
     }
 }

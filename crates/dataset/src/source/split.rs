@@ -45,6 +45,38 @@ pub(super) fn files_of_split<'a>(names: &[&'a str], split: &str) -> Vec<&'a str>
     if split == "train" { names } else { Vec::new() }
 }
 
+/// A file that names of the form `train-00000-of-00003` promise and that is not among them.
+pub(super) fn missing_shard(names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| {
+        let (before, number, total, after) = shard_number(name)?;
+        let sibling = |index: u64| {
+            let width = number.len();
+            format!("{before}-{index:0width$}-of-{total}")
+        };
+        let is_there =
+            |sibling: &String| names.iter().any(|name| name.starts_with(sibling.as_str()));
+        let total: u64 = total.parse().ok()?;
+        let lacking = (0..total.min(MOST_SHARDS))
+            .map(sibling)
+            .find(|name| !is_there(name))?;
+        Some(format!("{lacking}{after}"))
+    })
+}
+
+/// More shards than any repository has.
+const MOST_SHARDS: u64 = 100_000;
+
+/// `data/train`, `00000`, `00003` and `.parquet` in `data/train-00000-of-00003.parquet`.
+fn shard_number(name: &str) -> Option<(&str, &str, &str, &str)> {
+    let at = name.rfind("-of-")?;
+    let (before, number) = name[..at].rsplit_once('-')?;
+    let rest = &name[at + 4..];
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let (total, after) = rest.split_at(digits);
+    let is_number = |part: &str| part.len() >= 5 && part.bytes().all(|b| b.is_ascii_digit());
+    (is_number(number) && is_number(total)).then_some((before, number, total, after))
+}
+
 fn is_description(name: &str) -> bool {
     let file = name.rsplit('/').next().unwrap_or(name);
     NO_DATA.contains(&file)
@@ -96,6 +128,25 @@ mod tests {
         check(&names, "train", &names[2..4]);
         check(&names, "test", &names[1..2]);
         check(&names, "validation", &[]);
+    }
+
+    #[test]
+    fn a_shard_that_is_promised_and_absent_is_named() {
+        let whole = [
+            "a/train-00000-of-00002-ab12.parquet",
+            "a/train-00001-of-00002-cd34.parquet",
+            "b.jsonl",
+        ];
+        assert_eq!(missing_shard(&whole), None);
+        assert_eq!(
+            missing_shard(&[
+                "train-00000-of-00003.parquet",
+                "train-00002-of-00003.parquet"
+            ])
+            .as_deref(),
+            Some("train-00001-of-00003.parquet")
+        );
+        assert_eq!(missing_shard(&["out-of-00002.csv", "-of-.json"]), None);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use futures::TryStreamExt as _;
 use updraft_dataset::{PretokenizeOptions, Reader, ReaderOptions, Result};
+use updraft_store::conformance::s3::S3Server;
+use updraft_store::conformance::survives_every_fault;
 use updraft_store::faults::{self, Fault};
 use updraft_store::{FinishedStage, Store};
 
@@ -67,7 +69,7 @@ async fn listed(store: &Store, stage: &FinishedStage) -> Vec<(String, bytes::Byt
     objects
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn an_import_killed_at_any_call_ends_the_same() {
     check(
         async |_| (),
@@ -76,7 +78,7 @@ async fn an_import_killed_at_any_call_ends_the_same() {
     .await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_pretokenize_killed_at_any_call_ends_the_same() {
     let import = async |store: &Store| {
         import_into(store, &source(ROWS), &options())
@@ -127,4 +129,18 @@ async fn a_finished_stage_costs_one_get_and_no_put() {
             .reused()
     );
     assert_eq!((calls.reads(), calls.total()), (1, 1));
+}
+
+/// The same over the S3 protocol: a store that fails, loses its answer or dies at every call.
+#[tokio::test]
+async fn an_import_over_s3_killed_at_any_call_ends_the_same() {
+    let server = S3Server::start().await;
+    let tries = std::cell::Cell::new(0);
+    let fresh = async || {
+        tries.set(tries.get() + 1);
+        server.store(&format!("try-{}", tries.get()))
+    };
+    let import = async |store: Store| import_into(&store, &source(ROWS), &options()).await;
+    let calls = survives_every_fault(fresh, import).await;
+    assert!(calls > 15, "five shards take more calls than {calls}");
 }

@@ -272,4 +272,35 @@ fn reasons_name_what_is_wrong() {
         "no prompt: there is no column prompt, and the answers share no first message",
     );
     check_reason("text", json!({ "text": "" }), "the text is empty");
+    // Passed over, these would train what the owner of the data has excluded.
+    check_reason(
+        "sharegpt",
+        json!({ "conversations": [{ "from": "gpt", "value": "ab", "train_detail": [{ "begin_offset": 0, "end_offset": 0, "train": false }] }] }),
+        "message 0 has train_detail, which is not supported: use train or weight",
+    );
+    check_reason(
+        "openai",
+        json!({ "messages": [{ "role": "assistant", "content": [{ "type": "text", "text": "a", "train": false }] }] }),
+        "message 0 has a part that is not trained, which is not supported: use train or weight on the message",
+    );
+}
+
+/// Templates see the media of a row under the names they have beside the messages.
+#[test]
+fn media_columns_travel_to_the_template() {
+    let row = json!({ "messages": [{ "role": "user", "content": "<image>?" }, { "role": "assistant", "content": "a cat" }], "images": ["cat.png"], "videos": [], "audios": null });
+    let Value::Object(mut row) = row else {
+        panic!("not an object")
+    };
+    let record = Formats::default()
+        .get("openai")
+        .expect("known")
+        .convert(&mut row);
+    let Ok(updraft_dataset::Record::Conversation(conversation)) = record else {
+        panic!("{record:?}")
+    };
+    assert_eq!(
+        Value::Object(conversation.variables),
+        json!({ "images": ["cat.png"] })
+    );
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use updraft_dataset::source::{Cursor, Files};
-use updraft_dataset::{Error, Source, conformance};
+use updraft_dataset::{Error, Source, SourceOptions, conformance};
 use updraft_store::hub::{HubClient, HubConfig, RepoRef};
 use wiremock::matchers::{header, method, path};
 use wiremock::{Mock, MockServer, Request, ResponseTemplate};
@@ -70,10 +70,18 @@ fn lines(rows: std::ops::Range<usize>) -> String {
 }
 
 async fn open(server: &MockServer, split: &str) -> Result<Files, Error> {
+    let options = SourceOptions {
+        split: split.to_owned(),
+        ..SourceOptions::default()
+    };
+    open_with(server, &options).await
+}
+
+async fn open_with(server: &MockServer, options: &SourceOptions) -> Result<Files, Error> {
     Files::on_hub(
         &client(server),
         &RepoRef::dataset("owner/set").expect("a name"),
-        split,
+        options,
     )
     .await
 }
@@ -118,6 +126,70 @@ async fn a_repository_of_scripts_is_read_from_the_hubs_export() {
         .expect_err("only a part")
         .to_string();
     assert!(err.contains("a part of it only"), "{err}");
+}
+
+#[tokio::test]
+async fn the_card_of_a_repository_is_obeyed() {
+    let server = MockServer::start().await;
+    let card = "---\nconfigs:\n- config_name: a\n  data_files: x/*.jsonl\n- config_name: b\n  data_files:\n  - split: train\n    path: y/1.jsonl\n---\n";
+    let files = [
+        ("README.md", card.to_owned()),
+        ("x/1.jsonl", lines(0..2)),
+        ("y/1.jsonl", lines(2..7)),
+        ("y/2.jsonl", lines(7..9)),
+    ];
+    serve(&server, "main", &files).await;
+    let with = |config: Option<&str>| SourceOptions {
+        config: config.map(str::to_owned),
+        ..SourceOptions::default()
+    };
+    let source = open_with(&server, &with(Some("b")))
+        .await
+        .expect("resolved");
+    assert_eq!(conformance::rows(&source, Cursor::default()).await.len(), 5);
+    let err = open_with(&server, &with(None))
+        .await
+        .expect_err("two to choose from")
+        .to_string();
+    assert!(
+        err.contains("expected one configuration; name one of a, b"),
+        "{err}"
+    );
+}
+
+#[tokio::test]
+async fn a_part_of_the_hubs_export_is_taken_when_asked() {
+    let server = MockServer::start().await;
+    serve(&server, "main", &[("set.py", "import datasets".to_owned())]).await;
+    let part = [
+        ("en/partial-train/0000.jsonl", lines(0..3)),
+        ("fr/train/0000.jsonl", lines(3..7)),
+    ];
+    serve(&server, "refs/convert/parquet", &part).await;
+    let options = |config: Option<&str>, partial_export| SourceOptions {
+        config: config.map(str::to_owned),
+        partial_export,
+        ..SourceOptions::default()
+    };
+    for (config, partial, rows) in [("en", true, 3), ("fr", false, 4)] {
+        let source = open_with(&server, &options(Some(config), partial))
+            .await
+            .expect(config);
+        assert_eq!(
+            conformance::rows(&source, Cursor::default()).await.len(),
+            rows
+        );
+    }
+    for (config, words) in [
+        (None, "name one of en, fr"),
+        (Some("en"), "a part of it only"),
+    ] {
+        let err = open_with(&server, &options(config, false))
+            .await
+            .expect_err(words)
+            .to_string();
+        assert!(err.contains(words), "{err}");
+    }
 }
 
 #[tokio::test]

@@ -2,15 +2,9 @@
 //! source; and bytes that are not what they claim.
 
 use std::fs;
-use std::io::Write as _;
 use std::sync::Arc;
 
-use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
-use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
-use arrow_schema::{DataType, Field, Fields};
 use async_trait::async_trait;
-use parquet::arrow::ArrowWriter;
-use parquet::file::properties::WriterProperties;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use updraft_dataset::source::{BatchStream, Cursor, Files, Row};
@@ -18,6 +12,11 @@ use updraft_dataset::{
     Error, MemorySource, Result, Source, SourceOptions, conformance, resolve_source, source_tests,
 };
 use updraft_store::Store;
+
+use crate::files::{
+    ARRAY, CSV, LINES, OBJECTS, arrow_file, arrow_stream, gzip, long_array, long_lines, parquet,
+    zstd,
+};
 
 /// A source over files of its own.
 #[derive(Debug)]
@@ -78,89 +77,9 @@ async fn object(name: &str, bytes: impl Into<Vec<u8>>) -> Files {
         .await
         .expect("put");
     // A memory store's ETags count its writes, so two stores with one write agree.
-    Files::in_store(&store, "data", "train")
+    Files::in_store(&store, "data", &SourceOptions::default())
         .await
         .expect("found")
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    writer.write_all(bytes).expect("memory");
-    writer.finish().expect("memory")
-}
-
-fn zstd(bytes: &[u8]) -> Vec<u8> {
-    zstd::encode_all(bytes, 1).expect("memory")
-}
-
-/// A byte-order mark, blank lines, CRLF, rows that are no objects or no JSON, no last line end.
-const LINES: &str = "\u{feff}{\"text\": \"one\"}\n\n{\"text\": \"zwei ü\"}\r\n[1]\n  \n{\"text\": \n{\"text\": \"five\"}\n{\"text\": \"six\"}";
-
-/// Brackets and quotes inside strings, nested objects, a record that is no object, one that is
-/// no JSON.
-const ARRAY: &str = r#" [ {"text": "a ] } , \" \\"}, {"text": "b", "c": [{"d": {}}]}
-, 7,{"text": tru},
-{"text":"e"} ] trailing"#;
-
-/// The same without brackets.
-const OBJECTS: &str = "{\"text\": \"a\"}\n{\n  \"text\": \"b }\"\n}{\"text\": \"c\"}";
-
-/// Quoted delimiters, quotes and line ends, an empty field, a row that is too short.
-const CSV: &str = "text,other\none,1\n\"two, \"\"quoted\"\"\nand long\",2\n,3\nshort\nlast,5";
-
-/// Rows over several blocks, one longer than a block, one longer than a row may be.
-fn long_lines() -> Vec<u8> {
-    let mut lines = Vec::new();
-    for (i, len) in [10, 700_000, 3, 17 << 20, 5, 400_000, 400_000, 2]
-        .into_iter()
-        .enumerate()
-    {
-        writeln!(lines, "{}", json!({ "i": i, "text": "x".repeat(len) })).expect("memory");
-    }
-    lines
-}
-
-fn long_array() -> Vec<u8> {
-    let lines = String::from_utf8(long_lines()).expect("ASCII");
-    format!("[{}]", lines.trim_end().replace('\n', ",")).into_bytes()
-}
-
-fn parquet() -> Vec<u8> {
-    let fields = Fields::from(vec![
-        Field::new("from", DataType::Utf8, true),
-        Field::new("value", DataType::Utf8, true),
-    ]);
-    let mut turns = ListBuilder::new(StructBuilder::from_fields(fields, 0));
-    let mut ids = Vec::new();
-    for row in 0..50 {
-        for turn in 0..row % 4 {
-            let text = |field: usize, turns: &mut ListBuilder<StructBuilder>, text: String| {
-                turns
-                    .values()
-                    .field_builder::<StringBuilder>(field)
-                    .expect("text")
-                    .append_value(text);
-            };
-            text(0, &mut turns, ["human", "gpt"][turn % 2].to_owned());
-            text(1, &mut turns, format!("row {row} turn {turn}"));
-            turns.values().append(true);
-        }
-        turns.append(row % 7 != 3);
-        ids.push((row % 5 != 0).then_some(row as i64));
-    }
-    let columns: Vec<(&str, ArrayRef)> = vec![
-        ("id", Arc::new(Int64Array::from(ids))),
-        ("conversations", Arc::new(turns.finish())),
-        ("note", Arc::new(StringArray::from(vec!["n"; 50]))),
-    ];
-    let batch = RecordBatch::try_from_iter(columns).expect("columns");
-    let groups = WriterProperties::builder()
-        .set_max_row_group_row_count(Some(7))
-        .build();
-    let mut writer =
-        ArrowWriter::try_new(Vec::new(), batch.schema(), Some(groups)).expect("writer");
-    writer.write(&batch).expect("memory");
-    writer.into_inner().expect("memory")
 }
 
 source_tests!(
@@ -198,6 +117,20 @@ source_tests!(
 source_tests!(csv_object, object("rows.csv", CSV).await);
 source_tests!(text, file("rows.txt", "one\ntwo\n\nfour").await);
 source_tests!(parquet_file, file("rows.parquet", parquet()).await);
+source_tests!(arrow_stream_file, file("rows.arrow", arrow_stream()).await);
+source_tests!(arrow_file_file, file("rows.arrow", arrow_file()).await);
+source_tests!(
+    arrow_zst,
+    file("rows.arrow.zst", zstd(&arrow_stream())).await
+);
+source_tests!(arrow_object, object("rows.arrow", arrow_file()).await);
+source_tests!(
+    generated,
+    conformance::Generated {
+        rows: 600,
+        row_bytes: 100
+    }
+);
 source_tests!(parquet_object, object("rows.parquet", parquet()).await);
 source_tests!(
     a_folder,
@@ -289,6 +222,23 @@ async fn a_row_over_the_limit_is_a_reject_and_the_next_ones_come() {
 }
 
 #[tokio::test]
+async fn arrow_rows_are_parquets_rows() {
+    let values = async |source: InFolder| -> Vec<Value> {
+        let value = |row: Row| Value::Object(row.value.expect("a row"));
+        rows(&source).await.into_iter().map(value).collect()
+    };
+    let expected = values(file("rows.parquet", parquet()).await).await;
+    assert_eq!(
+        values(file("rows.arrow", arrow_stream()).await).await,
+        expected
+    );
+    assert_eq!(
+        values(file("rows.arrow", arrow_file()).await).await,
+        expected
+    );
+}
+
+#[tokio::test]
 async fn parquet_rows_keep_nesting_and_leave_nulls_out() {
     let rows = rows(&file("rows.parquet", parquet()).await).await;
     let value = |i: usize| Value::Object(rows[i].value.clone().expect("a row"));
@@ -329,6 +279,13 @@ async fn damaged_files_are_errors_that_name_the_file() {
     check_error("rows.json", r#"[{"a": 1}"#, "has no end").await;
     check_error("rows.parquet", "PAR1 no more", "damaged").await;
     check_error("rows.parquet", half(parquet()), "damaged").await;
+    check_error("rows.arrow", half(arrow_stream()), "damaged").await;
+    check_error(
+        "rows.arrow",
+        "ARROW1\0\0\u{7f}\u{7f}\u{7f}\u{7f}",
+        "damaged",
+    )
+    .await;
     let endless = format!("a,b\n\"{}", "x".repeat(40 << 20));
     check_error("rows.csv", endless, "unclosed quote").await;
 }

@@ -11,7 +11,7 @@ use futures::stream::{self, BoxStream};
 use serde_json::{Value, json};
 #[cfg(feature = "hub")]
 use updraft_store::hub::{HubClient, RepoFile, RepoRef, ResolvedRepo};
-use updraft_store::{CancelToken, sha256_hex};
+use updraft_store::{CancelToken, FileHashes};
 
 use crate::error::{Error, Result};
 use crate::weights::map_file;
@@ -189,7 +189,9 @@ fn hash_file(folder: &Path, file: SourceFile, cancel: &CancelToken) -> Result<So
     if cancel.is_cancelled() {
         return Err(Error::Cancelled);
     }
-    let sha256 = sha256_hex(&map_file(&folder.join(&file.name))?);
+    let path = folder.join(&file.name);
+    let hash = FileHashes::from_env().hash(&path);
+    let sha256 = hash.map_err(|source| Error::Io { path, source })?.sha256;
     Ok(SourceFile {
         id: json!(sha256),
         sha256: Some(sha256),

@@ -192,6 +192,46 @@ async fn what_is_missing_or_unsound_is_refused_before_anything_is_written() {
     );
 }
 
+/// Seeded damage to a weight file's header, its length included: refused with a reason, or
+/// harmless, and never a panic nor a stage that looks finished.
+#[tokio::test]
+async fn damaged_headers_are_refused_or_harmless() {
+    let folder = folder();
+    let path = folder.path().join(SINGLE_FILE);
+    let whole = std::fs::read(&path).expect("a file");
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().expect("eight")) as usize;
+    let mut state = 0x5eed_u64;
+    let mut below = |limit: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % limit as u64) as usize
+    };
+    let mut refused = 0;
+    for _ in 0..COPIES {
+        let mut bytes = whole.clone();
+        for _ in 0..=below(3) {
+            let at = below(header.min(bytes.len()));
+            match below(4) {
+                0 => bytes[at] ^= 1 << below(8),
+                1 => bytes[at] = [0, 0xff, b'"', b'9', b'-', b'}'][below(6)],
+                2 => drop(bytes.remove(at)),
+                _ => bytes.truncate(at.max(1)),
+            }
+        }
+        std::fs::write(&path, bytes).expect("written");
+        let store = Store::memory();
+        if let Err(error) = import(&store, folder.path()).await {
+            assert!(!error.to_string().is_empty());
+            assert!(store.list("").await.expect("memory answers").is_empty());
+            refused += 1;
+        }
+    }
+    assert!(refused > COPIES / 2, "{refused} of {COPIES} refused");
+}
+
+const COPIES: usize = 200;
+
 #[tokio::test]
 async fn a_cancelled_import_goes_on_later() {
     let (folder, store, cancel) = (folder(), Store::memory(), CancelToken::new());

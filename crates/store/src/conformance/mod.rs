@@ -4,6 +4,8 @@
 //! [`conformance_tests!`](crate::conformance_tests) makes a test of each;
 //! [`survives_every_fault`] runs a whole stage against every fault at every store call.
 
+#[cfg(feature = "s3")]
+pub mod s3;
 mod stage;
 pub mod store;
 

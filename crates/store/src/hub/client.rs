@@ -7,13 +7,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
-use reqwest::header::{
-    AUTHORIZATION, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
-};
-use reqwest::{Client, Response, StatusCode, Url, redirect};
+use reqwest::header::{AUTHORIZATION, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE};
+use reqwest::{Body, Client, Method, Response, StatusCode, Url, redirect};
 use serde::Deserialize;
 use tokio::time::Instant;
 
+use super::body::{check_content_range, skip_bytes};
+use super::cache::Cache;
 use super::config::HubConfig;
 use super::repo::{RepoFile, RepoKind, RepoRef, ResolvedRepo, TreeItem};
 use super::request::{
@@ -28,8 +28,8 @@ const MOST_REDIRECTS: usize = 8;
 /// How many pages of a listing are read; the Hub sends a thousand files on each.
 const MOST_PAGES: usize = 1_000;
 /// Whole files larger than one piece are read several pieces at a time.
-const PIECE_BYTES: u64 = 16 << 20;
-const PIECES_AT_ONCE: usize = 4;
+const PIECE_BYTES: u64 = 8 << 20;
+const PIECES_AT_ONCE: usize = 8;
 
 /// Reads repositories of a Hub. Clones share connections.
 #[derive(Clone, Debug)]
@@ -42,6 +42,7 @@ struct Inner {
     http: Client,
     endpoint: Url,
     config: HubConfig,
+    cache: Option<Cache>,
 }
 
 #[derive(Deserialize)]
@@ -74,11 +75,13 @@ impl HubClient {
             .read_timeout(config.stall)
             .build()
             .map_err(|error| invalid(&format!("no TLS for it ({error})")))?;
+        let cache = config.cache.clone().map(Cache::new);
         Ok(Self {
             inner: Arc::new(Inner {
                 http,
                 endpoint,
                 config,
+                cache,
             }),
         })
     }
@@ -92,12 +95,21 @@ impl HubClient {
     }
 
     /// Pins a repository's revision to the commit it is now, and lists that commit's files.
+    /// Offline, the commit and the files are those of the cache.
     ///
     /// # Errors
     /// [`Error::Gated`], [`Error::RepoNotFound`], [`Error::RevisionNotFound`], [`Error::Unauthenticated`],
     /// [`Error::RateLimited`], [`Error::Offline`], [`Error::Unreachable`] or [`Error::UnexpectedAnswer`].
     pub async fn resolve(&self, repo: &RepoRef) -> Result<ResolvedRepo> {
         let url = self.api(repo, "revision", repo.revision());
+        if self.inner.config.offline {
+            let cached = self
+                .inner
+                .cache
+                .as_ref()
+                .and_then(|cache| cache.resolve(repo));
+            return cached.ok_or_else(|| Error::Offline { url: url.into() });
+        }
         let (_, info): (_, RevisionInfo) = self.json(repo, url).await?;
         let mut url = self.api(repo, "tree", &info.sha);
         url.set_query(Some("recursive=true"));
@@ -129,7 +141,8 @@ impl HubClient {
         ))
     }
 
-    /// The bytes of a range of a file, resumed where a connection breaks off.
+    /// The bytes of a range of a file, from the cache if that holds it, else from the Hub, resumed
+    /// where a connection breaks off.
     pub fn read(
         &self,
         repo: &ResolvedRepo,
@@ -137,6 +150,10 @@ impl HubClient {
         range: Range<u64>,
     ) -> BoxStream<'static, Result<Bytes>> {
         let range = range.start..range.end.min(file.size);
+        let cached = self.inner.cache.as_ref();
+        if let Some(path) = cached.and_then(|cache| cache.file(&repo.repo, &repo.sha, file)) {
+            return super::cache::read(path, range).boxed();
+        }
         let target = Arc::new((self.clone(), repo.clone_without_files(), file.clone()));
         let url = self.file_url(repo, file).to_string();
         fetch::resumable(url, range, move |range, etag| {
@@ -214,9 +231,9 @@ impl HubClient {
         let subject = self.subject(repo, None, &url);
         let answer = self.send(subject, HeaderMap::new()).await?;
         let headers = answer.headers().clone();
-        let body = answer
-            .bytes()
+        let body = tokio::time::timeout(self.inner.config.deadline, answer.bytes())
             .await
+            .map_err(|elapsed| unreachable(&url, elapsed))?
             .map_err(|error| unreachable(&url, error))?;
         let value = serde_json::from_slice(&body).map_err(|error| {
             unexpected(subject, &format!("other JSON than the Hub's ({error})"))
@@ -226,6 +243,17 @@ impl HubClient {
 
     /// Sends one GET, following redirects and waiting as asked, within the deadline.
     async fn send(&self, subject: Subject<'_>, headers: HeaderMap) -> Result<Response> {
+        self.send_with(subject, Method::GET, headers, || None).await
+    }
+
+    /// [`send`](Self::send) of any request; `body` makes its body anew for every try.
+    pub(super) async fn send_with(
+        &self,
+        subject: Subject<'_>,
+        method: Method,
+        headers: HeaderMap,
+        body: impl Fn() -> Option<Body>,
+    ) -> Result<Response> {
         if self.inner.config.offline {
             return Err(Error::Offline {
                 url: subject.url.to_string(),
@@ -235,11 +263,14 @@ impl HubClient {
         let mut url = subject.url.clone();
         let (mut failed, mut redirects) = (0, 0);
         loop {
-            let request = self
+            let mut request = self
                 .inner
                 .http
-                .get(url.clone())
+                .request(method.clone(), url.clone())
                 .headers(self.with_token(&url, &headers));
+            if let Some(body) = body() {
+                request = request.body(body);
+            }
             let answer = tokio::time::timeout_at(deadline, request.send())
                 .await
                 .map_err(|elapsed| unreachable(subject.url, elapsed))?;
@@ -288,7 +319,12 @@ impl HubClient {
         headers
     }
 
-    fn subject<'a>(&self, repo: &'a RepoRef, path: Option<&'a str>, url: &'a Url) -> Subject<'a> {
+    pub(super) fn subject<'a>(
+        &self,
+        repo: &'a RepoRef,
+        path: Option<&'a str>,
+        url: &'a Url,
+    ) -> Subject<'a> {
         Subject {
             repo,
             path,
@@ -298,7 +334,7 @@ impl HubClient {
     }
 
     /// `{endpoint}/api/{kind}s/{id}/{what}/{revision}`.
-    fn api(&self, repo: &RepoRef, what: &str, revision: &str) -> Url {
+    pub(super) fn api(&self, repo: &RepoRef, what: &str, revision: &str) -> Url {
         let parts = ["api", repo.kind().plural()].into_iter();
         self.address(parts.chain(repo.id().split('/')).chain([what, revision]))
     }
@@ -317,7 +353,7 @@ impl HubClient {
     }
 
     /// The endpoint with these path parts, each percent-encoded, slashes included.
-    fn address<'a>(&self, parts: impl Iterator<Item = &'a str>) -> Url {
+    pub(super) fn address<'a>(&self, parts: impl Iterator<Item = &'a str>) -> Url {
         let mut url = self.inner.endpoint.clone();
         url.path_segments_mut()
             .expect("http and https URLs have a path")
@@ -336,52 +372,4 @@ impl ResolvedRepo {
             files: Vec::new(),
         }
     }
-}
-
-/// Checks that a partial answer begins where asked and speaks of a file of the size listed.
-fn check_content_range(
-    answer: &Response,
-    range: &Range<u64>,
-    file: &RepoFile,
-) -> Result<(), String> {
-    let found = header(answer.headers(), CONTENT_RANGE.as_str()).unwrap_or("nothing");
-    let parsed = found.strip_prefix("bytes ").and_then(|rest| {
-        let (span, total) = rest.split_once('/')?;
-        let start: u64 = span.split_once('-')?.0.parse().ok()?;
-        Some((start, total.parse::<u64>().ok()))
-    });
-    match parsed {
-        Some((start, total))
-            if start == range.start && total.is_none_or(|total| total == file.size) =>
-        {
-            Ok(())
-        }
-        _ => Err(format!(
-            "the range '{found}' instead of bytes {}-{} of {}",
-            range.start,
-            range.end - 1,
-            file.size
-        )),
-    }
-}
-
-/// Leaves out the first bytes of a body.
-fn skip_bytes(
-    body: BoxStream<'static, Result<Bytes, BoxError>>,
-    skip: u64,
-) -> BoxStream<'static, Result<Bytes, BoxError>> {
-    if skip == 0 {
-        return body;
-    }
-    body.scan(skip, |left, chunk| {
-        let chunk = chunk.map(|mut bytes| {
-            let skipped = bytes
-                .len()
-                .min(usize::try_from(*left).unwrap_or(usize::MAX));
-            *left -= skipped as u64;
-            bytes.split_off(skipped)
-        });
-        futures::future::ready(Some(chunk))
-    })
-    .boxed()
 }

@@ -13,8 +13,10 @@ pub struct HubConfig {
     pub endpoint: String,
     /// Who asks; sent to `endpoint` only.
     pub token: Option<Token>,
-    /// Refuse every network call with [`Error::Offline`].
+    /// Refuse every network call with [`Error::Offline`]; what the cache holds can still be read.
     pub offline: bool,
+    /// The cache that `huggingface_hub` fills, read where it holds a file and never written.
+    pub cache: Option<PathBuf>,
     /// The longest one request may take until its body begins, waiting for a busy server included.
     /// The Hub counts requests in windows of five minutes, so less gives up on a full window.
     pub deadline: Duration,
@@ -28,6 +30,7 @@ impl Default for HubConfig {
             endpoint: "https://huggingface.co".to_owned(),
             token: None,
             offline: false,
+            cache: None,
             deadline: Duration::from_secs(360),
             stall: Duration::from_secs(30),
         }
@@ -37,7 +40,8 @@ impl Default for HubConfig {
 impl HubConfig {
     /// Reads `HF_ENDPOINT`, `HF_HUB_OFFLINE`, and the token from `HF_TOKEN`, the file
     /// `HF_TOKEN_PATH` or `$HF_HOME/token` (by default `~/.cache/huggingface/token`), in this
-    /// order; the files are left alone when `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set.
+    /// order; the files are left alone when `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set. The cache is
+    /// `HF_HUB_CACHE` or `$HF_HOME/hub`, if there is such a folder.
     ///
     /// # Errors
     /// [`Error::Denied`] if a token file is there but cannot be read.
@@ -62,6 +66,10 @@ impl HubConfig {
                 .trim_end_matches('/')
                 .clone_into(&mut config.endpoint);
         }
+        config.cache = var("HF_HUB_CACHE")
+            .map(PathBuf::from)
+            .or_else(|| Some(home(var)?.join("hub")))
+            .filter(|folder| folder.is_dir());
         config.token = match var("HF_TOKEN") {
             Some(token) => Some(Token::new(&token)),
             None if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN") => None,
@@ -75,14 +83,18 @@ impl HubConfig {
 }
 
 fn token_file(var: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
-    if let Some(path) = var("HF_TOKEN_PATH") {
-        return Some(path.into());
+    match var("HF_TOKEN_PATH") {
+        Some(path) => Some(path.into()),
+        None => Some(home(var)?.join("token")),
     }
-    let home = var("HF_HOME")
+}
+
+/// Where `huggingface_hub` keeps its files.
+fn home(var: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    var("HF_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(var("XDG_CACHE_HOME")?).join("huggingface")))
-        .or_else(|| Some(PathBuf::from(var("HOME")?).join(".cache/huggingface")))?;
-    Some(home.join("token"))
+        .or_else(|| Some(PathBuf::from(var("HOME")?).join(".cache/huggingface")))
 }
 
 fn read_token(path: &Path) -> Result<Option<Token>> {
@@ -163,6 +175,18 @@ mod tests {
         ]);
         assert_eq!(config.endpoint, "http://127.0.0.1:1");
         assert!(config.offline);
+    }
+
+    #[test]
+    fn the_cache_is_a_folder_that_is_there() {
+        let home = tempfile::tempdir().expect("a folder");
+        let hub = home.path().join("hub");
+        let vars = [("HF_HOME", home.path().to_str().expect("plain"))];
+        assert_eq!(config(&vars).cache, None);
+        std::fs::create_dir(&hub).expect("made");
+        assert_eq!(config(&vars).cache.as_deref(), Some(hub.as_path()));
+        let elsewhere = [vars[0], ("HF_HUB_CACHE", "/nowhere/at/all")];
+        assert_eq!(config(&elsewhere).cache, None);
     }
 
     #[test]

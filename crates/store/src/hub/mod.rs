@@ -16,11 +16,19 @@
 //! # Ok(()) }
 //! ```
 
+mod body;
+mod cache;
 mod client;
 mod config;
+#[cfg(feature = "push")]
+mod local_files;
+#[cfg(feature = "push")]
+mod push;
 mod repo;
 mod request;
 
 pub use client::HubClient;
 pub use config::{HubConfig, Token};
+#[cfg(feature = "push")]
+pub use push::PushOptions;
 pub use repo::{RepoFile, RepoKind, RepoRef, ResolvedRepo};

@@ -134,6 +134,14 @@ pub struct RepoFile {
     pub lfs_sha256: Option<String>,
 }
 
+impl RepoFile {
+    /// What the content is known by, wherever the file was found: the SHA-256 of large files,
+    /// Git's name for others.
+    pub fn content_id(&self) -> &str {
+        self.lfs_sha256.as_ref().unwrap_or(&self.oid)
+    }
+}
+
 /// One item of a tree listing.
 #[derive(Deserialize)]
 pub(crate) struct TreeItem {
@@ -160,8 +168,7 @@ impl TreeItem {
         if self.r#type != "file" {
             return Ok(None);
         }
-        let leads_out = |part: &str| matches!(part, "" | "." | "..") || part.contains('\\');
-        if self.path.split('/').any(leads_out) {
+        if leads_out(&self.path) {
             return Err(self.path);
         }
         let size = self
@@ -179,6 +186,12 @@ impl TreeItem {
             lfs_sha256,
         }))
     }
+}
+
+/// Whether a path in a repository would lead out of it.
+pub(crate) fn leads_out(path: &str) -> bool {
+    path.split('/')
+        .any(|part| matches!(part, "" | "." | "..") || part.contains('\\'))
 }
 
 #[cfg(test)]

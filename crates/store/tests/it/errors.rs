@@ -16,7 +16,9 @@ fn open_error(url: &str) -> String {
 #[test]
 fn a_bad_url_says_what_to_write() {
     for (url, says) in [
-        ("gs://bucket", "s3://bucket/prefix"),
+        ("ftp://bucket", "s3://bucket/prefix"),
+        ("gs://", "write gs://bucket/prefix"),
+        ("az://", "write az://bucket/prefix"),
         ("s3://", "the bucket is missing"),
         ("s3://bucket/a//b", "empty or relative part"),
         ("s3://bucket/../b", "empty or relative part"),

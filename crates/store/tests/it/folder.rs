@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use updraft_store::Store;
 use updraft_store::faults::{Fault, inject};
+use updraft_store::{ManifestDraft, Opened, StageId, Store, garbage, open_stage};
 
 /// An empty store in a folder of its own under the build's scratch folder, which the first call empties.
 pub(crate) fn folder_store() -> Store {
@@ -60,4 +60,50 @@ async fn a_failed_writer_leaves_no_file_behind() {
         );
         assert_eq!(files(&root), Vec::<PathBuf>::new(), "at call {at}");
     }
+}
+
+/// A killed write leaves a file that no listing shows; garbage does, and it can be deleted.
+#[tokio::test]
+async fn what_a_killed_write_leaves_is_garbage() {
+    let store = folder_store();
+    let id = StageId::models("owner/toy").expect("a name");
+    let Opened::Open(stage) = open_stage(&store, &id, "toy", &1).await.expect("open") else {
+        panic!("a new store has no finished stage")
+    };
+    let object = stage.put_object("a", "x".into()).await.expect("put");
+    let dir = stage.dir().to_owned();
+    let below = StageId::models("owner/toy/below").expect("a name");
+    let left = [
+        format!("{dir}/b/model.safetensors#1"),
+        format!("{dir}/a#12"),
+        format!("{}#1", id.current_path()),
+    ];
+    for path in left.iter().chain([&format!("{}#1", below.current_path())]) {
+        let file = store.local_path(path).expect("a local store");
+        std::fs::create_dir_all(file.parent().expect("a folder")).expect("made");
+        std::fs::write(file, "half").expect("written");
+    }
+    let draft = ManifestDraft {
+        objects: vec![object],
+        ..ManifestDraft::default()
+    };
+    stage
+        .commit(draft)
+        .await
+        .expect("what is left is in nobody's way");
+    let found = garbage(&store, &id).await.expect("garbage");
+    let mut paths: Vec<&str> = found.iter().map(|object| object.path.as_str()).collect();
+    let mut expected: Vec<&str> = left.iter().map(String::as_str).collect();
+    paths.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(paths, expected);
+    for object in &found {
+        assert_eq!(object.bytes, 4);
+        store.delete(&object.path).await.expect("deleted");
+        store.delete(&object.path).await.expect("deleted twice");
+    }
+    assert!(garbage(&store, &id).await.expect("garbage").is_empty());
+    let Opened::Finished(_) = open_stage(&store, &id, "toy", &1).await.expect("open") else {
+        panic!("the stage is finished")
+    };
 }

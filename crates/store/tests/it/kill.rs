@@ -10,10 +10,10 @@ use updraft_store::{
     sha256_hex,
 };
 
-const SHARDS: u32 = 4;
+pub(crate) const SHARDS: u32 = 4;
 
 /// What a well-behaved stage looks like: shards named by content, journalled one by one.
-async fn toy_stage(store: Store) -> Result<FinishedStage> {
+pub(crate) async fn toy_stage(store: Store) -> Result<FinishedStage> {
     let id = StageId::standardized("owner/toy")?;
     let stage = match open_stage(&store, &id, "toy", &json!({"shards": SHARDS})).await? {
         Opened::Finished(finished) => return Ok(finished),
@@ -54,7 +54,7 @@ async fn toy_stage(store: Store) -> Result<FinishedStage> {
 }
 
 /// One object too large for a single PUT, under a name that does not tell its content.
-async fn large_stage(store: Store) -> Result<FinishedStage> {
+pub(crate) async fn large_stage(store: Store) -> Result<FinishedStage> {
     let id = StageId::models("toy")?;
     let stage = match open_stage(&store, &id, "import-model", &json!(1)).await? {
         Opened::Finished(finished) => return Ok(finished),
@@ -105,7 +105,7 @@ async fn several_processes_at_once_make_one_result() {
 }
 
 #[tokio::test]
-async fn over_s3_it_survives_every_fault_too() {
+async fn over_a_foreign_s3_it_survives_every_fault_too() {
     if crate::s3_store("kill").await.is_none() {
         return;
     }

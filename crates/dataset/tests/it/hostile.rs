@@ -1,0 +1,115 @@
+//! Bytes that are nearly right: seeded damage to every kind of file ends in rows, rejects or an
+//! error that names the file, and never in a panic that reaches the caller, nor without an end.
+
+use std::time::Duration;
+
+use futures::TryStreamExt as _;
+use updraft_dataset::source::{Cursor, Files};
+use updraft_dataset::{Source, SourceOptions};
+use updraft_store::Store;
+
+use crate::files::{ARRAY, CSV, LINES, arrow_file, arrow_stream, gzip, parquet, zstd};
+
+/// Damaged copies of each file.
+const COPIES: u64 = 150;
+/// Longer than any copy takes, by far.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Marsaglia's xorshift.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit.max(1) as u64) as usize
+    }
+}
+
+/// Flips, overwrites, drops, repeats or cuts off a few bytes.
+fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..=random.below(4) {
+        let at = random.below(bytes.len());
+        match random.below(6) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes[at] = [0, 0xff, 0x7f, 0x80, b'"', b'{'][random.below(6)],
+            2 => {
+                let end = bytes.len().min(at + 8);
+                bytes[at..end].fill(0xff);
+            }
+            3 => drop(bytes.remove(at)),
+            4 => {
+                let end = bytes.len().min(at + random.below(16));
+                let again = bytes[at..end].to_vec();
+                bytes.splice(at..at, again);
+            }
+            _ => bytes.truncate(at.max(1)),
+        }
+        if bytes.is_empty() {
+            bytes.push(0);
+        }
+    }
+}
+
+/// Reads a file to its end or its error; the number of rows in the first case.
+async fn read(name: &str, bytes: Vec<u8>) -> Result<usize, updraft_dataset::Error> {
+    let store = Store::memory();
+    store.put(name, bytes.into()).await.expect("put");
+    let source = Files::in_store(&store, "", &SourceOptions::default())
+        .await
+        .expect("found");
+    let batches: Vec<_> = source.open(Cursor::default()).await?.try_collect().await?;
+    Ok(batches.into_iter().map(|batch| batch.rows().len()).sum())
+}
+
+/// Returns how many copies could be read to their end.
+async fn check(name: &str, whole: Vec<u8>) -> u64 {
+    let sound = read(name, whole.clone())
+        .await
+        .expect("the whole file is sound");
+    let (mut failed, mut random) = (0, Random(0x5eed ^ whole.len() as u64));
+    for copy in 0..COPIES {
+        let mut bytes = whole.clone();
+        damage(&mut bytes, &mut random);
+        let read = tokio::time::timeout(PATIENCE, read(name, bytes)).await;
+        match read.unwrap_or_else(|_| panic!("{name}: copy {copy} does not end")) {
+            Ok(rows) => assert!(
+                rows <= 40 * (sound + 10),
+                "{name}: copy {copy} has {rows} rows"
+            ),
+            Err(err) => {
+                assert!(err.to_string().contains(name), "{name}: copy {copy}: {err}");
+                failed += 1;
+            }
+        }
+    }
+    COPIES - failed
+}
+
+#[tokio::test]
+async fn damaged_parquet_ends() {
+    assert!(check("a.parquet", parquet()).await > 0);
+}
+
+#[tokio::test]
+async fn damaged_arrow_ends() {
+    assert!(check("a.arrow", arrow_stream()).await > 0);
+    assert!(check("b.arrow", arrow_file()).await > 0);
+}
+
+#[tokio::test]
+async fn damaged_json_ends() {
+    assert!(check("a.json", ARRAY.into()).await > 0);
+    assert!(check("a.jsonl", LINES.into()).await > 0);
+}
+
+#[tokio::test]
+async fn damaged_text_ends() {
+    assert!(check("a.csv", CSV.into()).await > 0);
+    assert!(
+        check("a.jsonl.gz", gzip(LINES.as_bytes())).await < COPIES,
+        "gzip has a checksum"
+    );
+    assert!(check("a.jsonl.zst", zstd(LINES.as_bytes())).await < COPIES);
+}
