@@ -53,6 +53,7 @@ pub mod embedding;
 pub mod kv_scatter;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod noise;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use updraft_kernels::noise::derive;
+
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -215,6 +217,15 @@ pub struct Part {
     pub batch: Batch,
     /// The id each logit row should predict, `[N]`.
     pub labels: Vec<u32>,
+    /// A number for each document that no other document of the run has, from which dropout and
+    /// noise are drawn; needed only where an adapter has dropout or `neftune_noise_alpha` is set.
+    pub seeds: Vec<u64>,
+    /// Noise added to the embeddings of a document of `T` tokens: uniform up to
+    /// `neftune_noise_alpha / √(T·C)`. Zero adds none.
+    ///
+    /// # Source
+    /// Jain et al. 2023, <https://arxiv.org/abs/2310.05914>
+    pub neftune_noise_alpha: f64,
 }
 
 impl Part {
@@ -232,6 +243,14 @@ impl Part {
             self.batch.logit_rows.push(rows.start + position as u32 - 1);
             self.labels.push(ids[position]);
         }
+    }
+
+    /// A key for each token, `[T]`; none without seeds.
+    pub(crate) fn row_keys(&self) -> Vec<u64> {
+        let keys = self.seeds.iter().enumerate().flat_map(|(document, &seed)| {
+            (0..self.batch.rows(document).len()).map(move |position| derive(seed, position as u64))
+        });
+        keys.collect()
     }
 
     /// How many tokens are predicted.

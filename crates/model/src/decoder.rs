@@ -25,7 +25,7 @@ pub struct Decoder {
     dtype: DType,
     threads: Threads,
     rope: RopeTable,
-    embedding: Embedding,
+    pub(crate) embedding: Embedding,
     blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
     /// `[V, C]`
@@ -156,13 +156,27 @@ impl Decoder {
         ops: &Ops,
         batch: &Batch,
         adapters: &[AdapterRows<'_>],
+        kv: Option<&mut KvPages>,
+        save: impl FnMut(SavedBlock),
+    ) -> Result<Stream> {
+        let embedded = self.embedding.forward(&self.pass(ops, batch))?;
+        self.run_embedded(ops, batch, embedded, adapters, kv, save)
+    }
+
+    /// [`run`](Self::run) from the embeddings on, `[T, C]`.
+    pub(crate) fn run_embedded(
+        &self,
+        ops: &Ops,
+        batch: &Batch,
+        embedded: Tensor,
+        adapters: &[AdapterRows<'_>],
         mut kv: Option<&mut KvPages>,
         mut save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
         let places = self.places(batch, kv.as_deref())?;
         let pass = self.pass(ops, batch);
         let mut stream = Stream {
-            sum: self.embedding.forward(&pass)?,
+            sum: embedded,
             delta: None,
         };
         for (layer, block) in self.blocks.iter().enumerate() {
@@ -251,6 +265,7 @@ fn adapter_rows<'a>(batch: &Batch, adapters: &[&'a Adapter]) -> Vec<AdapterRows<
         .map(|(adapter, rows)| AdapterRows {
             adapter: adapters[adapter],
             rows,
+            dropout: None,
         })
         .collect()
 }

@@ -7,7 +7,7 @@ use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::rope::Table;
 use updraft_kernels::{
     Float, Mat, MatMut, Threads, Weight, embedding, kv_scatter, linear, linear_cross_entropy,
-    rms_norm, rope, swiglu,
+    noise, rms_norm, rope, swiglu,
 };
 
 use crate::batch::Batch;
@@ -181,6 +181,37 @@ impl Ops {
             Rows::Together => linear::forward(&self.threads, alpha, x, w, beta, y),
             Rows::Apart => linear::forward_invariant(&self.threads, alpha, x, w, beta, y),
         }
+    }
+
+    /// `x` with a share `p` of its numbers dropped and the others scaled up; `keys: [T]`, `x: [T, C]`.
+    pub(crate) fn dropout(&self, p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
+        typed!(x, F => {
+            let mut out = vec![F::ZERO; x.elem_count()];
+            let (view, shape) = (read::<F>(x)?, x.dims2()?);
+            noise::dropout(&self.threads, p, keys, view.mat(), MatMut::new(&mut out, shape.0, shape.1));
+            tensor(out, shape)
+        })
+    }
+
+    /// Adds the gradient of [`dropout`](Self::dropout)'s input to `dx`.
+    pub(crate) fn dropout_backward(
+        &self,
+        p: f64,
+        keys: &[u64],
+        dout: &Tensor,
+        dx: &Tensor,
+    ) -> Result<()> {
+        typed!(dout, F => {
+            let dout = read::<F>(dout)?;
+            edit(dx, |dx: MatMut<'_, F>| {
+                noise::dropout_backward(&self.threads, p, keys, dout.mat(), dx);
+            })
+        })
+    }
+
+    /// `x_t += magnitude_t · u`, `u` uniform between -1 and 1; `keys`, `magnitudes: [T]`, `x: [T, C]`.
+    pub(crate) fn add_uniform(&self, keys: &[u64], magnitudes: &[f64], x: &Tensor) -> Result<()> {
+        typed!(x, F => edit(x, |x: MatMut<'_, F>| noise::add_uniform(keys, magnitudes, x)))
     }
 
     /// `dy·w`: `dy: [T, N]`, `w: [N, K]` → `[T, K]`.

@@ -5,7 +5,7 @@ use updraft_kernels::Threads;
 use crate::batch::Part;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::layers::{AdapterRows, SavedBlock, Stream, Trained};
+use crate::layers::{AdapterRows, Dropout, SavedBlock, Stream, Trained};
 use crate::lora::{Adapter, Gradients};
 use crate::ops::{Ops, Rows};
 
@@ -56,8 +56,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::Batch`] if a part contradicts itself or the model, no token of any part is to be
-    /// learned, or `denom` is not positive; [`Error::Adapter`] if adapter or gradients do not fit;
-    /// [`Error::Unsupported`] for an adapter with dropout.
+    /// learned, or `denom` is not positive; [`Error::Adapter`] if adapter or gradients do not fit.
     pub fn loss_and_backward(
         &self,
         parts: &[Part],
@@ -67,7 +66,9 @@ impl Decoder {
         activations: Activations,
     ) -> Result<f64> {
         self.check_parts(parts, Some(adapter))?;
-        adapter.config().validate_dropout()?;
+        parts
+            .iter()
+            .try_for_each(|part| check_seeds(part, adapter))?;
         if !(denom.is_finite() && denom > 0.0) {
             return Err(Error::batch(format!("a loss divided by {denom}")));
         }
@@ -81,12 +82,15 @@ impl Decoder {
                 gradients.zeros_like().map(Some)
             }
         };
+        let p = adapter.config().lora_dropout;
         let jobs = self.each_job(parts, own, |ops, part, own| {
+            let rows = &part.row_keys()[..];
             let trained = Trained {
                 adapter,
                 gradients: own.as_ref().unwrap_or(gradients),
+                dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };
-            self.backward(ops, part, denom, trained, activations)
+            self.backward(ops, part, rows, denom, trained, activations)
         })?;
         let mut total = 0.0;
         for (loss, own) in jobs {
@@ -102,13 +106,21 @@ impl Decoder {
         &self,
         ops: &Ops,
         part: &Part,
+        row_keys: &[u64],
         denom: f64,
         trained: Trained<'_>,
         activations: Activations,
     ) -> Result<f64> {
-        let adapters = [whole(trained.adapter, part)];
+        let adapters = [AdapterRows {
+            dropout: trained.dropout,
+            ..whole(trained.adapter, part)
+        }];
+        let embedded = self.embedding.forward(&self.pass(ops, &part.batch))?;
+        if part.neftune_noise_alpha > 0.0 {
+            ops.add_uniform(row_keys, &self.neftune_magnitudes(part), &embedded)?;
+        }
         let mut saved = Vec::with_capacity(self.config.num_hidden_layers);
-        let stream = self.run(ops, &part.batch, &adapters, None, |block| {
+        let stream = self.run_embedded(ops, &part.batch, embedded, &adapters, None, |block| {
             saved.push(match activations {
                 Activations::Stored => Saved::All(Box::new(block)),
                 Activations::Recomputed => Saved::Input(block.into_input()),
@@ -133,6 +145,17 @@ impl Decoder {
             block.backward(&pass, saved, &dstream, trained)?;
         }
         Ok(loss)
+    }
+
+    /// How far the noise on each token's embedding goes, `[T]`.
+    fn neftune_magnitudes(&self, part: &Part) -> Vec<f64> {
+        let lengths =
+            (0..part.batch.num_sequences()).map(|document| part.batch.rows(document).len());
+        let magnitudes = lengths.flat_map(|length| {
+            let numbers = (length * self.config.hidden_size) as f64;
+            std::iter::repeat_n(part.neftune_noise_alpha / numbers.sqrt(), length)
+        });
+        magnitudes.collect()
     }
 
     /// Cuts the parts into at most one job per thread and runs `part` on each; the sum and state of each
@@ -230,5 +253,18 @@ fn whole<'a>(adapter: &'a Adapter, part: &Part) -> AdapterRows<'a> {
     AdapterRows {
         adapter,
         rows: 0..part.batch.num_tokens(),
+        dropout: None,
     }
+}
+
+/// What is drawn at random needs a seed for each document.
+fn check_seeds(part: &Part, adapter: &Adapter) -> Result<()> {
+    let random = adapter.config().lora_dropout > 0.0 || part.neftune_noise_alpha > 0.0;
+    let (seeds, documents) = (part.seeds.len(), part.batch.num_sequences());
+    if random && seeds != documents {
+        return Err(Error::batch(format!(
+            "{seeds} seeds for {documents} documents, and dropout or noise is on"
+        )));
+    }
+    Ok(())
 }

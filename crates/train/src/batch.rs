@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 
 use updraft_chat::Example;
+use updraft_kernels::noise::derive;
 use updraft_model::Part;
 
 use crate::{Error, Result};
@@ -19,6 +20,27 @@ use crate::{Error, Result};
 /// [`Error::TokenOutOfRange`] for an id the model does not know,
 /// [`Error::SpanOutOfRange`] for a loss span outside its example.
 pub fn parts(examples: &[Example], num_parts: usize, vocab_size: usize) -> Result<Vec<Part>> {
+    noisy_parts(examples, num_parts, vocab_size, Noise::default())
+}
+
+/// What is drawn at random for a micro-batch.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Noise {
+    /// The seed of the optimizer step.
+    pub(crate) step_seed: u64,
+    /// Examples of the step before this micro-batch, so that it does not matter how a step is cut.
+    pub(crate) first_example: u64,
+    /// As [`Part::neftune_noise_alpha`].
+    pub(crate) neftune_noise_alpha: f64,
+}
+
+/// [`parts`] that know what to drop and what to add.
+pub(crate) fn noisy_parts(
+    examples: &[Example],
+    num_parts: usize,
+    vocab_size: usize,
+    noise: Noise,
+) -> Result<Vec<Part>> {
     for example in examples {
         check(example, vocab_size)?;
     }
@@ -44,14 +66,20 @@ pub fn parts(examples: &[Example], num_parts: usize, vocab_size: usize) -> Resul
         .filter(|members| !members.is_empty())
         .map(|mut members| {
             members.sort_unstable();
-            part(members.into_iter().map(|index| &examples[index]))
+            part(examples, &members, noise)
         })
         .collect())
 }
 
-fn part<'a>(examples: impl Iterator<Item = &'a Example>) -> Part {
-    let mut part = Part::default();
-    for example in examples {
+fn part(examples: &[Example], members: &[usize], noise: Noise) -> Part {
+    let mut part = Part {
+        neftune_noise_alpha: noise.neftune_noise_alpha,
+        ..Part::default()
+    };
+    for &index in members {
+        let example = &examples[index];
+        let of_step = noise.first_example + index as u64;
+        part.seeds.push(derive(noise.step_seed, of_step));
         let spans: Vec<_> = example
             .loss_spans
             .iter()

@@ -57,12 +57,16 @@ pub struct TrainConfig {
     pub adam_epsilon: f64,
     /// Gradients are scaled down to this norm; zero leaves them alone.
     pub max_grad_norm: f64,
-    /// Seed of the adapter's first values. The order of the examples is the
-    /// source's.
+    /// Seed of the adapter's first values, of dropout and of noise. The order of
+    /// the examples is the source's.
     pub seed: u64,
     /// Keep only each block's input and run the block again on the way back:
     /// the same numbers, a third more work, a fraction of the memory.
     pub gradient_checkpointing: bool,
+    /// Noise on the embeddings while training: uniform up to
+    /// `neftune_noise_alpha / √(tokens · hidden size)` of each example; 5 is
+    /// usual.
+    pub neftune_noise_alpha: Option<f64>,
     /// Multiply with the frozen weights in bf16, as transformers does under
     /// this name: half their memory, and on processors that multiply bf16 twice
     /// the speed. The adapter and everything else stay in f32.
@@ -121,6 +125,7 @@ impl Default for TrainConfig {
             max_grad_norm: 1.0,
             seed: 42,
             gradient_checkpointing: false,
+            neftune_noise_alpha: None,
             bf16: false,
             eval_steps: None,
             per_device_eval_batch_size: 8,
@@ -168,6 +173,10 @@ impl TrainConfig {
             ("adam_beta2", decay(self.adam_beta2)),
             ("adam_epsilon", positive(self.adam_epsilon)),
             ("max_grad_norm", amount(self.max_grad_norm)),
+            (
+                "neftune_noise_alpha",
+                amount(self.neftune_noise_alpha.unwrap_or(0.0)),
+            ),
             ("eval_steps", count(self.eval_steps.unwrap_or(1))),
             (
                 "per_device_eval_batch_size",

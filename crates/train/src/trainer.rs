@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use updraft_kernels::clip;
+use updraft_kernels::noise::derive;
 use updraft_model::{Adapter, Decoder, Gradients, Parameter};
 use updraft_store::CancelToken;
 
-use crate::batch::parts;
+use crate::batch::{Noise, noisy_parts};
 use crate::checkpoint::{Checkpoint, Machine, RunState};
 use crate::checkpoints::Checkpoints;
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
@@ -300,9 +301,16 @@ impl<'a> Trainer<'a> {
 
         self.gradients.zero()?;
         let mut loss_sum = 0.0;
+        let mut noise = Noise {
+            step_seed: derive(self.config.seed, step),
+            first_example: 0,
+            neftune_noise_alpha: self.config.neftune_noise_alpha.unwrap_or(0.0),
+        };
         for micro_batch in &examples.micro_batches {
             let num_parts = self.decoder.threads().num_threads();
-            let parts = parts(micro_batch, num_parts, self.decoder.config().vocab_size)?;
+            let vocab_size = self.decoder.config().vocab_size;
+            let parts = noisy_parts(micro_batch, num_parts, vocab_size, noise)?;
+            noise.first_example += micro_batch.len() as u64;
             if parts.is_empty() {
                 continue; // Another micro-batch of the step has trained tokens.
             }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
+use updraft_kernels::noise::derive;
 
 use super::{GroupAdapter, Loader};
 use crate::config::Projection;
@@ -46,6 +47,22 @@ impl Group {
 pub(crate) struct AdapterRows<'a> {
     pub(crate) adapter: &'a Adapter,
     pub(crate) rows: Range<usize>,
+    pub(crate) dropout: Option<Dropout<'a>>,
+}
+
+/// What is dropped of the inputs of an adapter in training: of each map's alone, as in PEFT.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dropout<'a> {
+    pub(crate) p: f64,
+    /// A key for each row, `[T]`.
+    pub(crate) rows: &'a [u64],
+}
+
+impl Dropout<'_> {
+    fn keys(&self, layer: usize, projection: Projection) -> Vec<u64> {
+        let use_ = (layer as u64) << 8 | projection as u64;
+        self.rows.iter().map(|&row| derive(row, use_)).collect()
+    }
 }
 
 /// The adapter being trained, and where its gradients add up.
@@ -53,6 +70,7 @@ pub(crate) struct AdapterRows<'a> {
 pub(crate) struct Trained<'a> {
     pub(crate) adapter: &'a Adapter,
     pub(crate) gradients: &'a Gradients,
+    pub(crate) dropout: Option<Dropout<'a>>,
 }
 
 /// `y = x·W₀ᵀ + bias + s·(x·Aᵀ)·Bᵀ` for the maps of one group side by side.
@@ -105,13 +123,18 @@ impl Linear {
     ) -> Result<(Tensor, Option<Tensor>)> {
         let y = ops.linear(x, &self.weight, self.bias.as_ref())?;
         let mut low = None;
-        for AdapterRows { adapter, rows } in adapters {
+        for AdapterRows {
+            adapter,
+            rows,
+            dropout,
+        } in adapters
+        {
             let Some(adapter) = self.adapter(adapter.layer(self.layer)) else {
                 continue;
             };
             let x = x.narrow(0, rows.start, rows.len())?;
             let y = y.narrow(0, rows.start, rows.len())?;
-            let down = ops.linear(&x, &adapter.a, None)?; // [T, ΣR]
+            let down = self.down(ops, &x, adapter, *dropout)?;
             for pair in &adapter.pairs {
                 let y = self.columns_of(pair.projection, &y)?;
                 ops.add_linear(pair.scaling, &narrow(&down, &pair.ranks)?, &pair.b, &y)?;
@@ -119,6 +142,28 @@ impl Linear {
             low = Some(down);
         }
         Ok((y, low))
+    }
+
+    /// `x·Aᵀ` of all maps side by side, `[T, ΣR]`.
+    fn down(
+        &self,
+        ops: &Ops,
+        x: &Tensor,
+        adapter: &GroupAdapter,
+        dropout: Option<Dropout<'_>>,
+    ) -> Result<Tensor> {
+        let Some(dropout) = dropout else {
+            return ops.linear(x, &adapter.a, None);
+        };
+        let shape = (x.dim(0)?, adapter.a.dim(0)?);
+        let down = Tensor::zeros(shape, x.dtype(), x.device())?;
+        for pair in &adapter.pairs {
+            let keys = dropout.keys(self.layer, pair.projection);
+            let kept = ops.dropout(dropout.p, &keys, x)?;
+            let own = ops.linear(&kept, &rows(&adapter.a, &pair.ranks)?, None)?;
+            ops.copy(&own, &narrow(&down, &pair.ranks)?)?;
+        }
+        Ok(down)
     }
 
     /// `dy: [T, ΣD_out]` → `dx: [T, D_in]`, and the gradient of `x·Aᵀ` that
@@ -134,9 +179,30 @@ impl Linear {
         if let (Some(dlow), Some(adapter)) =
             (&dlow, self.adapter(trained.adapter.layer(self.layer)))
         {
-            ops.linear_backward_into(1.0, dlow, &adapter.a, 1.0, &dx)?;
+            match trained.dropout {
+                None => ops.linear_backward_into(1.0, dlow, &adapter.a, 1.0, &dx)?,
+                Some(dropout) => self.backward_dropped(ops, dropout, dlow, adapter, &dx)?,
+            }
         }
         Ok((dx, dlow))
+    }
+
+    /// Adds the gradient that goes through the adapter to `dx`, where each map dropped its own.
+    fn backward_dropped(
+        &self,
+        ops: &Ops,
+        dropout: Dropout<'_>,
+        dlow: &Tensor,
+        adapter: &GroupAdapter,
+        dx: &Tensor,
+    ) -> Result<()> {
+        for pair in &adapter.pairs {
+            let a = rows(&adapter.a, &pair.ranks)?;
+            let dkept = ops.linear_backward(&narrow(dlow, &pair.ranks)?, &a)?;
+            let keys = dropout.keys(self.layer, pair.projection);
+            ops.dropout_backward(dropout.p, &keys, &dkept, dx)?;
+        }
+        Ok(())
     }
 
     /// The gradient of `x·Aᵀ`: `s·dy·B`, `[T, ΣR]`.
@@ -176,7 +242,17 @@ impl Linear {
         let (Some(gradients), Some(low), Some(dlow)) = (gradients, low, dlow) else {
             return Ok(());
         };
-        ops.add_weight_gradient(1.0, dlow, x, &gradients.a)?;
+        match trained.dropout {
+            None => ops.add_weight_gradient(1.0, dlow, x, &gradients.a)?,
+            Some(dropout) => {
+                for pair in &gradients.pairs {
+                    let keys = dropout.keys(self.layer, pair.projection);
+                    let kept = ops.dropout(dropout.p, &keys, x)?;
+                    let (dlow, da) = (narrow(dlow, &pair.ranks)?, rows(&gradients.a, &pair.ranks)?);
+                    ops.add_weight_gradient(1.0, &dlow, &kept, &da)?;
+                }
+            }
+        }
         for pair in &gradients.pairs {
             let dy = self.columns_of(pair.projection, dy)?;
             ops.add_weight_gradient(pair.scaling, &dy, &narrow(low, &pair.ranks)?, &pair.b)?;
@@ -200,6 +276,10 @@ impl Linear {
             .expect("a pair is planned within its group");
         narrow(y, columns)
     }
+}
+
+fn rows(matrix: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+    Ok(matrix.narrow(0, rows.start, rows.len())?)
 }
 
 fn narrow(matrix: &Tensor, columns: &Range<usize>) -> Result<Tensor> {

@@ -9,7 +9,7 @@ mod rms_norm;
 
 pub(crate) use block::{Block, SavedBlock};
 pub(crate) use embedding::Embedding;
-pub(crate) use linear::{AdapterRows, Group, Trained};
+pub(crate) use linear::{AdapterRows, Dropout, Group, Trained};
 pub(crate) use rms_norm::{RmsNorm, Stream};
 
 use candle_core::{DType, Device, Tensor};

@@ -22,8 +22,8 @@ pub struct LoraConfig {
     /// The update is scaled by `lora_alpha / r`.
     #[serde(serialize_with = "whole_if_whole")]
     pub lora_alpha: f64,
-    /// Share of the adapter's inputs dropped while training. Only 0 is trained here; an adapter
-    /// trained elsewhere with more runs as it is, because dropout is off then.
+    /// Share of each adapted map's inputs that its adapter does not see while training; more keeps
+    /// a high rank from learning small data by heart. Nothing is dropped when the adapter runs.
     pub lora_dropout: f64,
     /// Which linear maps are adapted.
     pub target_modules: TargetModules,
@@ -78,7 +78,6 @@ impl LoraConfig {
     /// change training but is not done here.
     pub fn validate(&self) -> Result<()> {
         self.validate_numbers()?;
-        self.validate_dropout()?;
         match &self.target_modules {
             TargetModules::Pattern(pattern) if pattern != "all-linear" => Err(Error::Unsupported {
                 what: format!("target_modules {pattern:?} as a regular expression"),
@@ -90,18 +89,6 @@ impl LoraConfig {
             TargetModules::Names(names) => names.iter().try_for_each(|name| known_module(name)),
             TargetModules::Pattern(_) => Ok(()),
         }
-    }
-
-    /// Whether it can be trained (and not only run).
-    pub(crate) fn validate_dropout(&self) -> Result<()> {
-        if self.lora_dropout == 0.0 {
-            return Ok(());
-        }
-        let what = format!("training with lora_dropout {}", self.lora_dropout);
-        Err(Error::Unsupported {
-            what,
-            instead: "set lora_dropout to 0",
-        })
     }
 
     /// The part of [`validate`](Self::validate) that also holds for adapters trained elsewhere.
@@ -272,10 +259,6 @@ mod tests {
             assert!(message.contains(expected), "{message}");
         };
         refused(|c| c.r = 0, "r: 0 is not a plausible rank");
-        refused(
-            |c| c.lora_dropout = 0.1,
-            "training with lora_dropout 0.1 is not supported",
-        );
         refused(
             |c| c.lora_dropout = 1.0,
             "lora_dropout: 1 is not between 0 and 1",

@@ -1,7 +1,7 @@
 //! Loss and gradients against the oracle and against finite differences, in f64.
 
 use candle_core::DType;
-use updraft_model::{Activations, Architecture, Gradients, LoraConfig};
+use updraft_model::{Activations, Adapter, Architecture, Gradients, LoraConfig, Part};
 
 use crate::oracle::Oracle;
 use crate::world::{Numbers, World, documents, one_part, uneven_lora};
@@ -120,19 +120,31 @@ fn relative(actual: &[f64], expected: &[f64], factor: f64) -> f64 {
 
 #[test]
 fn the_slope_in_any_direction_is_the_gradient() {
-    let world = World::new(Architecture::Qwen2);
-    let part = one_part(&documents(&[11, 6], 2));
-    let (decoder, adapter) = (
-        world.decoder(DType::F64, 1),
-        world.adapter(&uneven_lora(), 1),
-    );
-    let exact = adapter.to_dtype(DType::F64).expect("to f64");
-    let mut gradients = Gradients::zeros(&exact).expect("zeros");
-    let parts = [part];
-    decoder
-        .loss_and_backward(&parts, &exact, 1.0, &mut gradients, Activations::Stored)
-        .expect("a sound part");
+    let mut part = one_part(&documents(&[11, 6], 2));
+    slope_is_gradient(&uneven_lora(), &part);
+    // What is dropped and added depends on the seeds alone, so the loss still has a slope.
+    part.seeds = vec![3, 4];
+    part.neftune_noise_alpha = 5.0;
+    let dropping = LoraConfig {
+        lora_dropout: 0.3,
+        ..uneven_lora()
+    };
+    slope_is_gradient(&dropping, &part);
+}
 
+fn slope_is_gradient(lora: &LoraConfig, part: &Part) {
+    let world = World::new(Architecture::Qwen2);
+    let (decoder, adapter) = (world.decoder(DType::F64, 1), world.adapter(lora, 1));
+    let run = |adapter: &Adapter| {
+        let exact = adapter.to_dtype(DType::F64).expect("to f64");
+        let mut gradients = Gradients::zeros(&exact).expect("zeros");
+        let parts = std::slice::from_ref(part);
+        let loss = decoder
+            .loss_and_backward(parts, &exact, 1.0, &mut gradients, Activations::Stored)
+            .expect("a sound part");
+        (loss, gradients.to_vec().expect("readable"))
+    };
+    let (_, gradients) = run(&adapter);
     let mut numbers = Numbers(9);
     let direction: Vec<f32> = (0..adapter.num_parameters())
         .map(|_| numbers.between(-1e-3, 1e-3) as f32)
@@ -147,15 +159,10 @@ fn the_slope_in_any_direction_is_the_gradient() {
                     .for_each(|(value, step)| *value += sign * step);
             })
             .expect("f32 on the CPU");
-        let loss = decoder
-            .loss(&parts, Some(&moved.to_dtype(DType::F64).expect("to f64")))
-            .expect("a sound part");
-        (loss, moved.values().expect("readable"))
+        (run(&moved).0, moved.values().expect("readable"))
     };
     let ((above, high), (below, low)) = (moved(1.0), moved(-1.0));
     let expected: f64 = gradients
-        .to_vec()
-        .expect("readable")
         .iter()
         .zip(high.iter().zip(&low))
         .map(|(gradient, (high, low))| gradient * (f64::from(*high) - f64::from(*low)))
@@ -168,6 +175,56 @@ fn the_slope_in_any_direction_is_the_gradient() {
 }
 
 #[test]
+fn dropout_and_noise_know_a_document_by_its_seed() {
+    let world = World::new(Architecture::Qwen3);
+    let dropping = LoraConfig {
+        lora_dropout: 0.5,
+        ..LoraConfig::default()
+    };
+    let documents = documents(&[9, 13, 7], 5);
+    let run = |lora: &LoraConfig, cuts: &[std::ops::Range<usize>], seeds: [u64; 3], alpha| {
+        let parts: Vec<Part> = cuts
+            .iter()
+            .map(|cut| Part {
+                seeds: seeds[cut.clone()].to_vec(),
+                neftune_noise_alpha: alpha,
+                ..one_part(&documents[cut.clone()])
+            })
+            .collect();
+        let adapter = world.adapter(lora, 1);
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        let decoder = world.decoder(DType::F32, 1);
+        let stored = Activations::Recomputed;
+        decoder.loss_and_backward(&parts, &adapter, 1.0, &mut gradients, stored)
+    };
+    let loss = |lora: &LoraConfig, cuts: &[std::ops::Range<usize>], seeds, alpha| {
+        run(lora, cuts, seeds, alpha).expect("sound parts")
+    };
+    let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-5;
+    let (whole, cut) = (std::slice::from_ref(&(0..3)), &[0..1, 1..3][..]);
+    let plain = loss(&LoraConfig::default(), whole, [1, 2, 3], 0.0);
+    for (lora, alpha) in [(&dropping, 0.0), (&LoraConfig::default(), 5.0)] {
+        let once = loss(lora, whole, [1, 2, 3], alpha);
+        assert!(!close(once, plain), "nothing was drawn");
+        assert!(close(once, loss(lora, cut, [1, 2, 3], alpha)));
+        assert!(!close(once, loss(lora, whole, [1, 2, 4], alpha)));
+    }
+    let mut unseeded = one_part(&documents);
+    unseeded.neftune_noise_alpha = 5.0;
+    let adapter = world.adapter(&LoraConfig::default(), 1);
+    let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+    let decoder = world.decoder(DType::F32, 1);
+    let stored = Activations::Stored;
+    let error = decoder
+        .loss_and_backward(&[unseeded], &adapter, 1.0, &mut gradients, stored)
+        .expect_err("no seeds");
+    assert!(
+        error.to_string().contains("0 seeds for 3 documents"),
+        "{error}"
+    );
+}
+
+#[test]
 fn what_cannot_be_trained_on_is_an_error() {
     let world = World::new(Architecture::Llama);
     let (decoder, adapter) = (
@@ -175,7 +232,7 @@ fn what_cannot_be_trained_on_is_an_error() {
         world.adapter(&LoraConfig::default(), 1),
     );
     let good = one_part(&documents(&[5], 1));
-    let refused = |part: updraft_model::Part, denom: f64| {
+    let refused = |part: Part, denom: f64| {
         let mut gradients = Gradients::zeros(&adapter).expect("zeros");
         let result = decoder.loss_and_backward(
             &[part],

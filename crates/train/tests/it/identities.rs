@@ -1,13 +1,23 @@
 //! Ways to compute the same thing that must agree.
 
+use candle_core::Device;
+use updraft_model::{Adapter, LoraConfig};
 use updraft_train::{StepRecord, TrainConfig, Trainer};
 
-use crate::world::{adapter, config, decoder, source};
+use crate::world::{adapter, config, decoder, lora, model, source};
 
 /// Trains and returns the log and the adapter's values.
 fn run(config: TrainConfig, num_threads: usize) -> (Vec<StepRecord>, Vec<f32>) {
+    run_adapter(adapter(), config, num_threads)
+}
+
+fn run_adapter(
+    adapter: Adapter,
+    config: TrainConfig,
+    num_threads: usize,
+) -> (Vec<StepRecord>, Vec<f32>) {
     let (decoder, source) = (decoder(num_threads), source(24));
-    let mut trainer = Trainer::new(&decoder, adapter(), &source, config).expect("a run");
+    let mut trainer = Trainer::new(&decoder, adapter, &source, config).expect("a run");
     trainer.run().expect("it trains");
     let (adapter, log) = trainer.into_parts();
     (log, adapter.values().expect("f32"))
@@ -47,6 +57,37 @@ fn accumulation_four_times_two_equals_one_times_eight() {
         ..config()
     };
     check_close(&run(split(2, 4), 2), &run(split(8, 1), 2));
+}
+
+#[test]
+fn dropout_and_noise_do_not_depend_on_how_a_step_is_cut() {
+    let lora = LoraConfig {
+        lora_dropout: 0.2,
+        ..lora()
+    };
+    let noisy = |batch, accumulate, threads| {
+        let config = TrainConfig {
+            per_device_train_batch_size: batch,
+            gradient_accumulation_steps: accumulate,
+            max_steps: Some(4),
+            neftune_noise_alpha: Some(5.0),
+            ..config()
+        };
+        let adapter = Adapter::init(&lora, &model(), 7, &Device::Cpu).expect("an adapter");
+        run_adapter(adapter, config, threads)
+    };
+    let whole = noisy(8, 1, 1);
+    check_close(&noisy(2, 4, 2), &whole);
+    let calm = run(
+        TrainConfig {
+            per_device_train_batch_size: 8,
+            gradient_accumulation_steps: 1,
+            max_steps: Some(4),
+            ..config()
+        },
+        1,
+    );
+    assert_ne!(calm.0[0].loss, whole.0[0].loss);
 }
 
 /// One step holds all examples, so packing only changes how they are laid out.
