@@ -4,8 +4,15 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::pattern;
 use crate::config::Projection;
 use crate::error::{Error, Result};
+
+/// What PEFT calls all seven maps.
+const ALL_LINEAR: &str = "all-linear";
+
+/// Layers whose paths an expression is tried on before a model is known.
+const LAYERS_TRIED: usize = 256;
 
 /// What to adapt and how strongly; the fields are those of PEFT's `adapter_config.json`.
 ///
@@ -45,8 +52,8 @@ pub struct LoraConfig {
 pub enum TargetModules {
     /// Modules whose name is, or ends with, one of these: `"q_proj"`, `"layers.0.mlp.up_proj"`.
     Names(Vec<String>),
-    /// One string: `"all-linear"` for all seven; PEFT also takes a regular expression here, which
-    /// an adapter that is read may carry but a new one may not.
+    /// One string: `"all-linear"` for all seven, or a regular expression that matches whole paths
+    /// such as `model.layers.0.self_attn.q_proj`.
     Pattern(String),
 }
 
@@ -79,10 +86,7 @@ impl LoraConfig {
     pub fn validate(&self) -> Result<()> {
         self.validate_numbers()?;
         match &self.target_modules {
-            TargetModules::Pattern(pattern) if pattern != "all-linear" => Err(Error::Unsupported {
-                what: format!("target_modules {pattern:?} as a regular expression"),
-                instead: "list module names, or say \"all-linear\"",
-            }),
+            TargetModules::Pattern(pattern) if pattern != ALL_LINEAR => check_pattern(pattern),
             TargetModules::Names(names) if names.is_empty() => {
                 Err(config_error("target_modules", "empty"))
             }
@@ -118,18 +122,11 @@ impl LoraConfig {
                 format!("{} is not between 0 and 1", self.lora_dropout),
             ));
         }
-        match self
-            .rank_pattern
-            .keys()
-            .chain(self.alpha_pattern.keys())
-            .find(|key| is_pattern(key))
-        {
-            Some(key) => Err(Error::Unsupported {
-                what: format!("the regular expression {key:?} in rank_pattern or alpha_pattern"),
-                instead: "write module names there",
-            }),
-            None => Ok(()),
-        }
+        let ranks = self.rank_pattern.keys().map(|key| ("rank_pattern", key));
+        let alphas = self.alpha_pattern.keys().map(|key| ("alpha_pattern", key));
+        ranks
+            .chain(alphas)
+            .try_for_each(|(field, key)| pattern::check(field, key))
     }
 
     /// Whether a module is adapted.
@@ -138,7 +135,10 @@ impl LoraConfig {
             TargetModules::Names(names) => names
                 .iter()
                 .any(|name| ends_with_module(&projection.path(layer), name)),
-            TargetModules::Pattern(pattern) => pattern == "all-linear",
+            TargetModules::Pattern(all) if all == ALL_LINEAR => true,
+            TargetModules::Pattern(pattern) => {
+                pattern::matches_path(pattern, &projection.path(layer))
+            }
         }
     }
 
@@ -163,7 +163,7 @@ impl LoraConfig {
 fn look_up<'a, V>(pattern: &'a BTreeMap<String, V>, path: &str) -> Option<&'a V> {
     pattern
         .iter()
-        .find(|(key, _)| ends_with_module(path, key))
+        .find(|(key, _)| pattern::matches_end(key, path))
         .map(|(_, value)| value)
 }
 
@@ -172,8 +172,19 @@ fn ends_with_module(path: &str, name: &str) -> bool {
         .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
-fn is_pattern(key: &str) -> bool {
-    key.contains(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))
+/// An expression must be one, and match a module of some layer.
+fn check_pattern(pattern: &str) -> Result<()> {
+    pattern::check("target_modules", pattern)?;
+    let paths = (0..LAYERS_TRIED)
+        .flat_map(|layer| Projection::ALL.map(|projection| projection.path(layer)));
+    let mut matched = paths.filter(|path| pattern::matches_path(pattern, path));
+    match matched.next() {
+        Some(_) => Ok(()),
+        None => Err(config_error(
+            "target_modules",
+            format!("{pattern:?} matches no module such as model.layers.0.self_attn.q_proj"),
+        )),
+    }
 }
 
 fn known_module(name: &str) -> Result<()> {
@@ -251,6 +262,22 @@ mod tests {
     }
 
     #[test]
+    fn one_expression_chooses_modules_of_some_layers() {
+        let config = LoraConfig {
+            target_modules: TargetModules::Pattern(r".*layers\.[0-3]\..*(q|v)_proj".to_owned()),
+            rank_pattern: BTreeMap::from([(r"layers\.(0|1)\..*".to_owned(), 4)]),
+            ..LoraConfig::default()
+        };
+        config.validate().expect("sound expressions");
+        assert!(config.targets(Projection::Q, 3) && config.targets(Projection::V, 0));
+        assert!(!config.targets(Projection::Q, 4) && !config.targets(Projection::K, 0));
+        assert_eq!(
+            (config.rank(Projection::Q, 1), config.rank(Projection::Q, 2)),
+            (4, 16)
+        );
+    }
+
+    #[test]
     fn what_cannot_be_trained_is_refused_by_name() {
         let refused = |edit: fn(&mut LoraConfig), expected: &str| {
             let mut config = LoraConfig::default();
@@ -268,12 +295,16 @@ mod tests {
             "target module \"lm_head\"",
         );
         refused(
-            |c| c.target_modules = TargetModules::Pattern(".*_proj".to_owned()),
-            "regular expression",
+            |c| c.target_modules = TargetModules::Pattern("q_proj".to_owned()),
+            "matches no module",
         );
         refused(
-            |c| c.rank_pattern = BTreeMap::from([("q_proj|k_proj".to_owned(), 4)]),
-            "regular expression",
+            |c| c.target_modules = TargetModules::Pattern("(".to_owned()),
+            "no regular expression",
+        );
+        refused(
+            |c| c.rank_pattern = BTreeMap::from([("(?<=q)_proj".to_owned(), 4)]),
+            "rank_pattern: \"(?<=q)_proj\" is no regular expression",
         );
         refused(|c| c.lora_alpha = f64::NAN, "lora_alpha: NaN");
     }

@@ -4,6 +4,7 @@ mod adapter;
 mod config;
 mod gradients;
 pub mod merge;
+mod pattern;
 pub mod peft;
 
 pub use adapter::{Adapter, Parameter};

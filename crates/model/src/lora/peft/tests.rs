@@ -67,14 +67,18 @@ fn patterns_survive_writing_and_reading() {
 
 #[test]
 fn tensors_decide_what_is_adapted() {
-    let expression = edited(|config| {
-        config.insert("target_modules".to_owned(), json!(".*_proj"));
-    });
-    let expected = LoraConfig::default();
-    assert_eq!(
-        expression.expect("readable").config().target_modules,
-        expected.target_modules
-    );
+    let read = |expression: &str| {
+        let read = edited(|config| {
+            config.insert("target_modules".to_owned(), json!(expression));
+        });
+        read.expect("readable").config().target_modules.clone()
+    };
+    let kept = ".*_proj";
+    assert_eq!(read(kept), TargetModules::Pattern(kept.to_owned()));
+    // What only Python's expressions know, or what names other modules, is put in names.
+    let names = LoraConfig::default().target_modules;
+    assert_eq!(read("(?<=_).*"), names);
+    assert_eq!(read(".*q_proj"), names);
 
     let partial = LoraConfig {
         target_modules: TargetModules::Names(vec!["layers.1.mlp.up_proj".to_owned()]),
@@ -111,8 +115,13 @@ fn what_would_change_the_result_is_refused() {
         ),
         (
             "rank_pattern",
-            json!({ "^model.*": 4 }),
-            "regular expression",
+            json!({ "(?<=q)_proj": 4 }),
+            "no regular expression",
+        ),
+        (
+            "rank_pattern",
+            json!({ "layers.0.*": 4 }),
+            "has shape [16, 32] where the model needs [4, 32]",
         ),
         (
             "r",
