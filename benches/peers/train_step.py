@@ -25,10 +25,11 @@ VOCAB_SIZE = 8192
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_model(dtype):
+def make_model(dtype, max_position_embeddings=512):
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
     )
     model = Qwen2ForCausalLM(config).to(dtype)
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
