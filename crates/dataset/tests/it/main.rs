@@ -2,6 +2,7 @@
 
 mod world;
 
+mod date;
 mod faults;
 mod fixtures;
 mod formats;
