@@ -11,7 +11,7 @@ use crate::message::Conversation;
 use crate::sanitize::spelled_control_tokens;
 use crate::span::{Rendered, TurnMarkers, render_spans};
 use crate::template::{ChatTemplate, LocalTime, RenderOptions, TemplateFiles};
-use crate::tokenizer::{EncodePolicy, Tokenizer, TokenizerExt as _};
+use crate::tokenizer::{EncodePolicy, Tokenizer, TokenizerExt as _, Vocabulary};
 
 /// How one model chats: its template, its tokenizer, and the tokens that end
 /// its turns.
@@ -52,18 +52,23 @@ impl Chat {
         let template = ChatTemplate::from_files(&files.template)?;
         let tokenizer = crate::tokenizer::load_tokenizer(files.tokenizer_json)?;
         let ends = generation_ends(files.generation_config)?;
-        let mut chat = Chat::with_ends(template, tokenizer, &ends);
-        chat.tokenizer_hash = Sha256::digest(files.tokenizer_json).into();
-        Ok(chat)
+        let hash = Sha256::digest(files.tokenizer_json).into();
+        Ok(Chat::with_ends(template, tokenizer, hash, &ends))
     }
 
     /// A template and a tokenizer, however they came to be. The turn's end is
     /// learnt from the template.
     pub fn new(template: ChatTemplate, tokenizer: Arc<dyn Tokenizer>) -> Chat {
-        Chat::with_ends(template, tokenizer, &[])
+        let hash = vocabulary_hash(tokenizer.vocabulary());
+        Chat::with_ends(template, tokenizer, hash, &[])
     }
 
-    fn with_ends(template: ChatTemplate, tokenizer: Arc<dyn Tokenizer>, ends: &[u32]) -> Chat {
+    fn with_ends(
+        template: ChatTemplate,
+        tokenizer: Arc<dyn Tokenizer>,
+        tokenizer_hash: [u8; 32],
+        ends: &[u32],
+    ) -> Chat {
         let vocabulary = tokenizer.vocabulary();
         let special = template.special_tokens();
         let text = |id: &u32| {
@@ -85,15 +90,9 @@ impl Chat {
         let bos = special
             .get("bos_token")
             .and_then(|token| Some((vocabulary.id(token)?, token.to_owned())));
-        let mut hash = Sha256::new();
-        for id in 0..u32::try_from(vocabulary.len()).unwrap_or(u32::MAX) {
-            let bytes = vocabulary.bytes(id).unwrap_or_default();
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
-        }
         Chat {
             template: Arc::new(template),
-            tokenizer_hash: hash.finalize().into(),
+            tokenizer_hash,
             markers: Arc::new(markers),
             tokenizer,
             end_ids,
@@ -103,11 +102,11 @@ impl Chat {
         }
     }
 
-    /// Renders for training as of this time, for templates that ask for the
-    /// date.
+    /// Renders for training as of this time, or of none, for templates that
+    /// ask for the date.
     #[must_use]
-    pub fn with_now(mut self, now: LocalTime) -> Chat {
-        self.now = Some(now);
+    pub fn with_now(mut self, now: impl Into<Option<LocalTime>>) -> Chat {
+        self.now = now.into();
         self
     }
 
@@ -242,6 +241,16 @@ impl Chat {
             _ => Ok(ids),
         }
     }
+}
+
+fn vocabulary_hash(vocabulary: &Vocabulary) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for id in (0..).take(vocabulary.len()) {
+        let bytes = vocabulary.bytes(id).unwrap_or_default();
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    }
+    hash.finalize().into()
 }
 
 /// The tokens that hold a byte of a span; touching ranges are joined.

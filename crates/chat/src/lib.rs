@@ -37,6 +37,26 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # COMPATIBILITY
+//!
+//! Renders are those of transformers 5, ids those of `tokenizers` 0.23. Where
+//! they are not, it is told here:
+//!
+//! - templates: [`ChatTemplate`] lists the overrides and limits; a template that
+//!   relies on something else announces it at load
+//!   ([`ChatTemplate::divergences`]);
+//! - Unicode tables: [`FastTokenizer`] normalizes by a newer Unicode;
+//! - `strftime_now` exists only where the caller gives the time
+//!   ([`RenderOptions::now`], [`Chat::with_now`]): no clock is read in here;
+//! - `continue_final_message` continues the content, not the reasoning;
+//! - [`EncodePolicy::Sanitized`] encodes the control tokens that a message
+//!   spells as plain text and the rest of it as it stands, as transformers'
+//!   `sanitize_control_tokens` does, and refuses a message of which it cannot
+//!   tell where they went.
+//!
+//! Templates and tokenizer files may come from strangers: what makes an engine
+//! panic, run on or fill the memory is an error here.
+//!
 //! # Features
 //!
 //! | feature | default | adds |
@@ -49,6 +69,7 @@ mod byte_tokenizer;
 mod chat;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod contain;
 mod detokenize;
 mod error;
 mod example;

@@ -41,16 +41,20 @@ fn span_fields() -> Fields {
 }
 
 /// A shard's bytes.
-pub(crate) fn encode(examples: &[Example]) -> Result<Vec<u8>> {
-    let groups = shard::runs(
-        examples.iter().map(|example| example.len() as u64),
-        ROW_GROUP_TOKENS,
-        ROW_GROUP_ROWS,
-    );
-    shard::encode(
-        schema(),
-        groups.into_iter().map(|group| batch(&examples[group])),
-    )
+pub(crate) fn encode(examples: impl Iterator<Item = Example>) -> Result<Vec<u8>> {
+    let mut examples = examples.fuse();
+    let groups = std::iter::from_fn(|| {
+        let (mut group, mut tokens) = (Vec::new(), 0);
+        for example in examples.by_ref() {
+            tokens += example.len() as u64;
+            group.push(example);
+            if tokens >= ROW_GROUP_TOKENS || group.len() == ROW_GROUP_ROWS {
+                break;
+            }
+        }
+        (!group.is_empty()).then(|| batch(&group))
+    });
+    shard::encode(schema(), groups)
 }
 
 fn batch(examples: &[Example]) -> RecordBatch {

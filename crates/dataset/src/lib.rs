@@ -87,7 +87,6 @@ mod tally;
 
 mod examples;
 mod pretokenize;
-mod tokenize;
 
 mod assign;
 mod location;
@@ -98,11 +97,10 @@ pub use assign::Worker;
 pub use error::{BoxError, Error, Result};
 pub use format::{Format, Formats};
 pub use import::{ImportOptions, copy_raw, import, import_with};
-pub use pretokenize::{PretokenizeOptions, pretokenize};
+pub use pretokenize::{Overflow, PretokenizeOptions, pretokenize};
 pub use read::{Reader, ReaderOptions, Shuffle};
 pub use record::{Preference, Record};
 pub use shard::ShardPlan;
 pub use shuffle::Permutation;
 pub use source::{MemorySource, Source, SourceOptions, resolve_source};
 pub use tally::MAX_LISTED_REJECTS;
-pub use tokenize::Overflow;

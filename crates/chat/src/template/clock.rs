@@ -44,6 +44,36 @@ impl LocalTime {
         LocalTime { seconds }
     }
 
+    /// The midnight a day begins with, which is written as in RFC 3339.
+    ///
+    /// ```
+    /// use updraft_chat::LocalTime;
+    ///
+    /// let time = LocalTime::from_date("2026-11-22").unwrap();
+    /// assert_eq!(time.strftime("%d %b %Y %T"), "22 Nov 2026 00:00:00");
+    /// assert_eq!(LocalTime::from_date("2026-02-29"), None);
+    /// ```
+    pub fn from_date(date: &str) -> Option<LocalTime> {
+        let is_form = |(at, byte): (usize, u8)| match at {
+            4 | 7 => byte == b'-',
+            _ => byte.is_ascii_digit(),
+        };
+        if date.len() != 10 || !date.bytes().enumerate().all(is_form) {
+            return None;
+        }
+        let year: i64 = date[..4].parse().ok()?;
+        let month: i64 = date[5..7].parse().ok()?;
+        let day: i64 = date[8..].parse().ok()?;
+        // The inverse of `date`, by the same author's `days_from_civil`.
+        let shifted_year = year - i64::from(month <= 2);
+        let era = shifted_year.div_euclid(400);
+        let year_of_era = shifted_year.rem_euclid(400);
+        let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+        let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+        let time = LocalTime::from_seconds((era * 146_097 + day_of_era - 719_468) * 86_400);
+        (time.strftime("%Y-%m-%d") == date).then_some(time)
+    }
+
     /// The time of a clock that runs on UTC.
     pub fn utc(time: std::time::SystemTime) -> LocalTime {
         let seconds = match time.duration_since(std::time::UNIX_EPOCH) {
@@ -163,6 +193,31 @@ mod tests {
             expected,
             "{format}"
         );
+    }
+
+    #[test]
+    fn a_date_is_read_as_it_is_written() {
+        for days in (-719_162..2_932_896).step_by(97) {
+            let time = LocalTime::from_seconds(days * 86_400);
+            let year = time.strftime("%Y");
+            let date = format!("{year:0>4}{}", time.strftime("-%m-%d"));
+            let found = LocalTime::from_date(&date).filter(|_| year.len() == 4);
+            assert_eq!(found, Some(time).filter(|_| year.len() == 4), "{date}");
+        }
+        for wrong in [
+            "",
+            "2026-1-22",
+            "2026-13-01",
+            "2026-00-10",
+            "2026-04-31",
+            "2100-02-29",
+            "+026-11-22",
+            "2026/11/22",
+            "2026-11-22T",
+            "２026-11-2",
+        ] {
+            assert_eq!(LocalTime::from_date(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 
+use super::generation::ITERATED;
+use super::generator;
 use super::json::tojson;
 
 /// Work a render may do: one unit per instruction or 64 bytes. The largest
@@ -27,6 +29,8 @@ pub(super) fn new() -> Environment<'static> {
     environment.add_filter("tojson", tojson);
     environment.add_filter("int", int);
     environment.add_filter("float", float);
+    environment.add_filter(ITERATED, iterated);
+    generator::add_filters(&mut environment);
     environment.add_test("iterable", is_iterable);
     environment.add_test("sequence", is_sequence);
     environment.add_function("raise_exception", raise_exception);
@@ -92,6 +96,17 @@ fn float(
             .unwrap_or(Value::from(0.0)),
     };
     Ok(minijinja::filters::float(state, value, default, kwargs).unwrap_or(fallback))
+}
+
+/// What a loop goes over: anything but none, as in Python.
+fn iterated(value: Value) -> Result<Value, Error> {
+    match value.is_none() {
+        false => Ok(value),
+        true => Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "a loop over none; give the template what it loops over, perhaps tools or documents",
+        )),
+    }
 }
 
 /// Python can iterate over an undefined value but not over `None`.

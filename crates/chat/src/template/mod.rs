@@ -4,6 +4,7 @@ mod clock;
 mod divergence;
 mod environment;
 mod generation;
+mod generator;
 mod json;
 mod source;
 mod values;
@@ -12,7 +13,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 
-use minijinja::{Environment, ErrorKind, Value};
+use minijinja::{Environment, ErrorKind, Template, Value};
 use sha2::{Digest as _, Sha256};
 
 pub use clock::LocalTime;
@@ -20,6 +21,7 @@ pub use divergence::{DivergenceKind, TemplateDivergence};
 pub use source::{SpecialTokens, TemplateFiles};
 pub(crate) use values::Strings;
 
+use crate::contain::contain;
 use crate::error::{Error, Result};
 use crate::message::{Content, Conversation, Part};
 use values::ContextObject;
@@ -34,6 +36,13 @@ use values::ContextObject;
 /// `length`, Python's `json.dumps` behind `tojson`. Where a template uses what
 /// is known to differ, [`divergences`](ChatTemplate::divergences) says so.
 /// `strftime_now` exists only where [`RenderOptions::now`] gives the time.
+///
+/// What Python refuses is refused: a loop over none (`tools` or `documents`
+/// that were not given), the generator of `map`, `select`, `reject`,
+/// `selectattr`, `rejectattr` or `unique` handed to `tojson` or `length`. Such
+/// a generator is true even when it is empty and can be read once, as there.
+/// Beyond transformers there are limits: on the work of a render, on its text
+/// (64 MiB), and on how deep expressions and `tojson` nest.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     templates: BTreeMap<String, Compiled>,
@@ -107,13 +116,12 @@ impl ChatTemplate {
             hash.update(source);
             divergences.extend(divergence::find(name, source));
             let rewritten = generation::rewrite(source);
-            environment
-                .add_template_owned(name.clone(), rewritten.source)
-                .map_err(|source| Error::TemplateSyntax {
-                    template: name.clone(),
-                    line: source.line().unwrap_or(0),
-                    source: source.into(),
-                })?;
+            let added = environment.add_template_owned(name.clone(), rewritten.source);
+            added.map_err(|source| Error::TemplateSyntax {
+                template: name.clone(),
+                line: source.line().unwrap_or(0),
+                source: source.into(),
+            })?;
             let compiled = Compiled {
                 generation: rewritten.bodies,
             };
@@ -151,11 +159,9 @@ impl ChatTemplate {
         strings: Strings<'_>,
     ) -> Result<String> {
         let (name, _) = self.choose(conversation, options)?;
-        let template = self.environment.get_template(name);
-        template
-            .and_then(|template| template.render(self.context(conversation, options, strings)))
-            .map_err(|source| render_error(name, source))
-            .and_then(|text| self.within_limit(name, text))
+        let context = self.context(conversation, options, strings);
+        let text = self.run(name, |template| template.render(context))?;
+        self.within_limit(name, text)
     }
 
     /// Renders and tells what came from between `{% generation %}` tags.
@@ -172,14 +178,26 @@ impl ChatTemplate {
             });
         }
         let context = self.context(conversation, options, Strings::Plain);
-        let (text, outputs) = self
-            .environment
-            .get_template(name)
-            .and_then(|template| template.render_with_spans(context))
-            .map_err(|source| render_error(name, source))?;
+        let (text, outputs) = self.run(name, |template| template.render_with_spans(context))?;
         let text = self.within_limit(name, text)?;
         let spans = generation::spans(&compiled.generation, &outputs);
         Ok(Tagged { text, spans })
+    }
+
+    /// Runs a template, whatever it does.
+    fn run<T>(
+        &self,
+        name: &str,
+        render: impl FnOnce(Template<'_, '_>) -> Result<T, minijinja::Error>,
+    ) -> Result<T> {
+        match contain(|| self.environment.get_template(name).and_then(render)) {
+            Ok(rendered) => rendered.map_err(|source| render_error(name, source)),
+            Err(panicked) => Err(Error::Render {
+                template: name.to_owned(),
+                line: 0,
+                source: panicked.into(),
+            }),
+        }
     }
 
     /// As transformers does it: a tag after the last text, rendered, and the
@@ -198,12 +216,14 @@ impl ChatTemplate {
             .messages
             .last_mut()
             .ok_or_else(|| refuse("there is no message"))?;
-        last_text(&mut last.content)
-            .ok_or_else(|| refuse("the last message has no text"))?
-            .push_str(TAG);
+        let last =
+            last_text(&mut last.content).ok_or_else(|| refuse("the last message has no text"))?;
+        let unfinished = last.trim().to_owned();
+        last.push_str(TAG);
         let mut text = self.render_with(&tagged, options, Strings::Plain)?;
         let at = text
             .rfind(TAG.trim_end())
+            .filter(|_| text.contains(&unfinished))
             .ok_or_else(|| refuse("the chat template does not write the last message"))?;
         let kept_spacing = text[at..].starts_with(TAG);
         text.truncate(at);

@@ -125,7 +125,19 @@ fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> 
         thinks: message.role == Role::Assistant,
         required: true,
     };
+    let thoughts = Origin {
+        thinks: false,
+        required: false,
+        ..content
+    };
+    let mut reasoning = message
+        .reasoning()
+        .map(|text| strings.value(thoughts, text));
     let mut pairs: Vec<(Cow<'static, str>, Value)> = Vec::with_capacity(4);
+    // As transformers does it: what is not there comes first or last.
+    if !message.extra.contains_key("thinking") {
+        pairs.extend(reasoning.clone().map(|value| ("thinking".into(), value)));
+    }
     pairs.push(("role".into(), Value::from(message.role.as_str())));
     match &message.content {
         Content::Absent => {}
@@ -139,17 +151,9 @@ fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> 
     if let Some(name) = &message.name {
         pairs.push(("name".into(), Value::from(name)));
     }
-    if let Some(reasoning) = &message.reasoning_content {
-        // transformers gives the one text all three names.
-        let thoughts = Origin {
-            thinks: false,
-            required: false,
-            ..content
-        };
-        let value = strings.value(thoughts, reasoning);
-        for name in ["reasoning_content", "reasoning", "thinking"] {
-            pairs.push((name.into(), value.clone()));
-        }
+    if message.reasoning_content.is_some() {
+        let value = reasoning.take();
+        pairs.extend(value.map(|value| ("reasoning_content".into(), value)));
     }
     if let Some(calls) = &message.tool_calls {
         let written = Origin {
@@ -165,6 +169,7 @@ fn message_value(index: usize, message: &Message, strings: &mut Strings<'_>) -> 
     for (name, value) in &message.extra {
         pairs.push((name.clone().into(), json_value(value)));
     }
+    pairs.extend(reasoning.map(|value| ("reasoning_content".into(), value)));
     Value::from_object(Pairs(pairs))
 }
 

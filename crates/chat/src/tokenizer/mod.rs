@@ -3,6 +3,8 @@
 #[cfg(any(feature = "fast", feature = "stable"))]
 mod engine;
 mod offsets;
+mod spelling;
+mod tokenizer_json;
 mod vocabulary;
 
 use std::fmt::Debug;

@@ -38,6 +38,13 @@ fn training_template(root: &Path, model: &str) -> String {
         .unwrap_or_else(|| panic!("no fixture holds the template {name}"))
 }
 
+#[expect(clippy::print_stdout, reason = "the numbers are the point")]
+fn report(path: &Path, rows: &[Vec<u32>]) {
+    let tokens: usize = rows.iter().map(Vec::len).sum();
+    let name = fixtures::name(path);
+    println!("{name}: {tokens} tokens of {} rows identical", rows.len());
+}
+
 fn golden(root: &Path) -> PathBuf {
     root.join("golden")
 }
@@ -58,6 +65,7 @@ fn token_id_parity_with_transformers() {
             let found = chat.prompt(conversation, &RenderOptions::default());
             assert_eq!(&found.expect("ids"), ids, "row {row} of {}", path.display());
         }
+        report(&path, &expected);
     }
 }
 
@@ -94,6 +102,7 @@ fn assistant_mask_parity_with_transformers() {
             );
             assert_eq!(mask, masks[row], "row {row} of {}", path.display());
         }
+        report(&path, &masks);
     }
 }
 

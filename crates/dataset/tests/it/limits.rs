@@ -318,6 +318,7 @@ async fn long_examples_are_truncated_split_or_rejected() {
             max_seq_len: Some(max_seq_len),
             overflow,
             max_reject_rate: 1.0,
+            ..PretokenizeOptions::default()
         };
         pretokenize_into(&store, &standardized, &options)
             .await

@@ -5,6 +5,7 @@ mod world;
 
 mod concurrent;
 mod configs;
+mod date;
 mod faults;
 mod fixtures;
 mod formats;

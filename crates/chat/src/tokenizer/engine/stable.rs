@@ -3,8 +3,9 @@
 use std::fmt;
 
 use super::as_text;
-use crate::error::{Error, Result};
-use crate::tokenizer::vocabulary::tokenizer_error;
+use crate::contain::contain;
+use crate::error::{BoxError, Error, Result};
+use crate::tokenizer::tokenizer_json::tokenizer_error;
 use crate::tokenizer::{EncodePolicy, Tokenizer, Vocabulary};
 
 /// A `tokenizer.json` on `tokenizers` 0.23.
@@ -21,8 +22,10 @@ impl StableTokenizer {
     /// [`Error::Tokenizer`] if the engine cannot read it.
     pub fn from_json(tokenizer_json: &[u8]) -> Result<StableTokenizer> {
         let vocabulary = Vocabulary::from_json(tokenizer_json)?;
-        let mut parity: tokenizers_stable::Tokenizer =
-            as_text(tokenizer_json)?.parse().map_err(tokenizer_error)?;
+        let text = as_text(tokenizer_json)?;
+        let mut parity: tokenizers_stable::Tokenizer = contain(|| text.parse())
+            .map_err(tokenizer_error)?
+            .map_err(tokenizer_error)?;
         parity.with_padding(None);
         parity.with_truncation(None).map_err(tokenizer_error)?;
         let mut sanitized = parity.clone();
@@ -41,12 +44,13 @@ impl Tokenizer for StableTokenizer {
             EncodePolicy::Parity => &self.parity,
             EncodePolicy::Sanitized => &self.sanitized,
         };
-        let encoding = engine
-            .encode_fast(text, false)
-            .map_err(|source| Error::Encode {
-                bytes: text.len(),
-                source,
-            })?;
+        let failed = |source: BoxError| Error::Encode {
+            bytes: text.len(),
+            source,
+        };
+        let encoding = contain(|| engine.encode_fast(text, false))
+            .map_err(|panicked| failed(panicked.into()))?
+            .map_err(failed)?;
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }

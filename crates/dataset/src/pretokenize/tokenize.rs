@@ -1,10 +1,12 @@
 //! One standardized row to examples: rendered, encoded, fitted into the sequence length.
 
 use serde::{Deserialize, Serialize};
-use updraft_chat::{Chat, Conversation, Example, Role, TokenizerExt as _};
+use updraft_chat::{Chat, Conversation, Example, Rejection, Role, TokenizerExt as _};
 
+use super::PretokenizeOptions;
+use super::work::Work;
+use crate::Record;
 use crate::record::{COLUMNS, Preference};
-use crate::{PretokenizeOptions, Record};
 
 /// What happens to an example longer than `max_seq_len`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,48 +23,70 @@ pub enum Overflow {
 
 /// Makes examples of rows, the same on any thread.
 #[derive(Debug)]
-pub(crate) struct Tokenize {
+pub(super) struct Tokenize {
     chat: Chat,
     max_seq_len: Option<usize>,
     overflow: Overflow,
+    /// What the stage has spent so far.
+    pub(super) work: Work,
 }
 
 /// A row's examples.
 #[derive(Debug)]
-pub(crate) struct Tokenized {
-    pub(crate) examples: Vec<Example>,
-    pub(crate) truncated: bool,
-    pub(crate) split: bool,
+pub(super) struct Tokenized {
+    pub(super) examples: Vec<Example>,
+    pub(super) truncated: bool,
+    pub(super) split: bool,
+}
+
+/// Why a row gives no examples.
+#[derive(Debug)]
+pub(super) enum Unfit {
+    /// The row is a reject, for this reason.
+    Row(String),
+    /// The template asks for the date, and there is none: the fault of the options.
+    NoDate,
+}
+
+impl From<String> for Unfit {
+    fn from(reason: String) -> Self {
+        Self::Row(reason)
+    }
+}
+
+impl From<Rejection> for Unfit {
+    fn from(rejection: Rejection) -> Self {
+        match rejection {
+            Rejection::Failed(updraft_chat::Error::NoClock { .. }) => Self::NoDate,
+            rejection => Self::Row(chain(&rejection)),
+        }
+    }
 }
 
 impl Tokenize {
-    pub(crate) fn new(chat: Chat, options: &PretokenizeOptions) -> Self {
+    pub(super) fn new(chat: Chat, options: &PretokenizeOptions) -> Self {
         Self {
             chat,
             max_seq_len: options.max_seq_len.map(|len| len as usize),
             overflow: options.overflow,
+            work: Work::default(),
         }
     }
 
     /// The examples of a row's cells, or why there are none.
-    pub(crate) fn row(&self, cells: [Option<&str>; COLUMNS.len()]) -> Result<Tokenized, String> {
-        let record =
-            Record::from_cells(cells).map_err(|err| format!("not a standardized row: {err}"))?;
-        self.fit(self.example(record)?)
+    pub(super) fn row(&self, cells: [Option<&str>; COLUMNS.len()]) -> Result<Tokenized, Unfit> {
+        let record = self.work.read.time(|| Record::from_cells(cells));
+        let record = record.map_err(|err| format!("not a standardized row: {err}"))?;
+        let example = self.work.tokenize.time(|| self.example(record))?;
+        Ok(self.fit(example)?)
     }
 
-    fn example(&self, record: Record) -> Result<Example, String> {
-        match record {
-            Record::Conversation(conversation) => self.conversation(&conversation),
-            Record::Preference(preference) => self.conversation(&preferred(preference)?),
-            Record::Text(text) => self.text(&text),
-        }
-    }
-
-    fn conversation(&self, conversation: &Conversation) -> Result<Example, String> {
-        self.chat
-            .example(conversation)
-            .map_err(|rejection| chain(&rejection))
+    fn example(&self, record: Record) -> Result<Example, Unfit> {
+        Ok(match record {
+            Record::Conversation(conversation) => self.chat.example(&conversation)?,
+            Record::Preference(preference) => self.chat.example(&preferred(preference)?)?,
+            Record::Text(text) => self.text(&text)?,
+        })
     }
 
     /// Every token of a text, and the end-of-sequence token after it.

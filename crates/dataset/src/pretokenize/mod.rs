@@ -1,35 +1,34 @@
 //! The pretokenize stage: standardized shards in, one model's token ids and loss spans out.
 
+mod rows;
+mod tokenize;
+mod work;
+mod write;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arrow_array::cast::AsArray;
-use arrow_array::{Array as _, RecordBatch};
-use bytes::Bytes;
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use updraft_chat::{Chat, Example};
+use updraft_chat::{Chat, Example, LocalTime};
 use updraft_store::{
     CancelToken, FinishedStage, JournalEntry, ObjectEntry, Opened, Progress, ProgressSink, Reject,
     StageId, StageWriter, Store, open_stage,
 };
 
 use crate::examples;
-use crate::record::schema;
 use crate::shard;
 use crate::source::hex;
 use crate::tally::{RejectLimit, Tally};
-use crate::tokenize::{Overflow, Tokenize, Tokenized};
 use crate::{Error, Result};
+pub use tokenize::Overflow;
+use tokenize::{Tokenize, Tokenized, Unfit};
 
 /// Raised whenever the same shards would become other tokens or other shards.
 const STAGE_VERSION: u32 = 1;
-/// Rows tokenized as one piece of work.
-const CHUNK_ROWS: usize = 256;
 /// Shards in memory at a time: one tokenizing while the other is fetched or written.
 const SHARDS_IN_FLIGHT: usize = 2;
 
@@ -41,6 +40,9 @@ pub struct PretokenizeOptions {
     pub max_seq_len: Option<u32>,
     /// What happens to a longer one.
     pub overflow: Overflow,
+    /// The day that templates read from the clock, as `2026-11-22`; part of the stage's key
+    /// where the template asks. No clock is read, so that a rerun finds the stage finished.
+    pub date: Option<String>,
     /// The share of rows that may be rejected before the stage fails. Not part of the stage's
     /// key.
     pub max_reject_rate: f64,
@@ -51,6 +53,7 @@ impl Default for PretokenizeOptions {
         Self {
             max_seq_len: None,
             overflow: Overflow::default(),
+            date: None,
             max_reject_rate: 0.1,
         }
     }
@@ -68,6 +71,13 @@ impl PretokenizeOptions {
                 problem: "is below 2: one token has nothing to predict it".to_owned(),
             });
         }
+        let wrong = |date: &&String| LocalTime::from_date(date).is_none();
+        if let Some(date) = self.date.as_ref().filter(wrong) {
+            return Err(Error::InvalidOption {
+                option: "date",
+                problem: format!("is {date:?}: write it as 2026-11-22"),
+            });
+        }
         RejectLimit(self.max_reject_rate).validate()
     }
 }
@@ -76,11 +86,12 @@ impl PretokenizeOptions {
 /// `input_ids` and `loss_spans`, one for each standardized shard.
 ///
 /// The work runs on all cores; what is written does not depend on how many there are. Counts in
-/// the manifest: `source_rows`, `rows` (examples), `tokens`, `trained_tokens`, `truncated`, `split`, `rejected`.
+/// the manifest: `source_rows`, `rows` (examples), `tokens`, `trained_tokens`, `truncated`, `split`,
+/// `rejected`. The chat's own clock is not read: [`PretokenizeOptions::date`] is.
 ///
 /// # Errors
-/// [`Error::TooManyRejects`], [`Error::Empty`] if no row is left, [`Error::InvalidOption`], and
-/// the store's errors. Whatever the error, nothing could be taken for finished.
+/// [`Error::TooManyRejects`], [`Error::Empty`] if no row is left, [`Error::InvalidOption`] (also
+/// where the template asks for a date and the options have none), and the store's errors. Whatever the error, nothing could be taken for finished.
 #[allow(clippy::too_many_arguments)]
 pub async fn pretokenize(
     store: &Store,
@@ -93,6 +104,8 @@ pub async fn pretokenize(
     cancel: &CancelToken,
 ) -> Result<FinishedStage> {
     options.validate()?;
+    let date = options.date.as_deref().and_then(LocalTime::from_date);
+    let chat = chat.clone().with_now(date);
     let id = StageId::model_ready(model, dataset)?;
     let inputs = json!({
         "standardized": standardized.key(),
@@ -108,7 +121,7 @@ pub async fn pretokenize(
             return Ok(stage);
         }
     };
-    let tokenize = Arc::new(Tokenize::new(chat.clone(), options));
+    let tokenize = Arc::new(Tokenize::new(chat, options));
     Pretokenize {
         writer,
         standardized,
@@ -208,33 +221,34 @@ impl Pretokenize<'_> {
             .report(&Progress::new("pretokenize", done, Some(total), "rows"));
     }
 
-    /// Fetches, tokenizes and writes one shard.
+    /// Fetches, tokenizes and writes one shard, all three at a time.
     async fn shard(&self, input: Input, total: u64) -> Result<Tally> {
         self.cancel.check()?;
         let bytes = self.standardized.read(&input.object).await?;
         let name = self.standardized.path(&input.object.path);
-        let chunks = tokio::task::spawn_blocking(move || decode(bytes, &name))
-            .await
-            .map_err(Error::internal)??;
-        let mut tokenized = tokenize_all(chunks, Arc::clone(&self.tokenize), self.cancel.clone());
-        let (mut tally, mut rows) = (Tally::default(), Vec::new());
-        let mut row = input.first_row;
-        while let Some(chunk) = tokenized.try_next().await? {
+        let tokenize = Arc::clone(&self.tokenize);
+        let mut chunks = rows::tokenized(bytes, name, tokenize, self.cancel.clone());
+        let (examples, shard) = write::shard(Arc::clone(&self.tokenize));
+        let (mut tally, mut row) = (Tally::default(), input.first_row);
+        while let Some(chunk) = chunks.try_next().await? {
             self.advance(chunk.len() as u64, total);
+            let mut rows = Vec::with_capacity(chunk.len());
             for outcome in chunk {
-                take(outcome, &input.object.path, row, &mut rows, &mut tally);
+                take(outcome, &input.object.path, row, &mut rows, &mut tally)?;
                 row += 1;
             }
+            if examples.send(rows).await.is_err() {
+                break; // the writer has failed and says below why
+            }
         }
-        self.write(input.index, rows, tally).await
+        drop(examples);
+        let bytes = shard.await.map_err(Error::internal)??;
+        self.write(input.index, bytes, tally).await
     }
 
-    async fn write(&self, index: u32, rows: Vec<Example>, mut tally: Tally) -> Result<Tally> {
-        let num_rows = rows.len() as u64;
+    async fn write(&self, index: u32, bytes: Vec<u8>, mut tally: Tally) -> Result<Tally> {
+        let num_rows = tally.count("rows");
         if num_rows > 0 {
-            let bytes = tokio::task::spawn_blocking(move || examples::encode(&rows))
-                .await
-                .map_err(Error::internal)??;
             let object = self
                 .writer
                 .put_object(&shard::name(index, &bytes), bytes.into())
@@ -267,18 +281,19 @@ impl Pretokenize<'_> {
         self.cancel.check()?;
         let mut draft = all.into_draft();
         draft.schema = Some(shard::describe(&examples::schema()));
+        self.tokenize.work.report();
         Ok(self.writer.commit(draft).await?)
     }
 }
 
 /// Puts a row's examples into the shard, or the row among the rejects.
 fn take(
-    outcome: Result<Tokenized, String>,
+    outcome: Result<Tokenized, Unfit>,
     source: &str,
     row: u64,
     rows: &mut Vec<Example>,
     tally: &mut Tally,
-) {
+) -> Result<()> {
     tally.add("source_rows", 1);
     match outcome {
         Ok(Tokenized {
@@ -295,69 +310,19 @@ fn take(
             tally.add("split", u64::from(split));
             rows.extend(examples);
         }
-        Err(reason) => tally.reject(Reject {
+        Err(Unfit::Row(reason)) => tally.reject(Reject {
             source: source.to_owned(),
             row,
             reason,
         }),
+        Err(Unfit::NoDate) => {
+            return Err(Error::InvalidOption {
+                option: "date",
+                problem: "is absent and the chat template asks for it: give a day, such as \
+                          2026-11-22, and the same one again for a rerun"
+                    .to_owned(),
+            });
+        }
     }
-}
-
-/// A standardized shard's rows, a chunk at a time.
-fn decode(bytes: Bytes, name: &str) -> Result<Vec<RecordBatch>> {
-    let reader = ParquetRecordBatchReaderBuilder::try_new(bytes)
-        .and_then(|builder| builder.with_batch_size(CHUNK_ROWS).build());
-    let batches = reader
-        .map_err(|err| Error::corrupt(name, err.to_string()))?
-        .map(|batch| batch.map_err(|err| Error::corrupt(name, err.to_string())));
-    batches
-        .map(|batch| {
-            let batch = batch?;
-            if batch.schema_ref().fields() == schema().fields() {
-                Ok(batch)
-            } else {
-                Err(Error::corrupt(
-                    name,
-                    "its columns are not those of a standardized shard",
-                ))
-            }
-        })
-        .collect()
-}
-
-/// The outcome of every row, chunk by chunk in order, made on all cores.
-fn tokenize_all(
-    chunks: Vec<RecordBatch>,
-    tokenize: Arc<Tokenize>,
-    cancel: CancelToken,
-) -> BoxStream<'static, Result<Vec<Result<Tokenized, String>>>> {
-    stream::iter(chunks)
-        .map(move |chunk| {
-            let (tokenize, cancel) = (Arc::clone(&tokenize), cancel.clone());
-            async move {
-                cancel.check()?;
-                let work = move || tokenize_chunk(&chunk, &tokenize);
-                tokio::task::spawn_blocking(work)
-                    .await
-                    .map_err(Error::internal)
-            }
-        })
-        .buffered(std::thread::available_parallelism().map_or(1, usize::from))
-        .boxed()
-}
-
-fn tokenize_chunk(chunk: &RecordBatch, tokenize: &Tokenize) -> Vec<Result<Tokenized, String>> {
-    let columns: Vec<_> = chunk
-        .columns()
-        .iter()
-        .map(AsArray::as_string::<i32>)
-        .collect();
-    let cell = |column: usize, row: usize| {
-        columns[column]
-            .is_valid(row)
-            .then(|| columns[column].value(row))
-    };
-    (0..chunk.num_rows())
-        .map(|row| tokenize.row(std::array::from_fn(|column| cell(column, row))))
-        .collect()
+    Ok(())
 }
