@@ -79,14 +79,14 @@ impl Data {
     }
 
     fn run(&self, store: &Store, source: &dyn Source) -> FinishedStage {
-        let options = ImportOptions::default();
+        let (options, cancel) = (ImportOptions::default(), CancelToken::new());
         let running = import(
             store,
             "rows",
             source,
             &options,
             &NoProgress,
-            &CancelToken::new(),
+            &cancel,
         );
         self.runtime.block_on(running).expect("imported")
     }

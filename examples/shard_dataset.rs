@@ -95,7 +95,6 @@ fn name_of(spec: &str) -> String {
         |c: char| !c.is_ascii_alphanumeric() && !"._-/".contains(c),
         "_",
     )
-    .replace("--", "-")
 }
 
 /// Progress as lines on standard error; standard output is the manifest's.

@@ -92,6 +92,14 @@ pub enum Error {
         /// The stage's folder or object.
         url: String,
     },
+    /// Another pair of model and dataset has the folder that this pair's names make too.
+    #[error("{url} is already that of a dataset named '{dataset}'; give this dataset another name")]
+    NameTaken {
+        /// The folder.
+        url: String,
+        /// The dataset whose folder it is.
+        dataset: String,
+    },
     /// A value could not become canonical JSON.
     #[error("{what} cannot be written as JSON")]
     Json {

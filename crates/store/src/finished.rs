@@ -28,6 +28,9 @@ struct Current {
     key: StageKey,
     manifest_sha256: String,
     counts: BTreeMap<String, u64>,
+    /// Which part of the folder's name is the dataset's, where it is a model's and a dataset's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dataset: Option<String>,
 }
 
 impl FinishedStage {
@@ -131,6 +134,7 @@ impl FinishedStage {
             key: self.key,
             manifest_sha256: self.manifest_sha256.clone(),
             counts: self.counts.clone(),
+            dataset: self.id.dataset().map(str::to_owned),
         };
         let mut json = serde_json::to_vec_pretty(&current).map_err(|source| Error::Json {
             what: "current.json",
@@ -144,7 +148,8 @@ impl FinishedStage {
 /// The newest finished stage of a name, or `None` if there is none yet. One GET.
 ///
 /// # Errors
-/// Those of [`Store::get`]; [`Error::Corrupt`] if a newer program wrote the pointer.
+/// Those of [`Store::get`]; [`Error::Corrupt`] if a newer program wrote the pointer;
+/// [`Error::NameTaken`] if the folder is another pair's of model and dataset.
 pub async fn current(store: &Store, id: &StageId) -> Result<Option<FinishedStage>> {
     let path = id.current_path();
     let Some(bytes) = store.get(&path).await? else {
@@ -165,6 +170,14 @@ pub async fn current(store: &Store, id: &StageId) -> Result<Option<FinishedStage
                 "its format is version {}, this program reads version {FORMAT_VERSION}",
                 current.format_version
             ),
+        });
+    }
+    if let (Some(wanted), Some(dataset)) = (id.dataset(), current.dataset)
+        && *wanted != dataset
+    {
+        return Err(Error::NameTaken {
+            url: store.url_of(&id.to_string()),
+            dataset,
         });
     }
     Ok(Some(FinishedStage {

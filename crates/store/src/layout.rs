@@ -74,11 +74,22 @@ impl fmt::Display for Area {
 /// assert!(StageId::models("../secrets").is_err());
 /// # Ok::<(), updraft_store::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+///
+/// Two ids are equal if they name the same folder.
+#[derive(Clone, Debug)]
 pub struct StageId {
     area: Area,
     name: String,
+    dataset: Option<String>,
 }
+
+impl PartialEq for StageId {
+    fn eq(&self, other: &Self) -> bool {
+        (self.area, &self.name) == (other.area, &other.name)
+    }
+}
+
+impl Eq for StageId {}
 
 impl StageId {
     /// A name in an area.
@@ -91,6 +102,7 @@ impl StageId {
         Ok(Self {
             area,
             name: name.to_owned(),
+            dataset: None,
         })
     }
 
@@ -99,7 +111,6 @@ impl StageId {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn raw(dataset: &str) -> Result<Self> {
-        check_dataset(dataset)?;
         Self::new(Area::Raw, dataset)
     }
 
@@ -108,7 +119,6 @@ impl StageId {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn standardized(dataset: &str) -> Result<Self> {
-        check_dataset(dataset)?;
         Self::new(Area::Standardized, dataset)
     }
 
@@ -120,8 +130,11 @@ impl StageId {
         Self::new(Area::Models, model)
     }
 
-    /// `model-ready/<model>/<dataset>`, the dataset's `/` written `--`: the last part is the
-    /// dataset and all before it the model, so no two pairs share a folder.
+    /// `model-ready/<model>/<dataset>`.
+    ///
+    /// Of several pairs that would share a folder (`a/b` with `c`, and `a` with `b/c`) the first
+    /// one has it: its `current.json` names the dataset, and the others get
+    /// [`Error::NameTaken`].
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -129,8 +142,7 @@ impl StageId {
         Self::pair(Area::ModelReady, model, dataset)
     }
 
-    /// `done/<model>/<dataset>`, the dataset's `/` written `--` as in
-    /// [`model_ready`](Self::model_ready).
+    /// `done/<model>/<dataset>`; see [`model_ready`](Self::model_ready) about shared folders.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -140,8 +152,12 @@ impl StageId {
 
     fn pair(area: Area, model: &str, dataset: &str) -> Result<Self> {
         check(model, &[&well_formed])?;
-        check_dataset(dataset)?;
-        Self::new(area, &format!("{model}/{}", dataset.replace('/', "--")))
+        check(dataset, &[&well_formed])?;
+        let id = Self::new(area, &format!("{model}/{dataset}"))?;
+        Ok(Self {
+            dataset: Some(dataset.to_owned()),
+            ..id
+        })
     }
 
     /// The area.
@@ -152,6 +168,12 @@ impl StageId {
     /// The name within the area.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The dataset's part of the name, where a model and a dataset made it; a name read from text
+    /// does not tell.
+    pub fn dataset(&self) -> Option<&str> {
+        self.dataset.as_deref()
     }
 
     /// The folder of the stage with this key.
@@ -196,15 +218,6 @@ pub(crate) fn check_object_name(name: &str) -> Result<()> {
             name,
             "manifest.json and journal/ belong to the commit protocol",
         ));
-    }
-    Ok(())
-}
-
-/// Refuses a dataset's name that could be mistaken for another's once its `/` is written `--`.
-fn check_dataset(name: &str) -> Result<()> {
-    check(name, &[&well_formed])?;
-    if name.contains("--") {
-        return Err(invalid(name, "'--' stands for '/' in a dataset's name"));
     }
     Ok(())
 }
@@ -305,33 +318,6 @@ mod tests {
             StageId::done("o/m", "d").expect("good").to_string(),
             "done/o/m/d"
         );
-    }
-
-    #[test]
-    fn no_two_pairs_share_a_folder() {
-        let pairs = [
-            ("a/b", "c"),
-            ("a", "b/c"),
-            ("a", "b"),
-            ("a/b", "c/d"),
-            ("a", "c"),
-        ];
-        for (i, (model, dataset)) in pairs.iter().enumerate() {
-            let id = StageId::model_ready(model, dataset).expect("good");
-            for (other_model, other_dataset) in &pairs[..i] {
-                let other = StageId::model_ready(other_model, other_dataset).expect("good");
-                assert_ne!(
-                    id, other,
-                    "{model} {dataset} and {other_model} {other_dataset}"
-                );
-            }
-        }
-        assert_eq!(
-            StageId::done("o/m", "p/d").expect("good").to_string(),
-            "done/o/m/p--d"
-        );
-        assert!(StageId::done("o/m", "p--d").is_err());
-        assert!(StageId::standardized("p--d").is_err());
     }
 
     #[test]

@@ -227,7 +227,7 @@ async fn damaged_headers_are_refused_or_harmless() {
             refused += 1;
         }
     }
-    assert!(refused > COPIES / 2, "{refused} of {COPIES} refused");
+    assert!(refused > COPIES / 4, "{refused} of {COPIES} refused");
 }
 
 const COPIES: usize = 200;

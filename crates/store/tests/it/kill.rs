@@ -6,8 +6,8 @@ use bytes::Bytes;
 use serde_json::json;
 use updraft_store::conformance::survives_every_fault;
 use updraft_store::{
-    FinishedStage, JournalEntry, ManifestDraft, Opened, Reject, Result, StageId, Store, open_stage,
-    sha256_hex,
+    FinishedStage, JournalEntry, ManifestDraft, Opened, Reject, Result, StageId, Store, current,
+    open_stage, sha256_hex,
 };
 
 pub(crate) const SHARDS: u32 = 4;
@@ -111,4 +111,30 @@ async fn over_a_foreign_s3_it_survives_every_fault_too() {
     }
     let fresh = async || crate::s3_store("kill").await.expect("asked above");
     survives_every_fault(fresh, toy_stage).await;
+}
+
+/// `a/b` with `c` and `a` with `b/c` make one path: it stays the first pair's.
+#[tokio::test]
+async fn a_folder_belongs_to_one_pair_of_names() -> Result<()> {
+    let store = Store::memory();
+    let commit = async |id: &StageId, input: u32| -> Result<FinishedStage> {
+        match open_stage(&store, id, "toy", &input).await? {
+            Opened::Open(stage) => stage.commit(ManifestDraft::default()).await,
+            Opened::Finished(finished) => Ok(finished),
+        }
+    };
+    let first = StageId::done("a/b", "c")?;
+    let finished = commit(&first, 1).await?;
+    let second = StageId::done("a", "b/c")?;
+    let refused = commit(&second, 2).await.expect_err("another's folder");
+    assert_eq!(
+        refused.to_string(),
+        "memory:/done/a/b/c is already that of a dataset named 'c'; give this dataset another name"
+    );
+    // By its path, as a person types it, it is found whoever made it; the first pair goes on.
+    let typed: StageId = "done/a/b/c".parse()?;
+    let found = current(&store, &typed).await?.expect("finished");
+    assert_eq!(found.key(), finished.key());
+    assert!(!commit(&first, 3).await?.reused());
+    Ok(())
 }
