@@ -70,7 +70,10 @@ fn the_articles_commands_work_as_written() {
     assert_eq!(status[0]["status"], "UP");
     world.ok("autostop mycluster -i 10 --down");
     assert!(world.ok("status").contains("10m (down)"));
-    assert_eq!(world.run("exec mycluster fails.yaml").status.code(), Some(100));
+    assert_eq!(
+        world.run("exec mycluster fails.yaml").status.code(),
+        Some(100)
+    );
     world.ok("stop mycluster");
     world.ok("start mycluster");
     world.ok("down mycluster -y");
@@ -89,8 +92,14 @@ fn what_goes_wrong_is_said_and_has_a_code() {
     let output = world.run("launch -c c cluster.yaml -y");
     assert_eq!(output.status.code(), Some(1));
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(errors.contains("environment variable `WANDB_TOKEN` has no value"), "{errors}");
-    world.write("gpu.yaml", "resources: {accelerators: A10g:1}\nrun: 'true'\n");
+    assert!(
+        errors.contains("environment variable `WANDB_TOKEN` has no value"),
+        "{errors}"
+    );
+    world.write(
+        "gpu.yaml",
+        "resources: {accelerators: A10g:1}\nrun: 'true'\n",
+    );
     let plan = world.ok("launch --dryrun gpu.yaml");
     assert!(plan.contains("g5.xlarge"), "{plan}");
     let output = world.run("launch -c c gpu.yaml -y");

@@ -39,7 +39,12 @@ pub(crate) async fn queue(cluster: &str, json: bool, screen: &Screen) -> Result<
     Ok(())
 }
 
-pub(crate) async fn logs(cluster: &str, job: Option<i64>, to_end: bool, screen: &Screen) -> Outcome {
+pub(crate) async fn logs(
+    cluster: &str,
+    job: Option<i64>,
+    to_end: bool,
+    screen: &Screen,
+) -> Outcome {
     let (engine, agent) = (world::engine()?, world::agent()?);
     let newest = engine
         .queue(cluster, &agent)

@@ -150,9 +150,8 @@ impl Controller {
 
     /// Works for a moment: takes in what happened, then does what is due. To be called for ever.
     pub async fn step(&mut self) {
-        match tokio::time::timeout(STEP, self.events.1.recv()).await {
-            Ok(Some(told)) => self.take_in(told),
-            Ok(None) | Err(_) => {}
+        if let Ok(Some(told)) = tokio::time::timeout(STEP, self.events.1.recv()).await {
+            self.take_in(told);
         }
         while let Ok(told) = self.events.1.try_recv() {
             self.take_in(told);
