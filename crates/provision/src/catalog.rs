@@ -11,9 +11,21 @@ pub struct Catalog {
     offers: Vec<Offer>,
 }
 
+/// A line of the built-in table.
+type Listed = (
+    &'static str,
+    &'static str,
+    &'static str,
+    f64,
+    f64,
+    &'static str,
+    u32,
+    f64,
+);
+
 /// List prices per hour on demand in AWS us-east-1 and GCP us-central1, for planning without an
 /// account: name, vCPUs, GiB, accelerator, its count, USD. A user's own file replaces it.
-const BUILT_IN: &[(&str, &str, &str, f64, f64, &str, u32, f64)] = &[
+const BUILT_IN: &[Listed] = &[
     ("aws", "us-east-1", "m6i.large", 2.0, 8.0, "", 0, 0.096),
     ("aws", "us-east-1", "m6i.xlarge", 4.0, 16.0, "", 0, 0.192),
     ("aws", "us-east-1", "m6i.2xlarge", 8.0, 32.0, "", 0, 0.384),
@@ -85,26 +97,20 @@ const BUILT_IN: &[(&str, &str, &str, f64, f64, &str, u32, f64)] = &[
 impl Catalog {
     /// The table that comes with the crate.
     pub fn built_in() -> Self {
-        let offer = |&(provider, region, name, cpus, memory_gib, gpu, count, usd_per_hour): &(
-            &str,
-            &str,
-            &str,
-            f64,
-            f64,
-            &str,
-            u32,
-            f64,
-        )| Offer {
-            provider: provider.to_owned(),
-            instance_type: name.to_owned(),
-            region: region.to_owned(),
-            zone: None,
-            cpus,
-            memory_gib,
-            accelerator: (count > 0).then(|| Accelerator::new(gpu, count)),
-            spot: false,
-            usd_per_hour,
-        };
+        let offer =
+            |&(provider, region, name, cpus, memory_gib, gpu, count, usd_per_hour): &Listed| {
+                Offer {
+                    provider: provider.to_owned(),
+                    instance_type: name.to_owned(),
+                    region: region.to_owned(),
+                    zone: None,
+                    cpus,
+                    memory_gib,
+                    accelerator: (count > 0).then(|| Accelerator::new(gpu, count)),
+                    spot: false,
+                    usd_per_hour,
+                }
+            };
         Self {
             offers: BUILT_IN.iter().map(offer).collect(),
         }

@@ -94,9 +94,8 @@ impl fmt::Display for Block {
             .into_iter()
             .flatten()
             .try_for_each(|part| write!(f, " {part}"))?;
-        match (&self.zone, &self.region) {
-            (None, Some(region)) => write!(f, " in {region}")?,
-            _ => {}
+        if let (None, Some(region)) = (&self.zone, &self.region) {
+            write!(f, " in {region}")?;
         }
         match self.spot {
             Some(true) => f.write_str(" spot"),

@@ -21,7 +21,7 @@ pub mod providers;
 mod resources;
 mod retry;
 mod secret;
-mod service;
+pub mod service;
 #[cfg(any(feature = "agent", feature = "local", feature = "ssh"))]
 mod shell;
 #[cfg(feature = "state")]

@@ -145,9 +145,9 @@ impl AgentClient {
     /// # Errors
     /// [`Error::Transport`].
     pub async fn queue(&self) -> Result<Vec<JobRow>> {
-        let lines = self
-            .ask(&format!("{} queue {DIR}", self.program), None)
-            .await?;
+        // An agent that was killed is brought back: only it can say what became of its jobs.
+        let script = format!("{{ {} }}; {} queue {DIR}", self.ensure(), self.program);
+        let lines = self.ask(&script, None).await?;
         let rows = lines.iter().map(|line| serde_json::from_str(line));
         rows.collect::<Result<_, _>>()
             .map_err(|_| self.failed(&lines))

@@ -22,8 +22,8 @@ set +o noclobber
 if [ -n "$UPDRAFT_GROUPS" ]; then printf %s "${stat[21]}" > "$UPDRAFT_GROUPS/$$"; fi
 finish() {
   printf '%s %s %(%s)T' "$1" "$2" -1 > "$d/end.tmp"
-  mv "$d/end.tmp" "$d/end"
   rm -f "$d/env" "$UPDRAFT_GROUPS/$$"
+  mv "$d/end.tmp" "$d/end"
   exit 0
 }
 . "$d/env"

@@ -10,8 +10,8 @@ use crate::task::surface::CLOUDS;
 
 impl Resources {
     /// Reads the section; fields that only some values of are refused go to `refused`.
-    pub(crate) fn from_node(node: Node, refused: &mut Vec<Error>) -> Result<Self> {
-        let (any_of, ordered) = (child(&node, "any_of"), child(&node, "ordered"));
+    pub(crate) fn from_node(node: &Node, refused: &mut Vec<Error>) -> Result<Self> {
+        let (any_of, ordered) = (child(node, "any_of"), child(node, "ordered"));
         if let (Some(_), Some(ordered)) = (&any_of, &ordered) {
             return Err(ordered.invalid(
                 "resources.ordered",
@@ -27,7 +27,7 @@ impl Resources {
             };
             items
                 .iter()
-                .map(|item| one(overlay(&node, item), refused))
+                .map(|item| one(overlay(node, item), refused))
                 .collect()
         };
         let alternatives = match (any_of, ordered) {

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http_body_util::Empty;
+use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -50,28 +50,44 @@ pub async fn wait_ready(
     }
 }
 
-async fn ask(address: SocketAddr, probe: &ReadinessProbe) -> ProbeOutcome {
-    match tokio::time::timeout(probe.timeout, get(address, &probe.path)).await {
+/// Asks a replica once.
+pub(crate) async fn ask(address: SocketAddr, probe: &ReadinessProbe) -> ProbeOutcome {
+    let verb = if probe.post_data.is_some() {
+        "POST"
+    } else {
+        "GET"
+    };
+    let path = &probe.path;
+    match tokio::time::timeout(probe.timeout, send(address, probe)).await {
         Ok(Ok(StatusCode::OK)) => ProbeOutcome::Ready,
-        Ok(Ok(status)) => ProbeOutcome::Failed(format!("GET {} answered {status}", probe.path)),
-        Ok(Err(error)) => ProbeOutcome::Failed(format!("GET {} failed: {error}", probe.path)),
+        Ok(Ok(status)) => ProbeOutcome::Failed(format!("{verb} {path} answered {status}")),
+        Ok(Err(error)) => ProbeOutcome::Failed(format!("{verb} {path} failed: {error}")),
         Err(_) => ProbeOutcome::Failed(format!(
-            "GET {} took longer than {:?}",
-            probe.path, probe.timeout
+            "{verb} {path} took longer than {:?}",
+            probe.timeout
         )),
     }
 }
 
-/// The status of one `GET` on its own connection.
-async fn get(address: SocketAddr, path: &str) -> Result<StatusCode, BoxError> {
+/// The status of one request on its own connection.
+async fn send(address: SocketAddr, probe: &ReadinessProbe) -> Result<StatusCode, BoxError> {
     let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let request = Request::get(path)
+    let mut request = match &probe.post_data {
+        Some(_) => {
+            Request::post(&probe.path).header(hyper::header::CONTENT_TYPE, "application/json")
+        }
+        None => Request::get(&probe.path),
+    };
+    request = request
         .header(hyper::header::HOST, address.to_string())
-        .header(hyper::header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())?;
-    let exchange = sender.send_request(request);
+        .header(hyper::header::CONNECTION, "close");
+    for (name, value) in &probe.headers {
+        request = request.header(name, value);
+    }
+    let body = Bytes::from(probe.post_data.clone().unwrap_or_default());
+    let exchange = sender.send_request(request.body(Full::new(body))?);
     tokio::pin!(exchange, connection);
     let response = tokio::select! {
         response = &mut exchange => response,
@@ -102,7 +118,12 @@ mod tests {
                 let (mut stream, _) = listener.accept().await.expect("a connection");
                 let mut request = [0; 1024];
                 let read = stream.read(&mut request).await.expect("a request");
-                assert!(request[..read].starts_with(b"GET /ready HTTP/1.1\r\n"));
+                let text = String::from_utf8_lossy(&request[..read]);
+                let posted = text.starts_with("POST /ready") && text.ends_with("{\"a\":1}");
+                assert!(
+                    text.starts_with("GET /ready HTTP/1.1\r\n") || posted,
+                    "{text}"
+                );
                 stream
                     .write_all(answer.as_bytes())
                     .await
@@ -128,6 +149,17 @@ mod tests {
         wait_ready(address, &probe(), pending())
             .await
             .expect("ready at the third probe");
+    }
+
+    #[tokio::test]
+    async fn post_data_and_headers_are_sent() {
+        let address = server(&[OK]).await;
+        let probe = ReadinessProbe {
+            post_data: Some("{\"a\":1}".into()),
+            headers: [("x-key".to_owned(), "k".to_owned())].into(),
+            ..probe()
+        };
+        wait_ready(address, &probe, pending()).await.expect("ready");
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ pub struct ServiceSpec {
     pub port: Option<u16>,
     /// Which replica gets the next request.
     pub load_balancing: LoadBalancing,
-    /// How long a response may pause between two pieces of its body; for ever when `None`.
+    /// How long a replica may take until its response begins; for ever when `None`.
     pub stream_timeout: Option<Duration>,
 }
 

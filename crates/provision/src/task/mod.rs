@@ -113,7 +113,7 @@ impl Task {
             setup: fields.text("setup")?,
             run: fields.text("run")?,
             resources: match fields.take("resources") {
-                Some(node) => Resources::from_node(node, &mut refused)?,
+                Some(node) => Resources::from_node(&node, &mut refused)?,
                 None => Resources::default(),
             },
             num_nodes: fields.count("num_nodes")?.unwrap_or(1),
