@@ -80,14 +80,7 @@ impl Data {
 
     fn run(&self, store: &Store, source: &dyn Source) -> FinishedStage {
         let (options, cancel) = (ImportOptions::default(), CancelToken::new());
-        let running = import(
-            store,
-            "rows",
-            source,
-            &options,
-            &NoProgress,
-            &cancel,
-        );
+        let running = import(store, "rows", source, &options, &NoProgress, &cancel);
         self.runtime.block_on(running).expect("imported")
     }
 }

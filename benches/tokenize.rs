@@ -156,7 +156,9 @@ async fn conversations(path: &str) -> Vec<Conversation> {
     let batches = source.open(Cursor::default()).await.expect("open");
     let batches: Vec<_> = batches.try_collect().await.expect("rows");
     let formats = Formats::built_in("\n");
-    let rows = batches.into_iter().flat_map(|batch| batch.rows());
+    let rows = batches
+        .into_iter()
+        .flat_map(updraft::dataset::source::Batch::rows);
     rows.map(|row| conversation(&formats, &mut row.value.expect("a row")))
         .collect()
 }

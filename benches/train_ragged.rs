@@ -63,7 +63,9 @@ async fn examples(fixtures: &Path) -> Vec<Example> {
         .expect("the file");
     let batches = source.open(Cursor::default()).await.expect("open");
     let batches: Vec<_> = batches.try_collect().await.expect("rows");
-    let rows = batches.into_iter().flat_map(|batch| batch.rows());
+    let rows = batches
+        .into_iter()
+        .flat_map(updraft::dataset::source::Batch::rows);
     rows.take(CONVERSATIONS)
         .map(
             |row| match sharegpt.convert(&mut row.value.expect("a row")) {

@@ -183,7 +183,7 @@ impl Rest {
                 Short('h') | Long("help") => return Ok(None),
                 Short('c') | Long("cluster") => task.cluster = Some(parser.value()?.string()?),
                 Short('n') | Long("name" | "service-name") => {
-                    task.name = Some(parser.value()?.string()?)
+                    task.name = Some(parser.value()?.string()?);
                 }
                 Short('d') | Long("detach-run") => task.detach = true,
                 Short('i') | Long("idle-minutes-to-autostop" | "idle-minutes") => {
