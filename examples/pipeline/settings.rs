@@ -22,6 +22,8 @@ flags:
   --epochs N        passes over the data                                         [1]
   --max-steps N     stop after N optimizer steps, whatever the epochs
   --save-steps N    optimizer steps between checkpoints                           [50]
+  --date DATE       today, for templates that write it into every conversation, such as
+                    Llama 3's; fixed, so that tomorrow's run finds today's work    [2026-01-01]
   --port PORT       where to serve                              [the first free from 30001]
   --host HOST       the address to listen on                                     [127.0.0.1]
   --keep-serving    go on serving until Ctrl-C
@@ -55,6 +57,7 @@ pub struct Settings {
     pub epochs: f64,
     pub max_steps: Option<u64>,
     pub save_steps: u64,
+    pub date: String,
     pub host: String,
     pub port: Option<u16>,
     pub keep_serving: bool,
@@ -71,6 +74,7 @@ impl Settings {
             epochs: 1.0,
             max_steps: None,
             save_steps: 50,
+            date: "2026-01-01".to_owned(),
             host: "127.0.0.1".to_owned(),
             port: None,
             keep_serving: false,
@@ -85,6 +89,7 @@ impl Settings {
                 Arg::Long("epochs") => settings.epochs = parser.value()?.parse()?,
                 Arg::Long("max-steps") => settings.max_steps = Some(parser.value()?.parse()?),
                 Arg::Long("save-steps") => settings.save_steps = parser.value()?.parse()?,
+                Arg::Long("date") => settings.date = parser.value()?.string()?,
                 Arg::Long("host") => settings.host = parser.value()?.string()?,
                 Arg::Long("port") => settings.port = Some(parser.value()?.parse()?),
                 Arg::Long("keep-serving") => settings.keep_serving = true,
@@ -121,9 +126,9 @@ impl Settings {
     /// The flags that the train task passes on to its worker.
     pub fn train_flags(&self) -> String {
         let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));
-        let (epochs, save_steps) = (self.epochs, self.save_steps);
+        let (epochs, save_steps, date) = (self.epochs, self.save_steps, &self.date);
         format!(
-            "--epochs {epochs} --save-steps {save_steps}{}",
+            "--epochs {epochs} --save-steps {save_steps} --date {date}{}",
             max_steps.unwrap_or_default()
         )
     }

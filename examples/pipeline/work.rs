@@ -60,6 +60,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
             .with_context(|| format!("in model {}", settings.model))?;
         let options = PretokenizeOptions {
             max_seq_len: Some(training.max_seq_len),
+            date: Some(settings.date.clone()),
             ..PretokenizeOptions::default()
         };
         Ok(pretokenize(

@@ -156,6 +156,15 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn a_date_that_is_none_is_named() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let data = dataset(dir.path());
+    let mut command = train(&dir.path().join("store"), &data);
+    command.args(["--date", "tomorrow"]);
+    check(command, &["tomorrow", "2026-"]);
+}
+
+#[test]
 fn an_unknown_flag_points_to_the_help() {
     let mut command = Command::new(binary());
     command.arg("--mode");

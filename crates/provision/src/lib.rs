@@ -12,6 +12,13 @@ mod error;
 mod failover;
 mod fake;
 #[cfg(any(feature = "local", feature = "agent"))]
+#[cfg_attr(
+    not(feature = "local"),
+    expect(
+        dead_code,
+        reason = "the agent alone looks and signals, and records nothing"
+    )
+)]
 mod groups;
 mod launch;
 mod offer;

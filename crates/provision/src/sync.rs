@@ -13,6 +13,7 @@ use crate::task::{FileMount, MountSource};
 use crate::transport::{HostTransport, LogStream, ShellCommand};
 
 /// Where the working folder lies under a node's home, as SkyPilot has it.
+#[cfg(feature = "agent")]
 pub(crate) const WORKDIR: &str = "sky_workdir";
 
 /// Copies folders to one node: by rsync where both sides have it, else as one tar file.

@@ -4,6 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+#[cfg(any(feature = "local", feature = "ssh"))]
 use crate::shell::quote;
 
 /// A program that holds the agent, built for the nodes' architecture.
@@ -39,6 +40,7 @@ impl AgentBinary {
     }
 
     /// How this machine calls it.
+    #[cfg(any(feature = "local", feature = "ssh"))]
     pub(crate) fn here(&self) -> String {
         format!(
             "{} {}",
