@@ -2,7 +2,7 @@
 //!
 //! # Features
 //!
-//! Each is on by default and brings the crates it needs.
+//! Each but the last is on by default and brings the crates it needs.
 //!
 //! | feature | re-exports |
 //! | --- | --- |
@@ -10,6 +10,7 @@
 //! | `dataset` | [`dataset`], [`chat`], [`store`] |
 //! | `train` | [`train`], [`model`], [`chat`], [`store`] |
 //! | `serve` | [`serve`], [`model`], [`chat`], [`store`] |
+//! | `mlflow`, `wandb` | `train`'s metrics at an MLflow tracking server, at Weights & Biases |
 //!
 //! With `dataset` and `train` together there is [`DatasetSource`], which hands a dataset's examples to
 //! the trainer.

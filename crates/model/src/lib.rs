@@ -29,7 +29,8 @@
 //! - [`ModelConfig`], [`Weights`]: a model's files.
 //! - [`Decoder`], [`Batch`], [`KvPages`]: running it.
 //! - [`Part`], [`Gradients`], [`Activations`]: training an [`Adapter`].
-//! - [`peft`], [`merge`]: the files others read.
+//! - [`peft`], [`merge`], [`combine`]: the files others read, and one adapter out of several.
+//! - [`memory`]: what training will take, before anything is loaded.
 //! - [`import_model`], [`load_model_files`]: models in the store.
 //!
 //! # Features
@@ -50,6 +51,7 @@ mod batch;
 mod decoder;
 mod kv_pages;
 mod layers;
+pub mod memory;
 mod training;
 
 mod lora;
@@ -67,7 +69,9 @@ pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use import::import_model;
 pub use kv_pages::KvPages;
-pub use lora::{Adapter, Gradients, LoraConfig, Parameter, TargetModules, merge, peft};
+pub use lora::{
+    Adapter, Combination, Gradients, LoraConfig, Parameter, TargetModules, combine, merge, peft,
+};
 pub use model_files::{ModelFiles, load_model_files};
 pub use training::Activations;
 pub use updraft_kernels::Threads;

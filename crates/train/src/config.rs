@@ -55,6 +55,11 @@ pub struct TrainConfig {
     pub adam_beta2: f64,
     /// Keeps AdamW's denominator away from zero.
     pub adam_epsilon: f64,
+    /// LoRA+: the learning rate of each `B` is this many times that of its `A`,
+    /// which stays `learning_rate`. PEFT's `create_loraplus_optimizer` takes it
+    /// under this name; 16 is a common choice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_ratio: Option<f64>,
     /// Gradients are scaled down to this norm; zero leaves them alone.
     pub max_grad_norm: f64,
     /// Seed of the adapter's first values, of dropout and of noise. The order of
@@ -87,6 +92,9 @@ pub struct TrainConfig {
     pub save_steps: u64,
     /// Checkpoints kept; older ones are deleted.
     pub save_total_limit: u32,
+    /// Train even if the memory estimate says that it will not fit.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub ignore_memory_estimate: bool,
 }
 
 /// The optimizers, by their `TrainingArguments.optim` names.
@@ -122,6 +130,7 @@ impl Default for TrainConfig {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            loraplus_lr_ratio: None,
             max_grad_norm: 1.0,
             seed: 42,
             gradient_checkpointing: false,
@@ -134,6 +143,7 @@ impl Default for TrainConfig {
             early_stopping_threshold: 0.0,
             save_steps: 500,
             save_total_limit: 2,
+            ignore_memory_estimate: false,
         }
     }
 }
@@ -172,6 +182,10 @@ impl TrainConfig {
             ("adam_beta1", decay(self.adam_beta1)),
             ("adam_beta2", decay(self.adam_beta2)),
             ("adam_epsilon", positive(self.adam_epsilon)),
+            (
+                "loraplus_lr_ratio",
+                positive(self.loraplus_lr_ratio.unwrap_or(1.0)),
+            ),
             ("max_grad_norm", amount(self.max_grad_norm)),
             (
                 "neftune_noise_alpha",
@@ -210,12 +224,14 @@ impl TrainConfig {
             per_device_eval_batch_size,
             save_steps,
             save_total_limit,
+            ignore_memory_estimate,
             ..
         } = Self::default();
         Self {
             per_device_eval_batch_size,
             save_steps,
             save_total_limit,
+            ignore_memory_estimate,
             ..self.clone()
         }
     }

@@ -1,5 +1,7 @@
 //! Why training stopped, by what the caller can do next.
 
+use std::path::PathBuf;
+
 /// The error a foreign part (a source, a store) failed with.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -141,6 +143,35 @@ pub enum Error {
         /// Optimizer steps done.
         step: u64,
     },
+    /// The run would not fit into memory.
+    #[error(
+        "training takes about {} MiB and {} MiB are free: {}, or set ignore_memory_estimate",
+        estimate_bytes >> 20, free_bytes >> 20, fits(*largest_batch_size)
+    )]
+    OutOfMemory {
+        /// What the run takes.
+        estimate_bytes: u64,
+        /// What the system has left.
+        free_bytes: u64,
+        /// The largest `per_device_train_batch_size` that fits, if one does.
+        largest_batch_size: Option<u32>,
+    },
+    /// A file that metrics are written to cannot be used.
+    #[error("cannot keep metrics in {}: check its folder and disk", path.display())]
+    MetricsFile {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A log of metrics belongs to another run or server.
+    #[error("the metrics in {} belong to another {what}: give another file", path.display())]
+    ForeignMetrics {
+        /// The log.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+    },
     /// The data could not be read.
     #[error("could not read the training data")]
     Source(#[source] BoxError),
@@ -168,5 +199,12 @@ impl Error {
             Self::Cancelled { .. } => true,
             _ => false,
         }
+    }
+}
+
+fn fits(largest_batch_size: Option<u32>) -> String {
+    match largest_batch_size {
+        Some(size) => format!("per_device_train_batch_size {size} fits"),
+        None => "not even one row fits, try gradient_checkpointing or bf16".to_owned(),
     }
 }

@@ -3,11 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
 
 use bytes::Bytes;
-use updraft_model::{Adapter, LoraConfig, peft};
+use candle_core::{DType, Device};
+use updraft_chat::Example;
+use updraft_model::{Adapter, Decoder, LoraConfig, ModelFiles, merge, peft};
 
-use crate::{Result, StepRecord, TrainConfig};
+use crate::verify::{Probe, compare, difference, tolerance};
+use crate::{Error, Result, StepRecord, TrainConfig};
 
 /// Folder of the adapter within the stage.
 pub const LORA_MODEL: &str = "lora_model";
@@ -16,6 +20,80 @@ pub const FUSED: &str = "fused";
 
 /// Files that say what a model is; an adapter's folder has none of them.
 const MODEL_FILES: [&str; 2] = ["config.json", "generation_config.json"];
+
+/// Writes what a run leaves behind below a plain folder: [`LORA_MODEL`], which PEFT loads, and
+/// [`FUSED`], which everything else loads.
+///
+/// `decoder` is the base model in f32. Both folders are read back and asked for the logits of
+/// `probe`, as [`train_stage`](crate::train_stage) does, before they take the place of earlier ones.
+///
+/// # Errors
+/// [`Error::Verification`] if a folder does not give the trained model's logits;
+/// [`Error::Model`] if a file cannot be written or read.
+pub fn export(
+    folder: &Path,
+    base: &ModelFiles,
+    decoder: &Decoder,
+    adapter: &Adapter,
+    card: String,
+    probe: &Example,
+) -> Result<()> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Model(updraft_model::Error::Io { path, source })
+    };
+    let new = folder.join(".new");
+    let write = |name: &str, bytes: &[u8]| {
+        let path = new.join(name);
+        let parent = path.parent().unwrap_or(&new);
+        std::fs::create_dir_all(parent).map_err(io(parent))?;
+        std::fs::write(&path, bytes).map_err(io(&path))
+    };
+    for (name, bytes) in adapter_folder(adapter, card, &base.files)? {
+        write(&name, &bytes)?;
+    }
+    for (name, bytes) in fused_folder(&base.files) {
+        write(&name, &bytes)?;
+    }
+    for file in merge::merge(&base.weights, &base.config, adapter)? {
+        let (name, bytes) = file?;
+        write(&format!("{FUSED}/{name}"), &bytes)?;
+    }
+    verify(&new, decoder, adapter, &Probe::new(probe))?;
+    for name in [LORA_MODEL, FUSED] {
+        let to = folder.join(name);
+        if to.exists() {
+            std::fs::remove_dir_all(&to).map_err(io(&to))?;
+        }
+        std::fs::rename(new.join(name), &to).map_err(io(&to))?;
+    }
+    std::fs::remove_dir(&new).map_err(io(&new))
+}
+
+/// Reads both folders back and compares their logits with the trained model's.
+fn verify(folder: &Path, decoder: &Decoder, adapter: &Adapter, probe: &Probe) -> Result<()> {
+    let expected = probe.logits(decoder, Some(adapter))?;
+    let read = |name: &str| {
+        let path = folder.join(LORA_MODEL).join(name);
+        std::fs::read(&path).map_err(|source| updraft_model::Error::Io { path, source })
+    };
+    let (config, weights) = (read(peft::CONFIG_FILE)?, read(peft::WEIGHTS_FILE)?);
+    let again = peft::read_adapter(&config, &weights, decoder.config())?;
+    let found = probe.logits(decoder, Some(&again))?;
+    compare(LORA_MODEL, &expected, &found, 0.0)?;
+
+    let learned = difference(&expected, &probe.logits(decoder, None)?);
+    let merged = ModelFiles::from_dir(&folder.join(FUSED))?;
+    let tolerance = tolerance(&merged.weights, learned)?;
+    let merged = Decoder::load(
+        &merged.config,
+        &merged.weights,
+        DType::F32,
+        &Device::Cpu,
+        decoder.threads(),
+    )?;
+    compare(FUSED, &expected, &probe.logits(&merged, None)?, tolerance)
+}
 
 /// The adapter's folder: PEFT's two files, a model card, and what the base
 /// model needs to read text.
@@ -57,7 +135,7 @@ fn prefixed(folder: &str, files: Vec<(String, Bytes)>) -> Vec<(String, Bytes)> {
 
 /// The `README.md` beside an adapter: where it comes from, the recipe and the
 /// result. It holds no date, so that a rerun writes the same.
-pub(crate) fn model_card(
+pub fn model_card(
     dataset: &str,
     lora: &LoraConfig,
     config: &TrainConfig,

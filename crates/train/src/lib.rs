@@ -35,12 +35,14 @@
 //! | --- | --- | --- |
 //! | [`ExampleSource`] | plan and open a resumable stream of examples | [`MemorySource`], the data set reader |
 //! | [`Optimizer`] | apply one step | [`optim::AdamW`], [`optim::Sgd`] |
-//! | [`Observer`] | be told of each step | [`ProgressObserver`] |
+//! | [`Observer`] | be told of each step | [`ProgressObserver`], [`metrics::JsonLines`], [`metrics::TensorBoard`], MLflow, Weights & Biases |
 //!
 //! # Features
 //! | feature | default | adds |
 //! | --- | --- | --- |
 //! | `conformance` | no | the suites every [`ExampleSource`] and [`Optimizer`] passes |
+//! | `mlflow` | no | [`metrics`] to an MLflow tracking server |
+//! | `wandb` | no | [`metrics`] to Weights & Biases |
 
 mod config;
 mod error;
@@ -59,6 +61,8 @@ mod schedule;
 mod checkpoint;
 mod checkpoints;
 mod evaluation;
+mod flops;
+mod memory;
 mod observer;
 mod trainer;
 
@@ -78,7 +82,9 @@ pub use checkpoints::Checkpoints;
 pub use config::{OptimizerKind, TrainConfig};
 pub use error::{BoxError, Error, Result};
 pub use evaluation::{EvalRecord, best, evaluate};
-pub use export::{FUSED, LORA_MODEL};
+pub use export::{FUSED, LORA_MODEL, export, model_card};
+pub use flops::{Work, gemm_ceiling};
+pub use memory::{check_memory, estimate_memory, free_memory, peak_memory};
 pub use observer::{Observer, ProgressObserver, StepRecord, StepStats};
 pub use optim::Optimizer;
 pub use packing::{best_fit_decreasing, fill_rate};

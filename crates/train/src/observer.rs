@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use serde::{Deserialize, Serialize};
 use updraft_store::{Progress, ProgressSink};
 
-use crate::EvalRecord;
+use crate::{EvalRecord, TrainReport};
 
 /// What one optimizer step was, without any time: a rerun gives the same.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -49,6 +49,9 @@ pub trait Observer: Debug + Send {
 
     /// A checkpoint of this step is committed.
     fn on_checkpoint(&mut self, _step: u64) {}
+
+    /// The run has come to its end; a run that goes on later has not.
+    fn on_end(&mut self, _report: &TrainReport) {}
 }
 
 /// Hands each step to a [`ProgressSink`], with loss, learning rate, gradient

@@ -59,7 +59,10 @@ pub struct OptimizerState {
 /// The optimizer a configuration names.
 pub fn build(config: &TrainConfig, threads: &Threads) -> Box<dyn Optimizer> {
     match config.optim {
-        OptimizerKind::Sgd => Box::new(Sgd::new(config.weight_decay)),
+        OptimizerKind::Sgd => {
+            let sgd = Sgd::new(config.weight_decay);
+            Box::new(sgd.with_loraplus_lr_ratio(config.loraplus_lr_ratio))
+        }
         OptimizerKind::AdamwTorch => Box::new(AdamW::new(config, threads)),
         OptimizerKind::Adamw8bit => {
             tracing::warn!("adamw_8bit runs with f32 moments: an adapter's are small");
@@ -81,6 +84,17 @@ fn decays(name: &str) -> bool {
         && !name.split('.').any(is_norm)
 }
 
+/// By how much a parameter's learning rate differs from the schedule's: LoRA+ lets `B` learn faster.
+///
+/// # Source
+/// Hayou et al. 2024, <https://arxiv.org/abs/2402.12354>; peft 0.21, `create_loraplus_optimizer`.
+fn learning_rate_ratio(name: &str, loraplus_lr_ratio: Option<f64>) -> f64 {
+    match loraplus_lr_ratio {
+        Some(ratio) if name.contains("lora_B") => ratio,
+        _ => 1.0,
+    }
+}
+
 fn same_len(name: &str, expected: usize, actual: usize) -> Result<()> {
     if expected == actual {
         Ok(())
@@ -95,7 +109,42 @@ fn same_len(name: &str, expected: usize, actual: usize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::decays;
+    use super::{build, decays};
+    use crate::TrainConfig;
+    use crate::config::OptimizerKind;
+    use updraft_kernels::Threads;
+
+    #[test]
+    fn with_lora_plus_b_moves_as_if_the_learning_rate_were_higher_and_a_as_before() {
+        for optim in [OptimizerKind::AdamwTorch, OptimizerKind::Sgd] {
+            let moved = |name: &str, ratio, learning_rate| {
+                let config = TrainConfig {
+                    optim,
+                    weight_decay: 0.01,
+                    loraplus_lr_ratio: ratio,
+                    ..Default::default()
+                };
+                let mut optimizer = build(&config, &Threads::single());
+                let mut values = [0.5f32, -1.0];
+                for gradient in [[0.25f32, -0.5], [0.125, 1.0]] {
+                    optimizer.begin_step(learning_rate);
+                    let name = format!("layers.0.self_attn.q_proj.{name}.weight");
+                    optimizer
+                        .update(&name, &mut values, &gradient)
+                        .expect("an update");
+                }
+                values
+            };
+            assert_eq!(
+                moved("lora_B", Some(4.0), 0.01),
+                moved("lora_B", None, 0.04)
+            );
+            assert_eq!(
+                moved("lora_A", Some(4.0), 0.01),
+                moved("lora_A", None, 0.01)
+            );
+        }
+    }
 
     #[test]
     fn adapters_decay_and_norms_do_not() {

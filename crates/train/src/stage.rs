@@ -21,6 +21,8 @@ use updraft_store::{
 use crate::checkpoints::Checkpoints;
 use crate::evaluation::EvalRecord;
 use crate::export::{FUSED, LORA_MODEL, adapter_folder, fused_folder, model_card};
+use crate::flops::gemm_ceiling;
+use crate::memory::check_memory;
 use crate::metrics::{loss_curve_svg, write_log};
 use crate::observer::ProgressObserver;
 use crate::source::ExampleSource;
@@ -217,7 +219,9 @@ struct Work {
 impl Work {
     /// Trains, exports and verifies; returns what is to be committed.
     fn run(self, events: Events) -> Result<(ManifestDraft, TrainReport)> {
-        let config = &self.base.config;
+        let (config, settings) = (&self.base.config, &self.stage.config);
+        let (lora, threads) = (&self.stage.lora, &self.stage.threads);
+        check_memory(config, lora, self.sources.train.plan(), settings, threads)?;
         let decoder = self.decoder(self.stage.config.dtype())?;
         let adapter = Adapter::init(
             &self.stage.lora,
@@ -293,6 +297,7 @@ impl Work {
             self.stage.config.clone(),
         )?
         .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
+        .with_gemm_ceiling(gemm_ceiling(decoder.threads(), self.stage.config.dtype()))
         .with_observer(ProgressObserver::new(events));
         if let Some(held_out) = &self.sources.held_out {
             trainer = trainer.with_evaluation(&**held_out);

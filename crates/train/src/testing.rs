@@ -1,10 +1,11 @@
 //! Small worlds for this crate's tests.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use updraft_chat::Example;
 
-use crate::StepRecord;
+use crate::{StepRecord, TrainReport};
 
 /// An example of this many tokens whose second half is trained.
 pub(crate) fn example(tokens: usize) -> Example {
@@ -36,4 +37,25 @@ pub(crate) fn records(count: u64) -> Vec<StepRecord> {
             examples: 2,
         })
         .collect()
+}
+
+/// The report of a run of this many steps that took two seconds.
+pub(crate) fn report(steps: u64) -> TrainReport {
+    TrainReport {
+        steps,
+        epoch: 1.0,
+        train_loss: 1.25,
+        eval: None,
+        tokens: 96 * steps,
+        trained_tokens: 31 * steps,
+        examples: 2 * steps,
+        train_runtime: Duration::from_secs(2),
+        train_samples_per_second: steps as f64,
+        train_steps_per_second: 0.5 * steps as f64,
+        train_tokens_per_second: 48.0 * steps as f64,
+        flops_per_second: 1e9,
+        mfu: Some(0.5),
+        peak_memory_bytes: Some(1 << 30),
+        resumed_from: 0,
+    }
 }

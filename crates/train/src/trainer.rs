@@ -14,7 +14,9 @@ use crate::batch::{Noise, noisy_parts};
 use crate::checkpoint::{Checkpoint, Machine, RunState};
 use crate::checkpoints::Checkpoints;
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
+use crate::flops::Work;
 use crate::loader::{StepExamples, StepReader, read_ahead};
+use crate::memory::peak_memory;
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
 use crate::plan::{Cursor, RunPlan};
@@ -57,6 +59,9 @@ pub struct Trainer<'a> {
     observers: Vec<Box<dyn Observer + 'a>>,
     checkpoints: Option<(Checkpoints, Handle)>,
     cancels: Vec<CancelToken>,
+    /// Work of this process.
+    work: Work,
+    gemm_ceiling: Option<f64>,
 }
 
 /// What a run was, as `Trainer.train()` of transformers prints it. The rates
@@ -86,6 +91,13 @@ pub struct TrainReport {
     pub train_steps_per_second: f64,
     /// Tokens per second, padding-free.
     pub train_tokens_per_second: f64,
+    /// Useful floating-point operations per second; see [`Work::flops`].
+    pub flops_per_second: f64,
+    /// Model FLOPs utilization: their share of what the processor's matrix
+    /// products reach, where that was given.
+    pub mfu: Option<f64>,
+    /// The most memory this process has held so far, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
     /// The step this process continued from; zero for a fresh start.
     pub resumed_from: u64,
 }
@@ -122,6 +134,8 @@ impl<'a> Trainer<'a> {
             observers: Vec::new(),
             checkpoints: None,
             cancels: Vec::new(),
+            work: Work::default(),
+            gemm_ceiling: None,
             config,
         })
     }
@@ -152,6 +166,13 @@ impl<'a> Trainer<'a> {
     /// from `spawn_blocking`.
     pub fn with_checkpoints(mut self, checkpoints: Checkpoints, runtime: Handle) -> Self {
         self.checkpoints = Some((checkpoints, runtime));
+        self
+    }
+
+    /// Reports the run's model FLOPs utilization against this many operations
+    /// per second, such as [`gemm_ceiling`](crate::gemm_ceiling) measures.
+    pub fn with_gemm_ceiling(mut self, flops_per_second: f64) -> Self {
+        self.gemm_ceiling = Some(flops_per_second);
         self
     }
 
@@ -244,6 +265,7 @@ impl<'a> Trainer<'a> {
     pub fn run_until(&mut self, step: u64) -> Result<TrainReport> {
         let began = Instant::now();
         let resumed_from = self.cursor.step;
+        self.work = Work::default();
         let reader = StepReader::new(self.source, self.plan, self.cursor.clone());
         std::thread::scope(|scope| {
             let steps = read_ahead(scope, reader);
@@ -264,7 +286,13 @@ impl<'a> Trainer<'a> {
             }
             Ok(())
         })?;
-        Ok(self.summary(began.elapsed(), resumed_from))
+        let report = self.summary(began.elapsed(), resumed_from);
+        if self.is_over() {
+            for observer in &mut self.observers {
+                observer.on_end(&report);
+            }
+        }
+        Ok(report)
     }
 
     /// Waits for the next step's examples, or for being cancelled.
@@ -338,6 +366,9 @@ impl<'a> Trainer<'a> {
         let learning_rate = self.schedule.learning_rate(self.cursor.step);
         self.update(grad_norm, learning_rate)?;
 
+        for example in all() {
+            self.work.add(example);
+        }
         self.cursor = examples.next.clone();
         self.log.push(StepRecord {
             step,
@@ -477,6 +508,10 @@ impl<'a> Trainer<'a> {
             |log: &[StepRecord], field: fn(&StepRecord) -> u64| log.iter().map(field).sum::<u64>();
         let new = &self.log[resumed_from as usize..];
         let rate = |count: u64| count as f64 / train_runtime.as_secs_f64();
+        let flops = self
+            .work
+            .flops(self.decoder.config(), self.adapter.num_parameters() as u64);
+        let flops_per_second = flops / train_runtime.as_secs_f64();
         let losses: f64 = self.log.iter().map(|record| record.loss).sum();
         TrainReport {
             steps: self.cursor.step,
@@ -493,6 +528,9 @@ impl<'a> Trainer<'a> {
             train_samples_per_second: rate(sum(new, |record| record.examples)),
             train_steps_per_second: rate(new.len() as u64),
             train_tokens_per_second: rate(sum(new, |record| record.tokens)),
+            flops_per_second,
+            mfu: self.gemm_ceiling.map(|ceiling| flops_per_second / ceiling),
+            peak_memory_bytes: peak_memory(),
             resumed_from,
         }
     }

@@ -240,7 +240,10 @@ fn agrees(
 }
 
 /// Names for exactly these modules: short ones where all layers have them, else full ones.
-fn name_modules(adapted: &BTreeSet<(usize, Projection)>, model: &ModelConfig) -> TargetModules {
+pub(super) fn name_modules(
+    adapted: &BTreeSet<(usize, Projection)>,
+    model: &ModelConfig,
+) -> TargetModules {
     let short: BTreeSet<_> = adapted.iter().map(|&(_, projection)| projection).collect();
     if adapted.len() == short.len() * model.num_hidden_layers {
         return TargetModules::Names(

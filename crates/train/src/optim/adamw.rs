@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use updraft_kernels::{Threads, adamw};
 
-use super::{Optimizer, OptimizerState, decays, same_len};
+use super::{Optimizer, OptimizerState, decays, learning_rate_ratio, same_len};
 use crate::{Error, Result, TrainConfig};
 
 const EXP_AVG: &str = "exp_avg.";
@@ -18,6 +18,7 @@ const EXP_AVG_SQ: &str = "exp_avg_sq.";
 #[derive(Debug)]
 pub struct AdamW {
     rule: adamw::AdamW,
+    loraplus_lr_ratio: Option<f64>,
     threads: Threads,
     step: u64,
     moments: BTreeMap<String, Moments>,
@@ -30,7 +31,7 @@ struct Moments {
 }
 
 impl AdamW {
-    /// With the `adam_*` settings and `weight_decay` of a configuration.
+    /// With the `adam_*` settings, `weight_decay` and `loraplus_lr_ratio` of a configuration.
     pub fn new(config: &TrainConfig, threads: &Threads) -> Self {
         let rule = adamw::AdamW {
             learning_rate: 0.0,
@@ -41,6 +42,7 @@ impl AdamW {
         };
         Self {
             rule,
+            loraplus_lr_ratio: config.loraplus_lr_ratio,
             threads: threads.clone(),
             step: 0,
             moments: BTreeMap::new(),
@@ -74,7 +76,9 @@ impl Optimizer for AdamW {
         } else {
             0.0
         };
+        let ratio = learning_rate_ratio(name, self.loraplus_lr_ratio);
         let rule = adamw::AdamW {
+            learning_rate: self.rule.learning_rate * ratio,
             weight_decay,
             ..self.rule
         };

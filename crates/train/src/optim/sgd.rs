@@ -1,12 +1,13 @@
 //! Plain gradient descent.
 
-use super::{Optimizer, OptimizerState, decays, same_len};
+use super::{Optimizer, OptimizerState, decays, learning_rate_ratio, same_len};
 use crate::Result;
 
 /// `θ ← θ − lr·(g + λ·θ)`, as `torch.optim.SGD` without momentum.
 #[derive(Debug)]
 pub struct Sgd {
     weight_decay: f64,
+    loraplus_lr_ratio: Option<f64>,
     learning_rate: f64,
     step: u64,
 }
@@ -16,8 +17,17 @@ impl Sgd {
     pub fn new(weight_decay: f64) -> Self {
         Self {
             weight_decay,
+            loraplus_lr_ratio: None,
             learning_rate: 0.0,
             step: 0,
+        }
+    }
+
+    /// With LoRA+'s ratio between the learning rates of `B` and `A`.
+    pub fn with_loraplus_lr_ratio(self, loraplus_lr_ratio: Option<f64>) -> Self {
+        Self {
+            loraplus_lr_ratio,
+            ..self
         }
     }
 }
@@ -35,7 +45,8 @@ impl Optimizer for Sgd {
         } else {
             0.0
         };
-        let rate = self.learning_rate as f32;
+        let ratio = learning_rate_ratio(name, self.loraplus_lr_ratio);
+        let rate = (self.learning_rate * ratio) as f32;
         for (value, gradient) in values.iter_mut().zip(gradient) {
             *value -= rate * (gradient + decay * *value);
         }

@@ -8,6 +8,7 @@
 )]
 
 mod evaluation;
+mod export;
 mod identities;
 mod peft;
 mod refusals;

@@ -100,6 +100,7 @@ impl Golden {
             warmup_steps: self.setting("warmup") as u64,
             weight_decay: self.setting("weight_decay"),
             max_grad_norm: self.setting("max_grad_norm"),
+            loraplus_lr_ratio: self.settings["loraplus_lr_ratio"].as_f64(),
             ..Default::default()
         }
     }

@@ -13,8 +13,8 @@ use updraft_store::{
 };
 use updraft_train::metrics::parse_log;
 use updraft_train::{
-    Error, EvalRecord, ExampleSource, Sources, StepRecord, TrainConfig, TrainStage, Trained,
-    train_stage,
+    Error, EvalRecord, ExamplePlan, ExampleSource, ExampleStream, Sources, StepRecord, TrainConfig,
+    TrainStage, Trained, train_stage,
 };
 
 use crate::world::{config, lora, model, source};
@@ -427,4 +427,54 @@ async fn held_out_data_is_evaluated_and_decides_the_key() {
     assert_eq!(manifest.attributes["eval_step"], 4);
     let without = train(&store, &stage).await.expect("trained").stage;
     assert_ne!(done.key(), without.key());
+}
+
+/// Examples that no machine holds.
+#[derive(Debug)]
+struct Endless(ExamplePlan);
+
+impl ExampleSource for Endless {
+    fn plan(&self) -> &ExamplePlan {
+        &self.0
+    }
+
+    fn row(&self, _: u64, index: u64) -> u64 {
+        index
+    }
+
+    fn open(&self, _: u64, _: u64) -> updraft_train::Result<ExampleStream<'_>> {
+        Ok(Box::new(std::iter::empty()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_into_memory_is_refused_unless_one_insists() {
+    let (store, mut stage) = world().await;
+    let endless = || async {
+        let plan = ExamplePlan {
+            id: "endless".to_owned(),
+            lengths: vec![u32::MAX; 8],
+            trained_tokens: vec![1; 8],
+        };
+        let train: Arc<dyn ExampleSource> = Arc::new(Endless(plan));
+        Ok(train.into())
+    };
+    let cancel = CancelToken::new();
+    let error = train_stage(&store, &stage, endless(), &NoProgress, &cancel).await;
+    let error = error.expect_err("it does not fit");
+    // Where the system does not say what is free, the run itself finds the rows too long.
+    if cfg!(target_os = "linux") {
+        let refused = matches!(
+            error,
+            Error::OutOfMemory {
+                largest_batch_size: None,
+                ..
+            }
+        );
+        assert!(refused, "{error}");
+    }
+    stage.config.ignore_memory_estimate = true;
+    let error = train_stage(&store, &stage, endless(), &NoProgress, &cancel).await;
+    let error = error.expect_err("no row fits");
+    assert!(matches!(error, Error::TooLong { .. }), "{error}");
 }

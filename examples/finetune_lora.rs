@@ -1,0 +1,211 @@
+//! Fine-tunes a model on conversations with LoRA: the recipe to fork.
+//!
+//! ```sh
+//! cargo run --release --example finetune_lora -- \
+//!     --base examples/assets/tiny --data chats.jsonl --out tuned --learning_rate 2e-3 --r 16
+//! ```
+//!
+//! `--base` is a model folder as transformers writes it. `--data` is JSON lines of `messages`, of
+//! `question` and `answer`, or of `prompt` and `completion`. `--out` gets the adapter
+//! (`lora_model/`, for PEFT), the merged model (`fused/`), `metrics.jsonl`, TensorBoard's files
+//! (`runs/`) and checkpoints, from which the same command goes on after an interruption.
+//!
+//! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
+//! option by its own name. Ours are `--eval_fraction` (held out of training, 0.05), `--threads` and
+//! `--logging_steps` (10).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
+use updraft::chat::{Chat, ChatFiles, Conversation, Example, Message, TemplateFiles};
+use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads};
+use updraft::store::Store;
+use updraft::train::metrics::{JsonLines, TensorBoard, TextLines};
+use updraft::train::{Checkpoints, ExampleSource, MemorySource, TrainConfig, Trainer};
+use updraft::train::{check_memory, evaluate, export, gemm_ceiling, model_card};
+
+fn main() -> Result<()> {
+    // Settings: the libraries' defaults, but for these four.
+    let mut options = Options::parse(std::env::args().skip(1))?;
+    let (base, data) = (options.need("base")?, options.need("data")?);
+    let out = options.need("out")?;
+    let eval_fraction: f64 = options.take("eval_fraction", "0.05")?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = Threads::new(options.take("threads", &threads.to_string())?)?;
+    let logging_steps = options.take("logging_steps", "10")?;
+    let config: TrainConfig = options.fields(TrainConfig {
+        learning_rate: 2e-4,
+        num_train_epochs: 1.0,
+        warmup_ratio: 0.03,
+        ..TrainConfig::default()
+    })?;
+    let lora: LoraConfig = options.fields(LoraConfig {
+        base_model_name_or_path: Some(base.clone()),
+        ..LoraConfig::default()
+    })?;
+    options.nothing_left()?;
+
+    // The model's files, and how it chats.
+    let files = ModelFiles::from_dir(Path::new(&base))?;
+    let file = |name: &str| files.files.get(name).map(|bytes| &bytes[..]);
+    let chat = Chat::from_files(&ChatFiles {
+        tokenizer_json: file("tokenizer.json").context("the base has no tokenizer.json")?,
+        template: TemplateFiles {
+            tokenizer_config: file("tokenizer_config.json"),
+            chat_template_jinja: file("chat_template.jinja"),
+            ..TemplateFiles::default()
+        },
+        generation_config: file("generation_config.json"),
+    })?;
+
+    // Conversations become token ids with the assistant's part marked; every so many-th is held out.
+    let longest = files.config.max_len().min(config.max_seq_len as usize);
+    let hold_every = (1.0 / eval_fraction).round().max(2.0) as u64; // 0 holds out none
+    let (mut train, mut held_out, mut too_long) = (Vec::new(), Vec::new(), 0);
+    let text = std::fs::read_to_string(&data).with_context(|| data.clone())?;
+    for (line, number) in text.lines().zip(1u64..) {
+        let example = example(&chat, line).with_context(|| format!("{data}, line {number}"))?;
+        if example.len() > longest {
+            too_long += 1;
+        } else if number.is_multiple_of(hold_every) {
+            held_out.push(example);
+        } else {
+            train.push(example);
+        }
+    }
+    let (num_train, num_held_out) = (train.len(), held_out.len());
+    println!("{num_train} examples to train on, {num_held_out} held out, {too_long} too long");
+    ensure!(num_train > 0, "no line of {data} fits in {longest} tokens");
+    let probe = train[0].clone();
+    let source = MemorySource::new(&data, train).shuffled(config.seed);
+    let held_out = (num_held_out > 0).then(|| MemorySource::new("held out", held_out));
+
+    // Will it fit? Then load it.
+    let dtype = config.dtype();
+    let estimate = check_memory(&files.config, &lora, source.plan(), &config, &threads)?;
+    let load = |dtype| {
+        let (config, weights) = (&files.config, &files.weights);
+        Decoder::load(config, weights, dtype, &Device::Cpu, &threads)
+    };
+    let decoder = load(dtype)?;
+    let adapter = Adapter::init(&lora, decoder.config(), config.seed, &Device::Cpu)?;
+    let (trained, all) = (adapter.num_parameters(), files.config.num_parameters());
+    println!("{trained} parameters are trained, {all} are not");
+    println!("training takes about {} MiB", estimate.total() >> 20);
+
+    // Train, from the newest checkpoint if there is one.
+    let runtime = tokio::runtime::Runtime::new()?;
+    let store = Store::open(&out)?;
+    let checkpoints = Checkpoints::new(&store, "checkpoints", config.save_total_limit as usize);
+    let path = Path::new(&out);
+    let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
+        .with_gemm_ceiling(gemm_ceiling(&threads, dtype))
+        .with_observer(TextLines::new(std::io::stdout(), logging_steps))
+        .with_observer(JsonLines::open(path.join("metrics.jsonl"))?)
+        .with_observer(TensorBoard::open(path.join("runs"))?)
+        .with_checkpoints(checkpoints.clone(), runtime.handle().clone());
+    if let Some(held_out) = &held_out {
+        let batch_size = config.per_device_eval_batch_size as usize;
+        let (eval_loss, _) = evaluate(&decoder, None, held_out, batch_size)?;
+        println!("{{'eval_loss': {eval_loss:.4}, 'epoch': 0}}");
+        trainer = trainer.with_evaluation(held_out);
+    }
+    if let Some(checkpoint) = runtime.block_on(checkpoints.latest(decoder.config()))? {
+        println!("continuing after step {}", checkpoint.state.cursor.step);
+        trainer = trainer.resume(checkpoint)?;
+    }
+    trainer.run()?; // Its last line is the report.
+    let (adapter, log) = trainer.into_parts();
+
+    // Export the adapter and the merged model; both are read back and compared before they count.
+    let decoder = match dtype {
+        DType::F32 => decoder,
+        _ => load(DType::F32)?,
+    };
+    let card = model_card(&data, &lora, &config, &log);
+    export(path, &files, &decoder, &adapter, card, &probe)?;
+    println!("adapter in {out}/lora_model, merged model in {out}/fused");
+    Ok(())
+}
+
+/// One line of the data.
+fn example(chat: &Chat, line: &str) -> Result<Example> {
+    let row: Map<String, Value> = serde_json::from_str(line)?;
+    let text = |name: &str| row.get(name).and_then(Value::as_str);
+    let question = text("question").or(text("prompt"));
+    let answer = text("answer").or(text("completion"));
+    let conversation = match (question, answer) {
+        (Some(q), Some(a)) => Conversation::new([Message::user(q), Message::assistant(a)]),
+        _ => serde_json::from_str(line).context("neither messages nor question and answer")?,
+    };
+    Ok(chat.example(&conversation)?)
+}
+
+/// `--name value`, dashes as good as underscores.
+struct Options(BTreeMap<String, String>);
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let mut options = BTreeMap::new();
+        while let Some(argument) = arguments.next() {
+            let name = argument
+                .strip_prefix("--")
+                .context("options begin with --")?;
+            let value = arguments.next();
+            let value = value.with_context(|| format!("--{name} has no value"))?;
+            options.insert(name.replace('-', "_"), value);
+        }
+        Ok(Self(options))
+    }
+
+    fn need(&mut self, name: &str) -> Result<String> {
+        let value = self.0.remove(name);
+        value.with_context(|| format!("--{name} is missing"))
+    }
+
+    fn take<T>(&mut self, name: &str, default: &str) -> Result<T>
+    where
+        T: std::str::FromStr<Err: std::error::Error + Send + Sync + 'static>,
+    {
+        let value = self.0.remove(name);
+        let value = value.as_deref().unwrap_or(default);
+        value.parse().with_context(|| format!("--{name} {value}"))
+    }
+
+    /// A configuration with those of its fields that are options.
+    fn fields<T: Serialize + DeserializeOwned>(&mut self, ours: T) -> Result<T> {
+        let mut fields: Map<String, Value> = serde_json::from_value(serde_json::to_value(ours)?)?;
+        let rest = std::mem::take(&mut self.0);
+        for (name, value) in rest {
+            let parsed = match serde_json::from_str(&value) {
+                Ok(parsed) => parsed,
+                Err(_) if name == "target_modules" && value != "all-linear" => {
+                    value.split(',').collect()
+                }
+                Err(_) => Value::from(value.as_str()),
+            };
+            // A field is what the configuration takes under this name.
+            let one = Value::Object([(name.clone(), parsed.clone())].into_iter().collect());
+            match serde_json::from_value::<T>(one) {
+                Err(error) if error.to_string().starts_with("unknown field") => {
+                    self.0.insert(name, value);
+                }
+                Err(error) => return Err(error).with_context(|| format!("--{name} {value}")),
+                Ok(_) => {
+                    fields.insert(name, parsed);
+                }
+            }
+        }
+        Ok(serde_json::from_value(Value::Object(fields))?)
+    }
+
+    fn nothing_left(&self) -> Result<()> {
+        let unknown: Vec<&String> = self.0.keys().collect();
+        ensure!(unknown.is_empty(), "no setting is called {unknown:?}");
+        Ok(())
+    }
+}
