@@ -14,6 +14,8 @@
 //! option by its own name. Ours are `--eval_fraction` (held out of training, 0.05), `--threads` and
 //! `--logging_steps` (10).
 
+#![expect(clippy::print_stdout, reason = "a program talks to a person")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
