@@ -36,13 +36,14 @@ pub async fn run(settings: &Settings) -> Result<()> {
         "serving {tuned} and {base} at http://{}/v1",
         listener.local_addr()?
     );
-    Ok(serve(
+    serve(
         listener,
         Arc::new(Engines::new(engines)?),
         ServeOptions::default(),
         ended()?,
     )
-    .await?)
+    .await;
+    Ok(())
 }
 
 async fn load(store: &Store, name: &str, stage: String) -> Result<ModelEngine> {

@@ -11,7 +11,7 @@ use updraft_chat::Chat;
 
 use crate::auth::ApiKeys;
 use crate::clock::Clock;
-use crate::engine::Engine;
+use crate::engine::{Engine, ModelInfo};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::rng;
@@ -25,6 +25,20 @@ pub struct ServeOptions {
     pub max_body_bytes: usize,
     /// The most completions of one request: its prompts times `n`.
     pub max_choices: usize,
+    /// The longest a completion may take from its arrival; what is longer ends with an error, a
+    /// 504 if nothing was sent yet.
+    pub request_timeout: Option<Duration>,
+    /// The longest a client may take to send a request's head, and again its body.
+    pub read_timeout: Duration,
+    /// The longest a client may take no byte of what is sent to it; then it is gone.
+    pub write_timeout: Duration,
+    /// The largest head of a request: method, path and headers; a larger one is a 431.
+    pub max_header_bytes: usize,
+    /// Whether clients may load and unload adapters, from any folder or store this process can
+    /// read.
+    pub runtime_adapters: bool,
+    /// Web pages of these origins may ask; `*` is any.
+    pub allowed_origins: Vec<String>,
     /// How long requests under way may take to end once shutdown begins.
     pub drain_timeout: Duration,
     /// The time in answers.
@@ -37,6 +51,12 @@ impl Default for ServeOptions {
             api_keys: ApiKeys::default(),
             max_body_bytes: 32 << 20,
             max_choices: 128,
+            request_timeout: None,
+            read_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(60),
+            max_header_bytes: 64 << 10,
+            runtime_adapters: false,
+            allowed_origins: Vec::new(),
             drain_timeout: Duration::from_secs(30),
             clock: Clock::system(),
         }
@@ -136,11 +156,11 @@ impl Shared {
         })
     }
 
-    /// The context of a model.
-    pub(crate) fn max_model_len(&self, model: &str) -> Result<u32> {
-        let models = self.engine.models();
-        let info = models.iter().find(|info| info.id == model);
-        info.map(|info| info.max_model_len)
+    /// What is known of a model.
+    pub(crate) fn info(&self, model: &str) -> Result<ModelInfo> {
+        let mut models = self.engine.models().into_iter();
+        models
+            .find(|info| info.id == model)
             .ok_or_else(|| Error::ModelNotFound {
                 model: model.to_owned(),
             })

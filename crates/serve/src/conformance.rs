@@ -37,6 +37,7 @@ macro_rules! conformance_tests {
             a_seed_repeats_its_draws,
             logprobs_come_when_asked_for,
             prompt_logprobs_come_first,
+            an_embedding_is_the_same_again,
             a_dropped_stream_frees_what_it_held,
             idle_is_idle_again,
         );
@@ -85,7 +86,17 @@ fn end(events: &[TokenEvent]) -> (FinishReason, Usage) {
         .filter(|event| matches!(event, TokenEvent::Finished { .. }));
     assert_eq!(ends.count(), 1, "exactly one end: {events:?}");
     match events.last() {
-        Some(TokenEvent::Finished { reason, usage }) => (*reason, *usage),
+        Some(TokenEvent::Finished { reason, usage }) => {
+            assert!(usage.cached_tokens < usage.prompt_tokens, "{usage:?}");
+            let cached_tokens = 0; // What came before is no concern of the promises here.
+            (
+                *reason,
+                Usage {
+                    cached_tokens,
+                    ..*usage
+                },
+            )
+        }
         other => panic!("the end is not last but {other:?}"),
     }
 }
@@ -197,6 +208,7 @@ pub async fn max_tokens_ends_with_length(engine: Subject) {
     let usage = Usage {
         prompt_tokens: 9,
         completion_tokens: 12,
+        ..Usage::default()
     };
     assert_eq!(end(&events), (FinishReason::Length, usage));
 }
@@ -208,6 +220,7 @@ pub async fn no_tokens_can_be_asked_for(engine: Subject) {
     let usage = Usage {
         prompt_tokens: 9,
         completion_tokens: 0,
+        ..Usage::default()
     };
     assert_eq!(end(&events), (FinishReason::Length, usage));
     assert!(ids(&events).is_empty());
@@ -231,6 +244,7 @@ pub async fn a_stop_token_ends_unsent_but_counted(engine: Subject) {
     let usage = Usage {
         prompt_tokens: 9,
         completion_tokens: before as u32 + 1,
+        ..Usage::default()
     };
     assert_eq!(end(&events), (FinishReason::Stop, usage));
 }
@@ -312,20 +326,44 @@ pub async fn logprobs_come_when_asked_for(engine: Subject) {
     }
 }
 
-/// The prompt's log-probabilities are the first event: one per token, none for the first.
+/// The prompt's log-probabilities come before its tokens: one per token, none for the first.
 pub async fn prompt_logprobs_come_first(engine: Subject) {
     let request = GenerateRequest {
         prompt_logprobs: Some(1),
         ..GenerateRequest::greedy(model(&engine), prompt(), 2)
     };
     let events = run(&engine, request).await.expect("a valid request");
-    match events.first() {
+    let started = |event: &&TokenEvent| matches!(event, TokenEvent::Started { .. });
+    match events.iter().find(|event| !started(event)) {
         Some(TokenEvent::Prompt(logprobs)) => {
             assert_eq!(logprobs.len(), 9);
             assert!(logprobs[0].is_none() && logprobs[1..].iter().all(Option::is_some));
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// An embedding comes when asked for, once, and the same each time.
+pub async fn an_embedding_is_the_same_again(engine: Subject) {
+    let plain = GenerateRequest::greedy(model(&engine), prompt(), 0);
+    let asked = GenerateRequest {
+        embed: true,
+        ..plain.clone()
+    };
+    let embeddings = |events: Vec<TokenEvent>| -> Vec<Vec<f32>> {
+        let embedding = |event| match event {
+            TokenEvent::Embedding(values) => Some(values),
+            _ => None,
+        };
+        events.into_iter().filter_map(embedding).collect()
+    };
+    let first = embeddings(run(&engine, asked.clone()).await.expect("a valid request"));
+    assert!(first.len() == 1 && !first[0].is_empty());
+    assert!(first[0].iter().all(|value| value.is_finite()));
+    let again = embeddings(run(&engine, asked).await.expect("a valid request"));
+    assert_eq!(first, again);
+    let none = embeddings(run(&engine, plain).await.expect("a valid request"));
+    assert!(none.is_empty());
 }
 
 /// A request whose stream is dropped, before or after its first token, holds nothing any more.

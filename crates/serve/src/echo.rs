@@ -14,6 +14,7 @@ use crate::engine::{
     TokenStream, Usage, check_request,
 };
 use crate::error::{Error, Result};
+use crate::sampling::SamplingDefaults;
 
 /// Says back what it is told, byte by byte.
 ///
@@ -42,6 +43,8 @@ impl EchoEngine {
             id,
             parent: None,
             max_model_len: MAX_MODEL_LEN,
+            sampling: SamplingDefaults::default(),
+            text_prefix: Vec::new(),
         };
         let models: Vec<_> = names.into_iter().map(|name| info(name.into())).collect();
         assert!(!models.is_empty(), "an engine needs a name");
@@ -123,6 +126,8 @@ impl Engine for EchoEngine {
             waiting: 0,
             kv_cache_usage: 0.0,
             preemptions: 0,
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
         }]
     }
 }
@@ -150,7 +155,7 @@ fn echo(request: &GenerateRequest) -> Vec<TokenEvent> {
             top: vec![(id, 0.0); top.min(1) as usize],
         })
     };
-    let mut events = Vec::new();
+    let mut events = vec![TokenEvent::Started { cached_tokens: 0 }];
     if request.prompt_logprobs.is_some() {
         let rest = request.prompt_ids.iter().skip(1);
         let logprobs = rest.map(|&id| certain(id, request.prompt_logprobs));
@@ -158,9 +163,19 @@ fn echo(request: &GenerateRequest) -> Vec<TokenEvent> {
             std::iter::once(None).chain(logprobs).collect(),
         ));
     }
+    if request.embed {
+        let mut counts = vec![0.0; END_ID as usize];
+        for &id in &request.prompt_ids {
+            if let Some(count) = counts.get_mut(id as usize) {
+                *count += 1.0;
+            }
+        }
+        events.push(TokenEvent::Embedding(counts));
+    }
     let mut said = request.prompt_ids.iter().copied().chain([END_ID]).cycle();
     let mut usage = Usage {
         prompt_tokens: request.prompt_ids.len() as u32,
+        cached_tokens: 0,
         completion_tokens: 0,
     };
     let reason = loop {

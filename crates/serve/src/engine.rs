@@ -8,7 +8,8 @@ use futures::stream::BoxStream;
 use updraft_chat::Chat;
 
 use crate::error::Result;
-use crate::sampling::SamplingParams;
+use crate::model_engine::AdapterSource;
+use crate::sampling::{SamplingDefaults, SamplingParams};
 
 /// Something that continues prompts.
 ///
@@ -18,8 +19,9 @@ use crate::sampling::SamplingParams;
 /// - [`generate`](Engine::generate) checks the request before it returns: an unknown model, an
 ///   empty prompt, a token outside the vocabulary, a prompt and completion beyond the context and
 ///   a full queue are errors there, not in the stream.
-/// - A stream holds [`TokenEvent::Prompt`] at most once and first, then tokens, then exactly one
-///   [`TokenEvent::Finished`] or one error, then nothing.
+/// - A stream holds [`TokenEvent::Started`] at most once and first, [`TokenEvent::Prompt`] at most
+///   once and before any token, [`TokenEvent::Embedding`] likewise, then tokens, then exactly one [`TokenEvent::Finished`] or one
+///   error, then nothing.
 /// - A stop token ends the stream and is counted in the usage, but is not sent.
 /// - **Dropping the stream cancels the request**: what it held is free within one step.
 /// - The same request, greedy or seeded, gives the same tokens whatever else is running.
@@ -45,13 +47,50 @@ pub trait Engine: Debug + Send + Sync {
 
     /// What each decoder is doing now.
     fn stats(&self) -> Vec<EngineStats>;
+
+    /// Loading and unloading adapters while serving, if the engine can.
+    fn adapters(&self) -> Option<&dyn Adapters> {
+        None
+    }
+}
+
+/// What an [`Engine`] may be able to do besides: change its adapters while it serves.
+///
+/// # Contract
+/// - Requests under way keep the adapter they began with, whatever happens to its name.
+/// - What is loaded under a name is used from then on; nothing computed with what had the name
+///   before is ever used again.
+#[async_trait]
+pub trait Adapters: Debug + Send + Sync {
+    /// Loads an adapter and serves it from then on.
+    ///
+    /// # Errors
+    /// [`InvalidRequest`](crate::Error::InvalidRequest) if the name is taken, by a base model or
+    /// where `existing` is [`Existing::Keep`]; as [`ModelEngine::load`](crate::ModelEngine::load)
+    /// if it cannot be loaded.
+    async fn load_adapter(&self, source: &AdapterSource, existing: Existing) -> Result<()>;
+
+    /// Serves an adapter no longer.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](crate::Error::ModelNotFound) if no adapter has that name.
+    fn unload_adapter(&self, name: &str) -> Result<()>;
+}
+
+/// What becomes of an adapter whose name is to be used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays, and the new one is refused.
+    Keep,
+    /// The new one takes its place.
+    Replace,
 }
 
 /// The events of one request; dropping it cancels the request.
 pub type TokenStream = BoxStream<'static, Result<TokenEvent>>;
 
 /// One name under which a client may ask.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {
     /// The name in requests; may contain slashes.
     pub id: String,
@@ -61,6 +100,11 @@ pub struct ModelInfo {
     pub parent: Option<String>,
     /// The most tokens a prompt and its completion may have together.
     pub max_model_len: u32,
+    /// What a request leaves out of its sampling settings.
+    pub sampling: SamplingDefaults,
+    /// Token ids before every plain text, such as a beginning-of-sequence token; chat templates
+    /// write their own.
+    pub text_prefix: Vec<u32>,
 }
 
 /// A prompt to continue.
@@ -82,6 +126,10 @@ pub struct GenerateRequest {
     pub logprobs: Option<u32>,
     /// The same for each prompt token given those before it.
     pub prompt_logprobs: Option<u32>,
+    /// Report the hidden state that follows the prompt.
+    pub embed: bool,
+    /// Requests share computed prefixes only with those of the same salt.
+    pub cache_salt: Option<String>,
 }
 
 impl GenerateRequest {
@@ -97,6 +145,8 @@ impl GenerateRequest {
             min_tokens: 0,
             logprobs: None,
             prompt_logprobs: None,
+            embed: false,
+            cache_salt: None,
         }
     }
 }
@@ -104,8 +154,15 @@ impl GenerateRequest {
 /// What happens to a request, in order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TokenEvent {
+    /// The request has left the queue.
+    Started {
+        /// Tokens of the prompt that were computed already, for a request before this one.
+        cached_tokens: u32,
+    },
     /// Log-probabilities of the prompt's tokens, if asked for; the first has none.
     Prompt(Vec<Option<TokenLogprobs>>),
+    /// The final hidden state of the prompt's last token, if asked for. `[C]`
+    Embedding(Vec<f32>),
     /// One more token.
     Token {
         /// Its id.
@@ -157,6 +214,8 @@ impl FinishReason {
 pub struct Usage {
     /// Tokens in the prompt.
     pub prompt_tokens: u32,
+    /// Those of them that were computed already, for a request before this one.
+    pub cached_tokens: u32,
     /// Tokens generated, a final stop token among them.
     pub completion_tokens: u32,
 }
@@ -176,6 +235,10 @@ pub struct EngineStats {
     pub kv_cache_usage: f64,
     /// Sequences put back and computed again since start.
     pub preemptions: u64,
+    /// Prompt tokens looked for in the prefix cache since start.
+    pub prefix_cache_queries: u64,
+    /// Those of them found there.
+    pub prefix_cache_hits: u64,
 }
 
 /// The checks of [`Engine::generate`] that every engine makes alike.

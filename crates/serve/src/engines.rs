@@ -5,8 +5,11 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use updraft_chat::Chat;
 
-use crate::engine::{Engine, EngineStats, GenerateRequest, ModelInfo, TokenStream};
+use crate::engine::{
+    Adapters, Engine, EngineStats, Existing, GenerateRequest, ModelInfo, TokenStream,
+};
 use crate::error::{Error, Result};
+use crate::model_engine::AdapterSource;
 
 /// Serves the models of several engines, such as a base model and its merged fine-tune.
 #[derive(Debug)]
@@ -61,6 +64,40 @@ impl Engine for Engines {
 
     fn stats(&self) -> Vec<EngineStats> {
         self.0.iter().flat_map(|engine| engine.stats()).collect()
+    }
+
+    fn adapters(&self) -> Option<&dyn Adapters> {
+        let any = self.0.iter().any(|engine| engine.adapters().is_some());
+        any.then_some(self)
+    }
+}
+
+/// Adapters go to the first engine that takes any.
+#[async_trait]
+impl Adapters for Engines {
+    async fn load_adapter(&self, source: &AdapterSource, existing: Existing) -> Result<()> {
+        let taking = self
+            .0
+            .iter()
+            .find_map(|engine| Some((engine, engine.adapters()?)));
+        let (engine, adapters) = taking.ok_or_else(|| Error::InvalidRequest {
+            message: "these models take no adapters".into(),
+            param: None,
+        })?;
+        let named = self.of(&source.name);
+        if named.is_some_and(|named| !Arc::ptr_eq(named, engine)) {
+            let message = format!("`{}` is another model's name", source.name);
+            return Err(Error::invalid("lora_name", message));
+        }
+        adapters.load_adapter(source, existing).await
+    }
+
+    fn unload_adapter(&self, name: &str) -> Result<()> {
+        let adapters = self.of(name).and_then(|engine| engine.adapters());
+        let unknown = || Error::ModelNotFound {
+            model: name.to_owned(),
+        };
+        adapters.ok_or_else(unknown)?.unload_adapter(name)
     }
 }
 

@@ -52,6 +52,9 @@ pub enum Error {
         /// What stopped.
         reason: &'static str,
     },
+    /// The request took longer than the server allows.
+    #[error("the request took too long; ask for fewer tokens, or try when the server is less busy")]
+    Timeout,
     /// A forward pass failed; the requests in that step are lost, others go on.
     #[error("the model could not compute this step")]
     Step {

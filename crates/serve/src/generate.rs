@@ -1,17 +1,20 @@
 //! From tokens to text: detokenizing, stop strings, and the times between.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use futures::future::BoxFuture;
 use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
+use tokio::time::Sleep;
 use updraft_chat::{Chat, Detokenizer, StopMatcher};
 
 use crate::app::{App, Phase};
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, TokenStream, Usage};
 use crate::error::{Error, Result};
+use crate::metrics::ModelMetrics;
 
 /// A request whose answer is text.
 #[derive(Debug, Clone)]
@@ -60,15 +63,18 @@ pub(crate) type TextStream = BoxStream<'static, Result<TextEvent>>;
 pub(crate) async fn start(app: App, chat: Arc<Chat>, text: TextRequest) -> Result<TextStream> {
     let arrived = Instant::now();
     let prompt_tokens = u32::try_from(text.request.prompt_ids.len()).unwrap_or(u32::MAX);
+    let model = text.request.model.clone();
     let tokens = app
         .engine
         .generate(text.request)
         .await
         .inspect_err(|error| {
             if matches!(error, Error::Overloaded { .. }) {
-                app.metrics.rejected();
+                app.metrics.of(&model).rejected();
             }
         })?;
+    let metrics = app.metrics.of(&model);
+    let timeout = app.options.request_timeout;
     let stopping = app.entered(Phase::Stopping).boxed();
     let detokenizer = Detokenizer::new(chat.tokenizer().clone());
     let stops = StopMatcher::new(text.stop);
@@ -86,19 +92,22 @@ pub(crate) async fn start(app: App, chat: Arc<Chat>, text: TextRequest) -> Resul
         pending: Pending::default(),
         usage: Usage {
             prompt_tokens,
-            completion_tokens: 0,
+            ..Usage::default()
         },
         ready: VecDeque::new(),
         done: false,
         arrived,
         last_token: None,
-        app,
+        metrics,
+        timeout: timeout.map(tokio::time::sleep).map(Box::pin),
     };
     Ok(stream::try_unfold(completion, Completion::next).boxed())
 }
 
 struct Completion {
-    app: App,
+    metrics: Arc<ModelMetrics>,
+    /// Ends when the request may take no longer.
+    timeout: Option<Pin<Box<Sleep>>>,
     tokens: TokenStream,
     stopping: BoxFuture<'static, ()>,
     detokenizer: Detokenizer,
@@ -118,8 +127,14 @@ impl Completion {
             let event = tokio::select! {
                 event = self.tokens.try_next() => event?,
                 () = &mut self.stopping => None,
+                () = elapsed(&mut self.timeout) => return Err(Error::Timeout),
             };
             match event {
+                Some(TokenEvent::Started { cached_tokens }) => {
+                    self.usage.cached_tokens = cached_tokens;
+                    self.metrics.started(self.arrived.elapsed());
+                }
+                Some(TokenEvent::Embedding(_)) => {} // Nobody asks for one with a text.
                 Some(TokenEvent::Prompt(logprobs)) => {
                     self.ready.push_back(TextEvent::Prompt(logprobs));
                 }
@@ -170,17 +185,31 @@ impl Completion {
         self.ready.push_back(TextEvent::Finished { reason, usage });
         self.done = true;
         self.tokens = stream::empty().boxed(); // Frees the engine's blocks now.
-        self.app
-            .metrics
-            .finished(reason, usage, self.arrived.elapsed());
+        self.metrics.finished(reason, usage, self.arrived.elapsed());
     }
 
     fn time_token(&mut self) {
         let now = Instant::now();
         match self.last_token.replace(now) {
-            None => self.app.metrics.first_token(now - self.arrived),
-            Some(last) => self.app.metrics.next_token(now - last),
+            None => self.metrics.first_token(now - self.arrived),
+            Some(last) => self.metrics.next_token(now - last),
         }
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        if !self.done {
+            self.metrics.aborted();
+        }
+    }
+}
+
+/// Waits until the time is up; forever if there is none.
+async fn elapsed(timeout: &mut Option<Pin<Box<Sleep>>>) {
+    match timeout {
+        Some(sleep) => sleep.await,
+        None => std::future::pending().await,
     }
 }
 

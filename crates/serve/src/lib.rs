@@ -1,6 +1,6 @@
 //! An OpenAI-compatible server that batches continuously.
 //!
-//! [`router`] puts chat completions, completions and the list of models over any [`Engine`];
+//! [`router`] puts OpenAI's API and a chat page over any [`Engine`];
 //! [`ModelEngine`] is the engine that runs a model folder, or `done/<model>/<dataset>` from a
 //! store, with LoRA adapters beside it. Requests share every forward pass under one token budget,
 //! keys and values lie in pages, and a client that disconnects frees its pages within one step.
@@ -37,6 +37,9 @@
 //! - Log-probabilities are of the model's own distribution, before penalties and temperature.
 //! - With `echo`, the prompt's first token has the log-probability 0, not null: typed clients
 //!   refuse null.
+//! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.
+//! - Responses are not stored: `previous_response_id` is a 400.
+//! - Embeddings are the last token's hidden state after the final norm, of length 1.
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
 //! - What would change the answer but is not supported (`tools`, `response_format` other than
 //!   text, `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.
@@ -54,6 +57,7 @@ mod engines;
 mod model_engine;
 
 mod blocks;
+mod prefix;
 mod scheduler;
 
 mod rng;
@@ -64,8 +68,11 @@ mod api;
 mod app;
 mod auth;
 mod clock;
+mod connections;
+mod cors;
 mod generate;
 mod metrics;
+mod page;
 mod router;
 mod shutdown;
 
@@ -78,19 +85,20 @@ pub use blocks::BlockAllocator;
 pub use clock::Clock;
 pub use echo::EchoEngine;
 pub use engine::{
-    Engine, EngineStats, FinishReason, GenerateRequest, ModelInfo, TokenEvent, TokenLogprobs,
-    TokenStream, Usage, check_request,
+    Adapters, Engine, EngineStats, Existing, FinishReason, GenerateRequest, ModelInfo, TokenEvent,
+    TokenLogprobs, TokenStream, Usage, check_request,
 };
 pub use engines::Engines;
 pub use error::{BoxError, Error, Result};
 pub use model_engine::{
     AdapterSource, EngineOptions, ModelEngine, ModelSource, ServedAdapter, ServedModel,
 };
+pub use prefix::{BlockHash, PrefixRoot};
 pub use rng::uniform;
 pub use router::router;
 pub use sampler::{Past, sample, token_logprobs};
-pub use sampling::SamplingParams;
-pub use scheduler::{Scheduler, SchedulerConfig, SequenceId, Slice, Step};
+pub use sampling::{SamplingDefaults, SamplingParams};
+pub use scheduler::{Counts, Scheduler, SchedulerConfig, SequenceId, Slice, Step};
 pub use shutdown::{listen, serve};
 
 /// The README's example compiles.

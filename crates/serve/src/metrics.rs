@@ -1,25 +1,37 @@
 //! Counters and histograms in Prometheus text, under the `vllm:` names dashboards know.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::engine::{EngineStats, FinishReason, Usage};
 
-/// What the HTTP side counts. One set for the whole server.
+/// What the HTTP side counts, for each model by its name.
 #[derive(Debug, Default)]
-pub(crate) struct Metrics {
+pub(crate) struct Metrics(Mutex<BTreeMap<String, Arc<ModelMetrics>>>);
+
+/// What is counted of the requests to one model.
+#[derive(Debug, Default)]
+pub(crate) struct ModelMetrics {
     prompt_tokens: AtomicU64,
     generation_tokens: AtomicU64,
     stopped: AtomicU64,
     cut: AtomicU64,
+    aborted: AtomicU64,
     rejected: AtomicU64,
     time_to_first_token: Histogram,
     inter_token_latency: Histogram,
     e2e_latency: Histogram,
+    queue_time: Histogram,
 }
 
-impl Metrics {
+impl ModelMetrics {
+    pub(crate) fn started(&self, since_arrival: Duration) {
+        self.queue_time.observe(since_arrival);
+    }
+
     pub(crate) fn first_token(&self, since_arrival: Duration) {
         self.time_to_first_token.observe(since_arrival);
     }
@@ -41,92 +53,158 @@ impl Metrics {
         self.e2e_latency.observe(since_arrival);
     }
 
+    /// It ended before its completion did: the client went, or something failed.
+    pub(crate) fn aborted(&self) {
+        self.aborted.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn rejected(&self) {
         self.rejected.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Metrics {
+    /// The counts of a model; its name must be one that is served, or there is no end of them.
+    pub(crate) fn of(&self, model: &str) -> Arc<ModelMetrics> {
+        let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        models.entry(model.to_owned()).or_default().clone()
     }
 
     /// The exposition, version 0.0.4.
     pub(crate) fn render(&self, engines: &[EngineStats]) -> String {
         let mut out = String::new();
-        let gauge =
-            |out: &mut String, name: &str, help: &str, value: &dyn Fn(&EngineStats) -> f64| {
-                header(out, name, help, "gauge");
-                for engine in engines {
-                    line(out, name, &engine_label(engine), value(engine));
-                }
-            };
-        gauge(
-            &mut out,
-            "num_requests_running",
-            "Requests in the batch.",
-            &|e| e.running as f64,
-        );
-        gauge(
-            &mut out,
-            "num_requests_waiting",
-            "Requests in the queue.",
-            &|e| e.waiting as f64,
-        );
-        gauge(
-            &mut out,
-            "kv_cache_usage_perc",
-            "Part of the KV cache in use, 0 to 1.",
-            &|e| e.kv_cache_usage,
-        );
-        header(
-            &mut out,
-            "num_preemptions_total",
-            "Sequences computed again.",
-            "counter",
-        );
-        for engine in engines {
-            let label = engine_label(engine);
-            line(
-                &mut out,
-                "num_preemptions_total",
-                &label,
-                engine.preemptions as f64,
-            );
+        for (name, kind, help, value) in ENGINE_METRICS {
+            header(&mut out, name, help, kind);
+            for engine in engines {
+                line(&mut out, name, &model_label(&engine.model), value(engine));
+            }
         }
-        let counters = [
-            (
-                "prompt_tokens_total",
-                "Prompt tokens of finished requests.",
-                &self.prompt_tokens,
-            ),
-            (
-                "generation_tokens_total",
-                "Tokens generated.",
-                &self.generation_tokens,
-            ),
-            (
-                "admission_rejections_total",
-                "Requests refused by a full queue.",
-                &self.rejected,
-            ),
-        ];
-        for (name, help, count) in counters {
+        let models = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let models: Vec<(String, Arc<ModelMetrics>)> = models
+            .into_iter()
+            .map(|(name, counts)| (model_label(&name), counts))
+            .collect();
+        for (name, help, count) in COUNTERS {
             header(&mut out, name, help, "counter");
-            line(&mut out, name, "", count.load(Ordering::Relaxed) as f64);
+            for (label, counts) in &models {
+                let value = count(counts).load(Ordering::Relaxed) as f64;
+                line(&mut out, name, label, value);
+            }
         }
         let name = "request_success_total";
-        header(&mut out, name, "Finished completions by reason.", "counter");
-        for (reason, count) in [("stop", &self.stopped), ("length", &self.cut)] {
-            let label = format!("finished_reason=\"{reason}\"");
-            line(&mut out, name, &label, count.load(Ordering::Relaxed) as f64);
+        header(&mut out, name, "Ended completions by reason.", "counter");
+        for (label, counts) in &models {
+            for (reason, count) in [
+                ("stop", &counts.stopped),
+                ("length", &counts.cut),
+                ("abort", &counts.aborted),
+            ] {
+                let label = format!("{label},finished_reason=\"{reason}\"");
+                line(&mut out, name, &label, count.load(Ordering::Relaxed) as f64);
+            }
         }
-        let first = "From arrival to the first token.";
-        self.time_to_first_token
-            .render(&mut out, "time_to_first_token_seconds", first);
-        let next = "From one token to the next.";
-        self.inter_token_latency
-            .render(&mut out, "inter_token_latency_seconds", next);
-        let whole = "From arrival to the end.";
-        self.e2e_latency
-            .render(&mut out, "e2e_request_latency_seconds", whole);
+        for (name, help, histogram) in HISTOGRAMS {
+            header(&mut out, name, help, "histogram");
+            for (label, counts) in &models {
+                histogram(counts).render(&mut out, name, label);
+            }
+        }
         out
     }
 }
+
+type EngineMetric = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn(&EngineStats) -> f64,
+);
+
+const ENGINE_METRICS: [EngineMetric; 6] = [
+    (
+        "num_requests_running",
+        "gauge",
+        "Requests in the batch.",
+        |engine| engine.running as f64,
+    ),
+    (
+        "num_requests_waiting",
+        "gauge",
+        "Requests in the queue.",
+        |engine| engine.waiting as f64,
+    ),
+    (
+        "kv_cache_usage_perc",
+        "gauge",
+        "Part of the KV cache in use, 0 to 1.",
+        |engine| engine.kv_cache_usage,
+    ),
+    (
+        "num_preemptions_total",
+        "counter",
+        "Sequences computed again.",
+        |engine| engine.preemptions as f64,
+    ),
+    (
+        "prefix_cache_queries_total",
+        "counter",
+        "Prompt tokens looked for in the prefix cache.",
+        |engine| engine.prefix_cache_queries as f64,
+    ),
+    (
+        "prefix_cache_hits_total",
+        "counter",
+        "Prompt tokens found in the prefix cache.",
+        |engine| engine.prefix_cache_hits as f64,
+    ),
+];
+
+type Counter = (&'static str, &'static str, fn(&ModelMetrics) -> &AtomicU64);
+
+const COUNTERS: [Counter; 3] = [
+    (
+        "prompt_tokens_total",
+        "Prompt tokens of finished requests.",
+        |counts| &counts.prompt_tokens,
+    ),
+    ("generation_tokens_total", "Tokens generated.", |counts| {
+        &counts.generation_tokens
+    }),
+    (
+        "admission_rejections_total",
+        "Requests refused by a full queue.",
+        |counts| &counts.rejected,
+    ),
+];
+
+type TimeHistogram = (&'static str, &'static str, fn(&ModelMetrics) -> &Histogram);
+
+const HISTOGRAMS: [TimeHistogram; 4] = [
+    (
+        "time_to_first_token_seconds",
+        "From arrival to the first token.",
+        |counts| &counts.time_to_first_token,
+    ),
+    (
+        "inter_token_latency_seconds",
+        "From one token to the next.",
+        |counts| &counts.inter_token_latency,
+    ),
+    (
+        "e2e_request_latency_seconds",
+        "From arrival to the end.",
+        |counts| &counts.e2e_latency,
+    ),
+    (
+        "request_queue_time_seconds",
+        "From arrival to the first computation.",
+        |counts| &counts.queue_time,
+    ),
+];
 
 /// Upper bounds in milliseconds, wide enough for a tiny model and a loaded large one.
 const BOUNDS_MS: [u64; 14] = [
@@ -150,19 +228,19 @@ impl Histogram {
         self.sum_micros.fetch_add(micros, Ordering::Relaxed);
     }
 
-    fn render(&self, out: &mut String, name: &str, help: &str) {
-        header(out, name, help, "histogram");
+    fn render(&self, out: &mut String, name: &str, model: &str) {
         let mut below = 0;
         for (bound, bucket) in BOUNDS_MS.iter().zip(&self.buckets) {
             below += bucket.load(Ordering::Relaxed);
-            let label = format!("le=\"{}\"", *bound as f64 / 1000.0);
+            let label = format!("{model},le=\"{}\"", *bound as f64 / 1000.0);
             line(out, &format!("{name}_bucket"), &label, below as f64);
         }
         let count = self.count.load(Ordering::Relaxed) as f64;
-        line(out, &format!("{name}_bucket"), "le=\"+Inf\"", count);
+        let label = format!("{model},le=\"+Inf\"");
+        line(out, &format!("{name}_bucket"), &label, count);
         let sum = self.sum_micros.load(Ordering::Relaxed) as f64 / 1e6;
-        line(out, &format!("{name}_sum"), "", sum);
-        line(out, &format!("{name}_count"), "", count);
+        line(out, &format!("{name}_sum"), model, sum);
+        line(out, &format!("{name}_count"), model, count);
     }
 }
 
@@ -174,17 +252,11 @@ fn header(out: &mut String, name: &str, help: &str, kind: &str) {
 }
 
 fn line(out: &mut String, name: &str, labels: &str, value: f64) {
-    let labels = if labels.is_empty() {
-        String::new()
-    } else {
-        format!("{{{labels}}}")
-    };
-    let _ = writeln!(out, "vllm:{name}{labels} {value}");
+    let _ = writeln!(out, "vllm:{name}{{{labels}}} {value}");
 }
 
-fn engine_label(engine: &EngineStats) -> String {
-    let name = engine
-        .model
+fn model_label(model: &str) -> String {
+    let name = model
         .replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n");
@@ -198,13 +270,16 @@ mod tests {
     #[test]
     fn the_text_has_names_labels_and_cumulative_buckets() {
         let metrics = Metrics::default();
-        metrics.first_token(Duration::from_millis(7));
-        metrics.first_token(Duration::from_secs(600));
+        let counts = metrics.of("m");
+        counts.first_token(Duration::from_millis(7));
+        counts.first_token(Duration::from_secs(600));
         let usage = Usage {
             prompt_tokens: 3,
             completion_tokens: 5,
+            ..Usage::default()
         };
-        metrics.finished(FinishReason::Stop, usage, Duration::from_millis(9));
+        counts.finished(FinishReason::Stop, usage, Duration::from_millis(9));
+        metrics.of("m").aborted();
         let engine = EngineStats {
             model: "a\"b".into(),
             alive: true,
@@ -212,18 +287,27 @@ mod tests {
             waiting: 1,
             kv_cache_usage: 0.5,
             preemptions: 4,
+            prefix_cache_queries: 6,
+            prefix_cache_hits: 5,
         };
         let text = metrics.render(&[engine]);
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        for sample in samples {
+            assert!(sample.contains("{model_name=\""), "{sample}");
+        }
         for expected in [
             "# TYPE vllm:num_requests_running gauge\n",
             "vllm:num_requests_running{model_name=\"a\\\"b\"} 2\n",
             "vllm:kv_cache_usage_perc{model_name=\"a\\\"b\"} 0.5\n",
-            "vllm:prompt_tokens_total 3\n",
-            "vllm:request_success_total{finished_reason=\"stop\"} 1\n",
-            "vllm:time_to_first_token_seconds_bucket{le=\"0.005\"} 0\n",
-            "vllm:time_to_first_token_seconds_bucket{le=\"0.01\"} 1\n",
-            "vllm:time_to_first_token_seconds_bucket{le=\"+Inf\"} 2\n",
-            "vllm:time_to_first_token_seconds_count 2\n",
+            "vllm:prefix_cache_queries_total{model_name=\"a\\\"b\"} 6\n",
+            "vllm:prefix_cache_hits_total{model_name=\"a\\\"b\"} 5\n",
+            "vllm:prompt_tokens_total{model_name=\"m\"} 3\n",
+            "vllm:request_success_total{model_name=\"m\",finished_reason=\"stop\"} 1\n",
+            "vllm:request_success_total{model_name=\"m\",finished_reason=\"abort\"} 1\n",
+            "vllm:time_to_first_token_seconds_bucket{model_name=\"m\",le=\"0.005\"} 0\n",
+            "vllm:time_to_first_token_seconds_bucket{model_name=\"m\",le=\"0.01\"} 1\n",
+            "vllm:time_to_first_token_seconds_bucket{model_name=\"m\",le=\"+Inf\"} 2\n",
+            "vllm:time_to_first_token_seconds_count{model_name=\"m\"} 2\n",
         ] {
             assert!(text.contains(expected), "{expected:?} is not in\n{text}");
         }

@@ -11,10 +11,14 @@ use axum::routing::{get, post};
 use tracing::Instrument;
 
 use crate::api::error::ApiError;
-use crate::api::{chat, completions, models, operation, tokenize};
+use crate::api::{
+    adapters, chat, completions, embeddings, models, openapi, operation, responses, tokenize,
+};
 use crate::app::{App, ServeOptions};
 use crate::auth::require_key;
+use crate::cors::cors;
 use crate::engine::Engine;
+use crate::page;
 
 /// The name clients and logs know a request by.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -36,11 +40,21 @@ pub(crate) fn routes(app: App) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route_layer(middleware::from_fn_with_state(app.clone(), require_key));
+        .route("/detokenize", post(tokenize::detokenize));
+    let guarded = match app.options.runtime_adapters {
+        true => guarded
+            .route("/v1/load_lora_adapter", post(adapters::load))
+            .route("/v1/unload_lora_adapter", post(adapters::unload)),
+        false => guarded,
+    };
+    let guarded = guarded.route_layer(middleware::from_fn_with_state(app.clone(), require_key));
     Router::new()
+        .route("/", get(page::page))
         .route("/health", get(operation::health))
+        .route("/openapi.json", get(openapi::document))
         .route("/version", get(operation::version))
         .route("/metrics", get(operation::metrics))
         .merge(guarded)
@@ -49,6 +63,7 @@ pub(crate) fn routes(app: App) -> Router {
             ApiError::no_such_method(method.as_str())
         })
         .layer(DefaultBodyLimit::max(app.options.max_body_bytes))
+        .layer(middleware::from_fn_with_state(app.clone(), cors))
         .layer(middleware::from_fn_with_state(app.clone(), trace))
         .with_state(app)
 }

@@ -27,6 +27,27 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+/// What a model's makers recommend, as `generation_config.json` has it; what a request leaves out
+/// is taken from here.
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+pub struct SamplingDefaults {
+    /// As [`SamplingParams::temperature`].
+    #[serde(default)]
+    pub temperature: Option<f64>,
+    /// As [`SamplingParams::top_p`].
+    #[serde(default)]
+    pub top_p: Option<f64>,
+    /// As [`SamplingParams::top_k`].
+    #[serde(default)]
+    pub top_k: Option<i64>,
+    /// As [`SamplingParams::min_p`].
+    #[serde(default)]
+    pub min_p: Option<f64>,
+    /// As [`SamplingParams::repetition_penalty`].
+    #[serde(default)]
+    pub repetition_penalty: Option<f64>,
+}
+
 impl SamplingParams {
     /// The likeliest token each time.
     #[must_use]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::blocks::BlockAllocator;
 use crate::error::{Error, Result};
+use crate::prefix::{PrefixChain, PrefixRoot};
 
 /// A sequence's name inside one scheduler; larger is younger.
 pub type SequenceId = u64;
@@ -71,16 +72,20 @@ pub struct Slice {
 pub struct Step {
     /// Decoding sequences first, then prompts.
     pub slices: Vec<Slice>,
-    /// Sequences that lost their blocks; they wait and will be computed from the start.
+    /// Sequences that lost their blocks; they wait and will be computed again.
     pub preempted: Vec<SequenceId>,
+    /// Sequences that enter the batch for the first time, and how many of their tokens' keys and
+    /// values lay in the cache already.
+    pub started: Vec<(SequenceId, u32)>,
 }
 
 /// Continuous batching on one token budget.
 ///
 /// Each step, every completion under way gets one token; what is left of the budget goes to
 /// prompts, oldest first, cut where the budget ends. A sequence enters the batch when blocks for
-/// all its tokens so far are free. When a completion needs a block and none is free, the youngest
-/// sequence gives its blocks back and is computed again later.
+/// all its tokens so far are free; full blocks that another sequence of the same tokens left in
+/// the cache are shared instead of computed. When a completion needs a block and none is free, the
+/// youngest sequence gives its blocks back and is computed again later.
 ///
 /// The caller runs the step, calls [`computed`](Self::computed), and for each slice that
 /// [is last](Slice::is_last) either [`appended`](Self::appended) or [`finish`](Self::finish).
@@ -93,7 +98,18 @@ pub struct Scheduler {
     waiting: VecDeque<SequenceId>,
     /// In the order they entered the batch.
     running: Vec<SequenceId>,
-    preemptions: u64,
+    counts: Counts,
+}
+
+/// What has happened since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Sequences that lost their blocks to an older one.
+    pub preemptions: u64,
+    /// Tokens of sequences that looked for their prefix in the cache.
+    pub prefix_cache_queries: u64,
+    /// Those of them that were there.
+    pub prefix_cache_hits: u64,
 }
 
 #[derive(Debug)]
@@ -103,6 +119,9 @@ struct Sequence {
     /// Tokens whose keys and values are in the cache.
     num_computed: u32,
     blocks: Vec<u32>,
+    /// The names of its full blocks; `None` if it shares nothing.
+    chain: Option<PrefixChain>,
+    has_started: bool,
 }
 
 impl Sequence {
@@ -124,11 +143,12 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
-            preemptions: 0,
+            counts: Counts::default(),
         })
     }
 
-    /// Queues a sequence of `prompt_tokens` that may grow to `max_tokens` more.
+    /// Queues a sequence that may grow by `max_tokens`. With a root it shares blocks with others
+    /// of the same root; without one it shares nothing.
     ///
     /// # Errors
     /// [`Error::ContextLength`] if it could never fit the cache, [`Error::Overloaded`] if the
@@ -136,7 +156,14 @@ impl Scheduler {
     ///
     /// # Panics
     /// If `id` is already known.
-    pub fn admit(&mut self, id: SequenceId, prompt_tokens: u32, max_tokens: u32) -> Result<()> {
+    pub fn admit(
+        &mut self,
+        id: SequenceId,
+        prompt: &[u32],
+        max_tokens: u32,
+        root: Option<PrefixRoot>,
+    ) -> Result<()> {
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         let capacity = self
             .config
             .num_blocks
@@ -164,6 +191,8 @@ impl Scheduler {
             num_tokens: prompt_tokens,
             num_computed: 0,
             blocks: Vec::new(),
+            chain: root.map(|root| PrefixChain::new(root, self.config.block_size, prompt)),
+            has_started: false,
         };
         let known = self.sequences.insert(id, fresh);
         assert!(known.is_none(), "sequence {id} is admitted twice");
@@ -181,6 +210,49 @@ impl Scheduler {
             self.admit_waiting(&mut step, &mut budget);
         }
         step
+    }
+
+    /// Plans a step for one sequence alone, to find out whether it is the one that fails. Others
+    /// give way if their blocks are needed.
+    pub fn schedule_only(&mut self, id: SequenceId) -> Step {
+        let mut step = Step::default();
+        let mut budget = self.config.max_num_batched_tokens;
+        if !self.sequences.contains_key(&id) {
+            return step;
+        }
+        if let Some(place) = self.waiting.iter().position(|&other| other == id) {
+            self.waiting.remove(place);
+            while !self.enter(id, &mut step) {
+                let victim = self.preempt_youngest();
+                step.preempted
+                    .push(victim.expect("an empty cache holds any sequence"));
+            }
+        } else {
+            // The youngest is the last to give way.
+            self.running.retain(|&other| other != id);
+            self.running.insert(0, id);
+            if self.sequences[&id].pending() == 1 && !self.make_room(id, &mut step) {
+                return step;
+            }
+        }
+        self.push_slice(id, &mut step, &mut budget);
+        step
+    }
+
+    /// Forgets every key and value: whatever runs will be computed from the start.
+    pub fn restart(&mut self) {
+        while let Some(id) = self.running.pop() {
+            self.put_back(id);
+        }
+        self.blocks.forget_names();
+    }
+
+    /// Forgets every sequence and every key and value.
+    pub fn reset(&mut self) {
+        self.blocks = BlockAllocator::new(self.config.num_blocks);
+        self.sequences.clear();
+        self.waiting.clear();
+        self.running.clear();
     }
 
     fn schedule_decodes(&mut self, step: &mut Step, budget: &mut u32) {
@@ -213,19 +285,40 @@ impl Scheduler {
             let Some(&id) = self.waiting.front() else {
                 break;
             };
-            let sequence = self
-                .sequences
-                .get_mut(&id)
-                .expect("waiting sequences are known");
-            let needed = self.config.blocks_for(sequence.num_tokens);
-            let Some(blocks) = self.blocks.take(needed) else {
+            if !self.enter(id, step) {
                 break;
-            };
-            sequence.blocks = blocks;
+            }
             self.waiting.pop_front();
-            self.running.push(id);
             self.push_slice(id, step, budget);
         }
+    }
+
+    /// Gets a sequence its blocks and a place in the batch. `false` if there are too few.
+    fn enter(&mut self, id: SequenceId, step: &mut Step) -> bool {
+        let block_size = self.config.block_size;
+        let sequence = self.sequences.get_mut(&id).expect("a known sequence");
+        let names = sequence.chain.as_ref().map_or(&[][..], PrefixChain::hashes);
+        // The last token is always computed: its logits choose the next one.
+        let reusable = ((sequence.num_tokens - 1) / block_size) as usize;
+        let mut blocks = self.blocks.share(&names[..reusable.min(names.len())]);
+        let num_shared = blocks.len();
+        let needed = self.config.blocks_for(sequence.num_tokens) - num_shared;
+        let Some(fresh) = self.blocks.take(needed) else {
+            self.blocks.give_back(blocks);
+            return false;
+        };
+        blocks.extend(fresh);
+        sequence.blocks = blocks;
+        sequence.num_computed = num_shared as u32 * block_size;
+        if !std::mem::replace(&mut sequence.has_started, true) {
+            if sequence.chain.is_some() {
+                self.counts.prefix_cache_queries += u64::from(sequence.num_tokens);
+                self.counts.prefix_cache_hits += u64::from(sequence.num_computed);
+            }
+            step.started.push((id, sequence.num_computed));
+        }
+        self.running.push(id);
+        true
     }
 
     /// Gets `id` the block its next token needs, preempting from the young end. `false` if `id`
@@ -242,20 +335,27 @@ impl Scheduler {
                     .extend(blocks);
                 return true;
             }
-            let victim = self.running.pop().expect("`id` itself is running");
-            let sequence = self
-                .sequences
-                .get_mut(&victim)
-                .expect("running sequences are known");
-            sequence.num_computed = 0;
-            self.blocks.give_back(std::mem::take(&mut sequence.blocks));
-            self.waiting.push_front(victim);
-            self.preemptions += 1;
+            let victim = self.preempt_youngest().expect("`id` itself is running");
             step.preempted.push(victim);
             if victim == id {
                 return false;
             }
         }
+    }
+
+    fn preempt_youngest(&mut self) -> Option<SequenceId> {
+        let victim = self.running.pop()?;
+        self.put_back(victim);
+        self.counts.preemptions += 1;
+        Some(victim)
+    }
+
+    /// To the front of the queue, without blocks.
+    fn put_back(&mut self, id: SequenceId) {
+        let sequence = self.sequences.get_mut(&id).expect("a known sequence");
+        sequence.num_computed = 0;
+        self.blocks.give_back(std::mem::take(&mut sequence.blocks));
+        self.waiting.push_front(id);
     }
 
     fn push_slice(&mut self, id: SequenceId, step: &mut Step, budget: &mut u32) {
@@ -274,16 +374,29 @@ impl Scheduler {
     /// Notes that a step's keys and values are in the cache.
     pub fn computed(&mut self, step: &Step) {
         for slice in &step.slices {
-            if let Some(sequence) = self.sequences.get_mut(&slice.id) {
-                sequence.num_computed += slice.len;
+            let Some(sequence) = self.sequences.get_mut(&slice.id) else {
+                continue;
+            };
+            let before = sequence.num_computed / self.config.block_size;
+            sequence.num_computed += slice.len;
+            let full = sequence.num_computed / self.config.block_size;
+            let Some(chain) = &sequence.chain else {
+                continue;
+            };
+            for index in before as usize..full as usize {
+                self.blocks
+                    .name(sequence.blocks[index], chain.hashes()[index]);
             }
         }
     }
 
     /// Notes that a sequence grew by one token.
-    pub fn appended(&mut self, id: SequenceId) {
+    pub fn appended(&mut self, id: SequenceId, token: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.num_tokens += 1;
+            if let Some(chain) = &mut sequence.chain {
+                chain.push(token);
+            }
         }
     }
 
@@ -306,6 +419,12 @@ impl Scheduler {
             .map_or(&[], |sequence| &sequence.blocks)
     }
 
+    /// What it may spend.
+    #[must_use]
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
     /// Sequences in the batch.
     #[must_use]
     pub fn num_running(&self) -> usize {
@@ -324,10 +443,10 @@ impl Scheduler {
         (self.blocks.num_free(), self.blocks.num_blocks())
     }
 
-    /// Sequences preempted since the start.
+    /// What has happened since the start.
     #[must_use]
-    pub fn preemptions(&self) -> u64 {
-        self.preemptions
+    pub fn counts(&self) -> Counts {
+        self.counts
     }
 }
 

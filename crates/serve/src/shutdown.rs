@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 
 use crate::app::{App, Phase, ServeOptions};
+use crate::connections::accept;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::router::routes;
@@ -32,35 +33,26 @@ pub async fn listen(addr: SocketAddr) -> Result<TcpListener> {
 /// From then on `/health` and new requests get a 503, requests under way have
 /// [`drain_timeout`](ServeOptions::drain_timeout) to end, and what is left then ends with an
 /// error. Returns when every connection is closed.
-///
-/// # Errors
-/// [`Error::Listen`] if the listener fails.
 pub async fn serve(
     listener: TcpListener,
     engine: Arc<dyn Engine>,
     options: ServeOptions,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<()> {
-    let addr = listener
-        .local_addr()
-        .unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+) {
     let drain_timeout = options.drain_timeout;
     let app = App::new(engine, options);
-    let draining = app.clone();
-    let server = axum::serve(listener, routes(app.clone())).with_graceful_shutdown(async move {
+    let server = accept(listener, app.clone(), routes(app.clone()));
+    let end = async {
         shutdown.await;
         tracing::info!("shutting down: requests under way may end");
-        draining.enter(Phase::Draining);
-    });
-    let deadline = async {
-        app.entered(Phase::Draining).await;
+        app.enter(Phase::Draining);
         tokio::time::sleep(drain_timeout).await;
         tracing::warn!("requests under way are ended");
         app.enter(Phase::Stopping);
         tokio::time::sleep(LAST_WORDS).await;
     };
     tokio::select! {
-        served = server => served.map_err(|source| Error::Listen { addr, source }),
-        () = deadline => Ok(()),
+        () = server => {}
+        () = end => {}
     }
 }

@@ -82,6 +82,18 @@ async fn start(app: &App, answer: &Answer, request: &TextRequest) -> Result<Vec<
 }
 
 impl ChatFields {
+    /// These messages and nothing else.
+    pub(crate) fn of(messages: Vec<Message>) -> Self {
+        Self {
+            messages,
+            logprobs: None,
+            top_logprobs: None,
+            add_generation_prompt: None,
+            continue_final_message: None,
+            chat_template_kwargs: None,
+        }
+    }
+
     fn logprobs(&self) -> Result<Option<u32>> {
         let wanted = self.logprobs.unwrap_or(false);
         match self.top_logprobs {

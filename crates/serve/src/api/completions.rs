@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures::{StreamExt, TryStreamExt, future, stream};
 use serde::{Deserialize, Serialize};
-use updraft_chat::{Chat, TokenizerExt};
+use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
 
 use super::error::ApiError;
 use super::fields::{Fields, Form};
@@ -34,15 +34,17 @@ struct TextFields {
     #[serde(default)]
     echo: Option<bool>,
     #[serde(default)]
+    add_special_tokens: Option<bool>,
+    #[serde(default)]
     logprobs: Option<i64>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(
     untagged,
-    expecting = "prompt must be a string, a list of strings, a list of token ids or a list of those"
+    expecting = "it must be a string, a list of strings, a list of token ids or a list of those"
 )]
-enum Prompt {
+pub(crate) enum Prompt {
     Text(String),
     Ids(Vec<u32>),
     Texts(Vec<String>),
@@ -51,8 +53,8 @@ enum Prompt {
 
 /// One prompt in both its forms.
 #[derive(Debug, Clone)]
-struct PromptText {
-    ids: Vec<u32>,
+pub(crate) struct PromptText {
+    pub(crate) ids: Vec<u32>,
     text: String,
 }
 
@@ -67,7 +69,14 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let chat = app.chat(&model)?;
     let logprobs = text_fields.logprobs()?;
     let echo = text_fields.echo.unwrap_or(false);
-    let prompts = text_fields.prompt.into_prompts(&chat).await?;
+    let prefix = match text_fields.add_special_tokens.unwrap_or(true) {
+        true => app.info(&model)?.text_prefix,
+        false => Vec::new(),
+    };
+    let prompts = text_fields
+        .prompt
+        .into_prompts("prompt", &chat, prefix)
+        .await?;
     app.check_choices(prompts.len(), form.num_choices)?;
 
     let mut streams: Vec<TextStream> = Vec::new();
@@ -112,7 +121,12 @@ impl TextFields {
 
 impl Prompt {
     /// Both forms of each prompt; tokenizing may take a while, so it happens on a blocking thread.
-    async fn into_prompts(self, chat: &Arc<Chat>) -> Result<Vec<PromptText>> {
+    pub(crate) async fn into_prompts(
+        self,
+        param: &str,
+        chat: &Arc<Chat>,
+        prefix: Vec<u32>,
+    ) -> Result<Vec<PromptText>> {
         let chat = Arc::clone(chat);
         let prompts = tokio::task::spawn_blocking(move || {
             let tokenizer = chat.tokenizer();
@@ -123,10 +137,9 @@ impl Prompt {
                 })
             };
             let from_text = |text: String| {
-                Ok(PromptText {
-                    ids: tokenizer.encode(&text)?,
-                    text,
-                })
+                let mut ids = prefix.clone();
+                tokenizer.encode_into(&text, EncodePolicy::Parity, &mut ids)?;
+                Ok(PromptText { ids, text })
             };
             match self {
                 Self::Text(text) => Ok(vec![from_text(text)?]),
@@ -139,9 +152,9 @@ impl Prompt {
             source: panic.into(),
         })?;
         let prompts = prompts
-            .map_err(|error: updraft_chat::Error| Error::invalid("prompt", one_line(&error)))?;
+            .map_err(|error: updraft_chat::Error| Error::invalid(param, one_line(&error)))?;
         match prompts.iter().any(|prompt| prompt.ids.is_empty()) || prompts.is_empty() {
-            true => Err(Error::invalid("prompt", "the prompt is empty")),
+            true => Err(Error::invalid(param, format!("the {param} is empty"))),
             false => Ok(prompts),
         }
     }

@@ -111,6 +111,17 @@ impl ApiError {
         )
     }
 
+    /// 408.
+    pub(crate) fn too_slow() -> Self {
+        let message = "the request body did not arrive in time";
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            None,
+            message,
+        )
+    }
+
     /// 415.
     pub(crate) fn not_json() -> Self {
         let message = "the request body must be JSON; send `Content-Type: application/json`";
@@ -120,6 +131,11 @@ impl ApiError {
             None,
             message,
         )
+    }
+
+    /// What is wrong, in a sentence.
+    pub(crate) fn message(&self) -> &str {
+        &self.body.message
     }
 
     /// The body alone, for a stream that has already begun.
@@ -171,6 +187,12 @@ impl From<Error> for ApiError {
                     &message,
                 )
             },
+            Error::Timeout => Self::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "server_error",
+                Some("timeout"),
+                &message,
+            ),
             other => {
                 // The cause may name files of this machine: it is for the log alone.
                 tracing::error!(error = &other as &dyn std::error::Error, "a request failed");
@@ -191,6 +213,10 @@ impl IntoResponse for ApiError {
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_seconds {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::GATEWAY_TIMEOUT {
+            // Clients repeat what failed by themselves; this would take as long again.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -7,10 +7,10 @@ use serde::de::IgnoredAny;
 use updraft_chat::Chat;
 
 use crate::app::Shared;
-use crate::engine::GenerateRequest;
+use crate::engine::{GenerateRequest, ModelInfo};
 use crate::error::{Error, Result};
 use crate::generate::TextRequest;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingDefaults, SamplingParams};
 
 /// Stop strings of one request at most, as OpenAI's.
 const MAX_STOPS: usize = 4;
@@ -61,6 +61,8 @@ pub(crate) struct Fields {
     #[serde(default)]
     repetition_penalty: Option<f64>,
     #[serde(default)]
+    cache_salt: Option<String>,
+    #[serde(default)]
     logit_bias: Option<BTreeMap<String, f64>>,
 }
 
@@ -88,6 +90,24 @@ pub(crate) struct Form {
 }
 
 impl Fields {
+    /// The temperature asked for.
+    pub(crate) fn temperature(&self) -> Option<f64> {
+        self.temperature
+    }
+
+    /// The `top_p` asked for.
+    pub(crate) fn top_p(&self) -> Option<f64> {
+        self.top_p
+    }
+
+    /// The same with a limit that another API calls `param`.
+    pub(crate) fn with_max_tokens(mut self, param: &str, max_tokens: Option<i64>) -> Result<Self> {
+        count(param, max_tokens, 1)?;
+        self.max_tokens = max_tokens;
+        self.max_completion_tokens = None;
+        Ok(self)
+    }
+
     /// Checks the fields about the answer's form.
     pub(crate) fn form(&self) -> Result<Form> {
         let stream = self.stream.unwrap_or(false);
@@ -130,7 +150,11 @@ impl Fields {
         prompt_ids: Vec<u32>,
         default_max_tokens: Option<u32>,
     ) -> Result<TextRequest> {
-        let max_model_len = app.max_model_len(model)?;
+        let ModelInfo {
+            max_model_len,
+            sampling: defaults,
+            ..
+        } = app.info(model)?;
         let prompt_tokens = u32::try_from(prompt_ids.len()).unwrap_or(u32::MAX);
         let left = max_model_len.saturating_sub(prompt_tokens);
         let asked = match count("max_completion_tokens", self.max_completion_tokens, 1)? {
@@ -164,11 +188,13 @@ impl Fields {
                 model: model.to_owned(),
                 prompt_ids,
                 max_tokens,
-                sampling: self.sampling(app)?,
+                sampling: self.sampling(app, &defaults)?,
                 stop_token_ids,
                 min_tokens,
                 logprobs: None,
                 prompt_logprobs: None,
+                embed: false,
+                cache_salt: self.cache_salt.clone(),
             },
             stop: self.stop()?,
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
@@ -192,21 +218,21 @@ impl Fields {
         Ok(stop)
     }
 
-    fn sampling(&self, app: &Shared) -> Result<SamplingParams> {
+    fn sampling(&self, app: &Shared, defaults: &SamplingDefaults) -> Result<SamplingParams> {
         let or = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
-        let top_k = match self.top_k {
+        let top_k = match self.top_k.or(defaults.top_k) {
             None | Some(-1) => 0,
             Some(top_k) => u32::try_from(top_k)
                 .map_err(|_| Error::invalid("top_k", "top_k must be -1, 0 or a positive number"))?,
         };
         let params = SamplingParams {
-            temperature: or(self.temperature, 1.0),
-            top_p: or(self.top_p, 1.0),
+            temperature: or(self.temperature.or(defaults.temperature), 1.0),
+            top_p: or(self.top_p.or(defaults.top_p), 1.0),
             top_k,
-            min_p: or(self.min_p, 0.0),
+            min_p: or(self.min_p.or(defaults.min_p), 0.0),
             frequency_penalty: or(self.frequency_penalty, 0.0),
             presence_penalty: or(self.presence_penalty, 0.0),
-            repetition_penalty: or(self.repetition_penalty, 1.0),
+            repetition_penalty: or(self.repetition_penalty.or(defaults.repetition_penalty), 1.0),
             logit_bias: self.logit_bias()?,
             seed: self.seed.map_or_else(|| app.seed(), i64::cast_unsigned),
         };

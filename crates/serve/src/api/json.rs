@@ -48,9 +48,11 @@ impl FromRequest<App> for JsonBody {
         if !content_type.is_some_and(is_json) {
             return Err(ApiError::not_json());
         }
-        Bytes::from_request(request, app)
-            .await
-            .map(Self)
+        let body = Bytes::from_request(request, app);
+        let Ok(body) = tokio::time::timeout(app.options.read_timeout, body).await else {
+            return Err(ApiError::too_slow());
+        };
+        body.map(Self)
             .map_err(|rejection| match rejection.status() {
                 StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(app.options.max_body_bytes),
                 _ => ApiError::invalid("the request body could not be read", None),

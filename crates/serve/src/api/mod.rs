@@ -1,13 +1,17 @@
 //! OpenAI's JSON, here and nowhere else.
 
+pub(crate) mod adapters;
 pub(crate) mod chat;
 pub(crate) mod completions;
+pub(crate) mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 pub(crate) mod json;
 pub(crate) mod logprobs;
 pub(crate) mod models;
+pub(crate) mod openapi;
 pub(crate) mod operation;
+pub(crate) mod responses;
 pub(crate) mod sse;
 pub(crate) mod tokenize;
 pub(crate) mod unsupported;

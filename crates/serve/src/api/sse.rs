@@ -8,6 +8,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::error::ApiError;
 use crate::error::Error;
@@ -30,6 +31,18 @@ pub(crate) fn respond<C: Serialize + Send + 'static>(
         })
         .chain(futures::stream::once(async { "[DONE]".to_owned() }))
         .map(|data| Ok::<_, Infallible>(Event::default().data(data)));
+    stream(frames)
+}
+
+/// Streams events that carry their own type. There is no `[DONE]`: the last event says so.
+pub(crate) fn respond_typed(events: impl Stream<Item = Value> + Send + 'static) -> Response {
+    stream(events.map(|event| {
+        let kind = event["type"].as_str().unwrap_or_default();
+        Ok(Event::default().event(kind).data(event.to_string()))
+    }))
+}
+
+fn stream(frames: impl Stream<Item = Result<Event, Infallible>> + Send + 'static) -> Response {
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE).text("keep-alive");
     let mut response = Sse::new(frames).keep_alive(keep_alive).into_response();
     // Proxies that buffer would turn a stream into one late answer.

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
-use updraft_chat::TokenizerExt;
+use updraft_chat::{EncodePolicy, TokenizerExt};
 
 use super::chat::{self, ChatFields};
 use super::error::ApiError;
@@ -22,6 +22,9 @@ struct TokenizeFields {
     /// llama.cpp's.
     #[serde(default)]
     content: Option<String>,
+    /// llama.cpp's is `add_special`.
+    #[serde(default, alias = "add_special")]
+    add_special_tokens: Option<bool>,
     #[serde(default)]
     return_token_strs: Option<bool>,
 }
@@ -42,10 +45,21 @@ pub(crate) async fn tokenize(
     let fields: TokenizeFields = body.read()?;
     let model = app.model_or_default(fields.model)?;
     let chat = app.chat(&model)?;
+    let info = app.info(&model)?;
+    // vLLM adds what a prompt begins with unless told otherwise, llama.cpp only when told.
+    let adds = fields
+        .add_special_tokens
+        .unwrap_or(fields.content.is_none());
     let tokens = match fields.prompt.or(fields.content) {
         Some(text) => {
             let chat = chat.clone();
-            let ids = tokio::task::spawn_blocking(move || chat.tokenizer().encode(&text)).await;
+            let mut ids = if adds { info.text_prefix } else { Vec::new() };
+            let ids = tokio::task::spawn_blocking(move || {
+                let tokenizer = chat.tokenizer();
+                tokenizer.encode_into(&text, EncodePolicy::Parity, &mut ids)?;
+                Ok::<_, updraft_chat::Error>(ids)
+            })
+            .await;
             let ids = ids.map_err(|panic| Error::Step {
                 source: panic.into(),
             })?;
@@ -56,7 +70,7 @@ pub(crate) async fn tokenize(
     let strings = || tokens.iter().map(|&id| token_text(&chat, id)).collect();
     Ok(Json(Tokenized {
         count: tokens.len(),
-        max_model_len: app.max_model_len(&model)?,
+        max_model_len: info.max_model_len,
         token_strs: fields.return_token_strs.unwrap_or(false).then(strings),
         tokens,
     }))

@@ -3,18 +3,20 @@
 use std::sync::{Arc, mpsc};
 
 use async_trait::async_trait;
-use candle_core::Device;
 use futures::{StreamExt, stream};
 use tokio::sync::{mpsc as events, oneshot};
 use updraft_chat::Chat;
-use updraft_model::KvPages;
+use updraft_model::ModelConfig;
 
+use super::load::{AdapterSource, load_adapter};
 use super::options::{CachePlan, EngineOptions};
+use super::registry::Registry;
 use super::served::ServedModel;
 use super::status::Status;
 use super::worker::{Job, Worker};
 use crate::engine::{
-    Engine, EngineStats, GenerateRequest, ModelInfo, TokenEvent, TokenStream, check_request,
+    Adapters, Engine, EngineStats, Existing, GenerateRequest, ModelInfo, TokenEvent, TokenStream,
+    check_request,
 };
 use crate::error::{Error, Result};
 use crate::scheduler::Scheduler;
@@ -22,14 +24,15 @@ use crate::scheduler::Scheduler;
 /// Batches requests to one decoder, with any number of LoRA adapters over it.
 ///
 /// Requests to the base and to different adapters share each forward pass. Greedy and seeded
-/// answers depend neither on the company in the batch nor on how a prompt was cut.
+/// answers depend neither on the company in the batch, nor on how a prompt was cut, nor on what of
+/// it was in the cache.
 ///
 /// The thread ends when the engine is dropped and the requests under way are done.
 #[derive(Debug)]
 pub struct ModelEngine {
-    models: Vec<ModelInfo>,
+    pub(super) registry: Registry,
+    config: ModelConfig,
     chat: Arc<Chat>,
-    vocab_size: usize,
     max_model_len: u32,
     inbox: mpsc::Sender<Job>,
     status: Arc<Status>,
@@ -43,42 +46,37 @@ impl ModelEngine {
     /// an adapter is for another model or the cache cannot be had.
     pub fn new(model: ServedModel, options: &EngineOptions) -> Result<Self> {
         model.validate()?;
-        let ServedModel { name, root, .. } = &model;
-        let config = model.decoder.config();
-        let (vocab_size, dtype) = (config.vocab_size, model.decoder.dtype());
+        let config = model.decoder.config().clone();
         let CachePlan {
             max_model_len,
             num_blocks,
-        } = options.plan_cache(config, dtype)?;
+        } = options.plan_cache(&config, model.decoder.dtype())?;
         let scheduler = Scheduler::new(options.scheduler(num_blocks))?;
-        let (num_pages, page_size) = (num_blocks as usize, options.block_size as usize);
-        let kv = KvPages::new(config, num_pages, page_size, dtype, &Device::Cpu);
-        let kv = kv.map_err(|source| Error::Load {
-            model: root.clone(),
-            source: source.into(),
-        })?;
-
-        let status = Arc::new(Status::new(name));
-        let models = model.infos(max_model_len);
-        let adapters = model
-            .adapters
-            .into_iter()
-            .map(|served| served.adapter)
-            .collect();
+        let failed = |source| Error::Load {
+            model: model.root.clone(),
+            source,
+        };
+        let status = Arc::new(Status::new(&model.name));
         let (inbox, jobs) = mpsc::channel();
-        let worker = Worker::new(model.decoder, adapters, kv, scheduler, jobs, status.clone());
+        let base = ModelInfo {
+            id: model.name,
+            root: model.root.clone(),
+            parent: None,
+            max_model_len,
+            sampling: model.sampling,
+            text_prefix: model.text_prefix,
+        };
+        let registry = Registry::new(base, model.adapters);
+        let worker = Worker::new(model.decoder, scheduler, options, jobs, status.clone());
+        let worker = worker.map_err(|source| failed(source.into()))?;
         std::thread::Builder::new()
             .name("updraft-engine".into())
             .spawn(|| worker.run())
-            .map_err(|source| Error::Load {
-                model: model.root,
-                source: source.into(),
-            })?;
-        let chat = Arc::new(model.chat);
+            .map_err(|source| failed(source.into()))?;
         Ok(Self {
-            models,
-            chat,
-            vocab_size,
+            registry,
+            config,
+            chat: Arc::new(model.chat),
             max_model_len,
             inbox,
             status,
@@ -89,31 +87,23 @@ impl ModelEngine {
 #[async_trait]
 impl Engine for ModelEngine {
     fn models(&self) -> Vec<ModelInfo> {
-        self.models.clone()
+        self.registry.infos()
     }
 
     fn chat(&self, model: &str) -> Option<Arc<Chat>> {
-        self.models
-            .iter()
-            .any(|info| info.id == model)
-            .then(|| self.chat.clone())
+        self.registry.find(model).ok().map(|_| self.chat.clone())
     }
 
     async fn generate(&self, request: GenerateRequest) -> Result<TokenStream> {
         const STOPPED: Error = Error::Unavailable {
             reason: "the engine has stopped",
         };
-        let Some(index) = self.models.iter().position(|info| info.id == request.model) else {
-            return Err(Error::ModelNotFound {
-                model: request.model,
-            });
-        };
-        check_request(&request, self.vocab_size, self.max_model_len)?;
+        let adapter = self.registry.find(&request.model)?;
+        check_request(&request, self.config.vocab_size, self.max_model_len)?;
         let (events, received) = events::unbounded_channel();
         let (admitted, reply) = oneshot::channel();
-        // The base is the first model; adapters follow in their own order.
         let job = Job {
-            adapter: index.checked_sub(1),
+            adapter,
             request,
             events,
             admitted,
@@ -134,5 +124,23 @@ impl Engine for ModelEngine {
 
     fn stats(&self) -> Vec<EngineStats> {
         vec![self.status.get()]
+    }
+
+    fn adapters(&self) -> Option<&dyn Adapters> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl Adapters for ModelEngine {
+    async fn load_adapter(&self, source: &AdapterSource, existing: Existing) -> Result<()> {
+        self.registry.check(&source.name, existing)?;
+        let served = load_adapter(source, &self.config).await?;
+        served.check(&self.config)?;
+        self.registry.add(served, existing)
+    }
+
+    fn unload_adapter(&self, name: &str) -> Result<()> {
+        self.registry.remove(name)
     }
 }

@@ -8,6 +8,7 @@ use candle_core::{DType, Device};
 use updraft_chat::{Chat, ChatFiles, TemplateFiles};
 use updraft_model::{Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
 
+use super::conventions;
 use super::source::{Found, Kind, ModelSource, Place, find};
 use super::{EngineOptions, ModelEngine, ServedAdapter, ServedModel};
 use crate::error::{BoxError, Error, Result};
@@ -57,6 +58,9 @@ impl ModelEngine {
             let model = ServedModel {
                 chat: chat.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
                 decoder: decoder.map_err(|source| failed(&root, source))?,
+                sampling: conventions::sampling(&files).map_err(|error| failed(&root, error))?,
+                text_prefix: conventions::text_prefix(&files)
+                    .map_err(|error| failed(&root, error))?,
                 name,
                 root,
                 adapters: served,
@@ -127,7 +131,10 @@ fn load_chat(root: &str, files: &ModelFiles) -> Result<Chat> {
     })
 }
 
-async fn load_adapter(adapter: &AdapterSource, base: &ModelConfig) -> Result<ServedAdapter> {
+pub(super) async fn load_adapter(
+    adapter: &AdapterSource,
+    base: &ModelConfig,
+) -> Result<ServedAdapter> {
     let found = find(&adapter.source, Kind::Adapter).await?;
     let config = adapter_file(&found, "adapter_config.json").await?;
     let weights = adapter_file(&found, "adapter_model.safetensors").await?;

@@ -1,12 +1,16 @@
 //! The engine behind a real server: one decoder and its adapters on a thread of their own.
 
 mod engine;
+mod registry;
 mod served;
 
+mod guard;
 mod options;
+mod pace;
 mod status;
 mod worker;
 
+mod conventions;
 mod load;
 mod source;
 

@@ -16,6 +16,9 @@ pub struct EngineOptions {
     pub kv_cache_bytes: u64,
     /// Tokens per block of it.
     pub block_size: u32,
+    /// Whether prompts share what was computed for the same beginning before. Answers are the same
+    /// either way; off, every prompt is computed whole.
+    pub prefix_cache: bool,
     /// As [`SchedulerConfig::max_num_seqs`].
     pub max_num_seqs: usize,
     /// As [`SchedulerConfig::max_num_batched_tokens`].
@@ -32,6 +35,7 @@ impl Default for EngineOptions {
             max_model_len: None,
             kv_cache_bytes: 512 << 20,
             block_size: 16,
+            prefix_cache: true,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
             max_queued_requests: 256,

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use updraft_chat::Chat;
-use updraft_model::{Adapter, Decoder};
+use updraft_model::{Adapter, Decoder, ModelConfig};
 
-use crate::engine::ModelInfo;
 use crate::error::{Error, Result};
+use crate::sampling::SamplingDefaults;
 
 /// A model ready to be served.
 #[derive(Debug)]
@@ -19,6 +19,10 @@ pub struct ServedModel {
     pub decoder: Decoder,
     /// The template and tokenizer.
     pub chat: Chat,
+    /// What requests leave out.
+    pub sampling: SamplingDefaults,
+    /// As [`ModelInfo::text_prefix`](crate::ModelInfo::text_prefix).
+    pub text_prefix: Vec<u32>,
     /// The adapters over it.
     pub adapters: Vec<ServedAdapter>,
 }
@@ -47,29 +51,19 @@ impl ServedModel {
         if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Error::same_name(pair[0]));
         }
-        self.adapters.iter().try_for_each(|served| {
-            let fits = served.adapter.check(self.decoder.config());
-            fits.map_err(|source| Error::Load {
-                model: served.root.clone(),
-                source: source.into(),
-            })
-        })
+        let config = self.decoder.config();
+        self.adapters
+            .iter()
+            .try_for_each(|served| served.check(config))
     }
+}
 
-    /// The model, then its adapters in their order.
-    pub(super) fn infos(&self, max_model_len: u32) -> Vec<ModelInfo> {
-        let base = ModelInfo {
-            id: self.name.clone(),
-            root: self.root.clone(),
-            parent: None,
-            max_model_len,
-        };
-        let adapters = self.adapters.iter().map(|served| ModelInfo {
-            id: served.name.clone(),
-            root: served.root.clone(),
-            parent: Some(self.name.clone()),
-            max_model_len,
-        });
-        std::iter::once(base).chain(adapters).collect()
+impl ServedAdapter {
+    /// Checks that it is for this model.
+    pub(super) fn check(&self, config: &ModelConfig) -> Result<()> {
+        self.adapter.check(config).map_err(|source| Error::Load {
+            model: self.root.clone(),
+            source: source.into(),
+        })
     }
 }

@@ -28,6 +28,31 @@ impl ModelSource {
         Self::Folder(path.into())
     }
 
+    /// What a person writes: a folder, or the URL of a stage such as
+    /// `s3://bucket/prefix/done/<model>/<dataset>`.
+    ///
+    /// # Errors
+    /// [`Error::Options`] if a URL names no stage, [`Error::Load`] if its store cannot be opened.
+    pub fn parse(text: &str) -> Result<Self> {
+        let Some((scheme, rest)) = text.split_once("://") else {
+            return Ok(Self::folder(text));
+        };
+        let starts = ["/models/", "/done/"]
+            .into_iter()
+            .filter_map(|area| rest.rfind(area));
+        let Some(at) = starts.max().map(|at| scheme.len() + 3 + at) else {
+            return Err(Error::Options(format!(
+                "`{text}` names no stage; end it in models/<model> or done/<model>/<dataset>"
+            )));
+        };
+        let (store, name) = (&text[..at], text[at..].trim_matches('/'));
+        let store = Store::open(store).map_err(|source| Error::Load {
+            model: text.to_owned(),
+            source: source.into(),
+        })?;
+        Ok(Self::stage(&store, name))
+    }
+
     /// A stage of a store.
     pub fn stage(store: &Store, name: impl Into<String>) -> Self {
         Self::Stage {
@@ -111,4 +136,28 @@ async fn find_stage(store: &Store, name: &str, kind: Kind) -> Result<Found> {
     let root = stage.path(below).trim_end_matches('/').to_owned();
     let place = Place::Stage(Box::new(stage), below);
     Ok(Found { root, place })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_a_store_and_a_stage() {
+        for (text, expected) in [
+            ("memory:///done/a/b", Some("done/a/b")),
+            ("memory://models/a", None),
+            ("memory://", None),
+        ] {
+            match (ModelSource::parse(text), expected) {
+                (Ok(ModelSource::Stage { name, .. }), Some(expected)) => {
+                    assert_eq!(name, expected);
+                }
+                (Err(Error::Options(message)), None) => assert!(message.contains(text)),
+                (other, _) => panic!("{text}: {other:?}"),
+            }
+        }
+        let folder = ModelSource::parse("./models/a").expect("a folder");
+        assert!(matches!(folder, ModelSource::Folder(path) if path.ends_with("models/a")));
+    }
 }

@@ -18,6 +18,8 @@ impl Status {
             waiting: 0,
             kv_cache_usage: 0.0,
             preemptions: 0,
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
         }))
     }
 
@@ -27,7 +29,10 @@ impl Status {
         stats.running = scheduler.num_running();
         stats.waiting = scheduler.num_waiting();
         stats.kv_cache_usage = (all - free) as f64 / all as f64;
-        stats.preemptions = scheduler.preemptions();
+        let counts = scheduler.counts();
+        stats.preemptions = counts.preemptions;
+        stats.prefix_cache_queries = counts.prefix_cache_queries;
+        stats.prefix_cache_hits = counts.prefix_cache_hits;
     }
 
     pub(super) fn stopped(&self) {

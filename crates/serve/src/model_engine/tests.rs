@@ -3,20 +3,21 @@
 use std::sync::{Arc, mpsc};
 
 use candle_core::Device;
-use futures::TryStreamExt;
 use futures::future::join_all;
+use futures::{StreamExt, TryStreamExt};
 use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, SpecialTokens};
 use updraft_model::{
     Adapter, Architecture, Batch, Decoder, LoraConfig, ModelConfig, Threads, Weights,
 };
 use updraft_model::{KvPages, merge, tiny};
 
+use super::registry::Generation;
 use super::status::Status;
 use super::worker::{Job, Worker};
 use super::*;
-use crate::engine::{Engine, GenerateRequest, TokenEvent, TokenLogprobs};
+use crate::engine::{Adapters, Engine, Existing, GenerateRequest, TokenEvent, TokenLogprobs};
 use crate::error::{Error, Result};
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingDefaults, SamplingParams};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 
 /// A tiny model whose vocabulary has room for a byte tokenizer.
@@ -76,6 +77,8 @@ fn served(weights: &Weights, adapters: &[(&str, Arc<Adapter>)]) -> ServedModel {
         root: "tiny".into(),
         decoder: decoder.expect("sound weights"),
         chat: chat(),
+        sampling: SamplingDefaults::default(),
+        text_prefix: Vec::new(),
         adapters: adapters.collect(),
     }
 }
@@ -132,18 +135,24 @@ pub(super) fn served_parts() -> (Worker, mpsc::Sender<Job>) {
         max_queued_requests: 8,
         max_queued_tokens: 1000,
     });
-    let kv = KvPages::new(&config(), 32, 16, candle_core::DType::F32, &Device::Cpu);
     let (inbox, jobs) = mpsc::channel();
-    let (kv, scheduler) = (kv.expect("memory"), scheduler.expect("sound settings"));
-    let worker = Worker::new(
-        model.decoder,
-        Vec::new(),
-        kv,
-        scheduler,
-        jobs,
-        Arc::new(Status::new("tiny")),
-    );
+    let status = Arc::new(Status::new("tiny"));
+    let scheduler = scheduler.expect("sound settings");
+    let worker = Worker::new(model.decoder, scheduler, &small(), jobs, status).expect("memory");
     (worker, inbox)
+}
+
+/// An adapter that the tiny model refuses in its forward pass.
+pub(super) fn adapter_for_another_model() -> Option<Generation> {
+    let other = ModelConfig {
+        hidden_size: 2 * config().hidden_size,
+        ..config()
+    };
+    let adapter = Adapter::init(&LoraConfig::default(), &other, 1, &Device::Cpu);
+    Some(Generation {
+        number: 1,
+        adapter: Arc::new(adapter.expect("sound settings")),
+    })
 }
 
 /// Prompts of many lengths.
@@ -278,7 +287,7 @@ async fn prompt_logprobs_are_those_of_decoding() {
         prompt_logprobs: Some(1),
         ..GenerateRequest::greedy("tiny", whole, 0)
     };
-    match run(&*engine, again).await.first() {
+    match run(&*engine, again).await.get(1) {
         Some(TokenEvent::Prompt(logprobs)) => assert_eq!(logprobs[20..], expected),
         other => panic!("{other:?}"),
     }
@@ -423,4 +432,165 @@ async fn options_that_cannot_work_are_refused() {
         ..small()
     };
     assert_eq!(engine(&tight).models()[0].max_model_len, 48);
+}
+
+/// Every request as it is told to the client, without what of its prompt was cached.
+fn answers(events: Vec<Vec<TokenEvent>>) -> Vec<Vec<TokenEvent>> {
+    let plain = |event| match event {
+        TokenEvent::Started { .. } => TokenEvent::Started { cached_tokens: 0 },
+        TokenEvent::Finished { reason, mut usage } => {
+            usage.cached_tokens = 0;
+            TokenEvent::Finished { reason, usage }
+        }
+        other => other,
+    };
+    let plain = |events: Vec<TokenEvent>| events.into_iter().map(plain).collect();
+    events.into_iter().map(plain).collect()
+}
+
+fn cached_tokens(events: &[TokenEvent]) -> u32 {
+    match (events.first(), events.last()) {
+        (Some(TokenEvent::Started { cached_tokens }), Some(TokenEvent::Finished { usage, .. })) => {
+            assert_eq!(usage.cached_tokens, *cached_tokens);
+            *cached_tokens
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Not only the tokens but every bit of their log-probabilities: cache off, cold, warm, warm in
+/// company, and warm under a cache so small that it is always won back.
+#[tokio::test]
+async fn answers_do_not_depend_on_the_prefix_cache() {
+    let adapters = [("a", adapter(1))];
+    let engine = |options: &EngineOptions| {
+        ModelEngine::new(served(&weights(), &adapters), options).expect("sound options")
+    };
+    let asked = |salt: Option<&str>| -> Vec<GenerateRequest> {
+        let request = |index: u32| GenerateRequest {
+            prompt_ids: (0..40 + index * 3).map(|at| at * 17 % 256).collect(),
+            logprobs: Some(2),
+            cache_salt: salt.map(str::to_owned),
+            ..GenerateRequest::greedy(if index % 2 == 0 { "tiny" } else { "a" }, vec![1], 20)
+        };
+        (0..8).map(request).collect()
+    };
+    let off = EngineOptions {
+        prefix_cache: false,
+        ..small()
+    };
+    let uncached = engine(&off);
+    let expected = one_by_one(&uncached, asked(None)).await;
+    assert!(expected.iter().all(|events| cached_tokens(events) == 0));
+    assert_eq!(uncached.stats()[0].prefix_cache_queries, 0);
+
+    let tight = EngineOptions {
+        max_model_len: Some(96),
+        kv_cache_bytes: 9 * KvPages::bytes_per_block(&config(), 16, candle_core::DType::F32),
+        ..small()
+    };
+    for options in [small(), tight] {
+        let engine = engine(&options);
+        for _ in 0..2 {
+            let alone = one_by_one(&engine, asked(None)).await;
+            assert_eq!(answers(alone), expected);
+            let crowded = together(&engine, asked(None)).await;
+            assert_eq!(answers(crowded), expected);
+        }
+        let stats = engine.stats().remove(0);
+        assert!(
+            stats.prefix_cache_hits > 0 && stats.prefix_cache_hits < stats.prefix_cache_queries
+        );
+    }
+
+    // Base and adapter never share, and neither do salts.
+    let engine = engine(&small());
+    let cached = |events: Vec<Vec<TokenEvent>>| -> Vec<u32> {
+        events.iter().map(|events| cached_tokens(events)).collect()
+    };
+    let cold = [0, 0, 32, 32, 32, 48, 48, 48];
+    for salt in [None, Some("x"), Some("y")] {
+        let events = one_by_one(&engine, asked(salt)).await;
+        assert_eq!(cached(events.clone()), cold, "{salt:?}");
+        assert_eq!(answers(events), expected);
+    }
+    let warm = one_by_one(&engine, asked(None)).await;
+    assert_eq!(cached(warm), [32, 32, 32, 48, 48, 48, 48, 48]);
+}
+
+/// The name is given to another adapter, then to none, while a request runs: it ends as it began,
+/// and nothing of its cache is used by whoever has the name next.
+#[tokio::test]
+async fn requests_keep_the_adapter_they_began_with() {
+    let of = |seed| served(&weights(), &[("a", adapter(seed))]);
+    let expected = |seed| async move {
+        let engine = ModelEngine::new(of(seed), &small()).expect("sound options");
+        one_by_one(&engine, requests("a")).await
+    };
+    let (first, second) = (expected(1).await, expected(2).await);
+    let engine = ModelEngine::new(of(1), &small()).expect("sound options");
+    assert_eq!(one_by_one(&engine, requests("a")).await, first);
+    let mut under_way = Vec::new();
+    for request in requests("a") {
+        under_way.push(engine.generate(request).await.expect("a valid request"));
+    }
+    let again = ServedAdapter {
+        name: "a".into(),
+        root: "a".into(),
+        adapter: adapter(2),
+    };
+    engine
+        .registry
+        .add(again, Existing::Replace)
+        .expect("it may be replaced");
+    // Cold, although the same prompts lie in the cache under the first generation.
+    assert_eq!(one_by_one(&engine, requests("a")).await, second);
+    engine.unload_adapter("a").expect("it was there");
+    let gone = engine.generate(requests("a").remove(0)).await;
+    assert!(matches!(gone, Err(Error::ModelNotFound { .. })));
+    let ended = join_all(under_way.into_iter().map(TryStreamExt::try_collect)).await;
+    let ended: Result<Vec<Vec<TokenEvent>>> = ended.into_iter().collect();
+    assert_eq!(answers(ended.expect("no error")), answers(first));
+}
+
+/// Clients that ask and vanish: while they are admitted, in the queue, in the prompt, at any token.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_clients_that_vanish_leave_nothing() {
+    let engine = engine(&EngineOptions {
+        max_num_seqs: 8,
+        block_size: 4,
+        kv_cache_bytes: 60 * KvPages::bytes_per_block(&config(), 4, candle_core::DType::F32),
+        ..small()
+    });
+    let client = |client: u64| {
+        let engine = engine.clone();
+        let draw = move |what, below: f64| (crate::rng::uniform(client, what) * below) as u32;
+        async move {
+            let prompt_ids = (0..1 + draw(1, 60.0)).map(|at| at * draw(2, 3.0) % 256);
+            let request = GenerateRequest::greedy("tiny", prompt_ids.collect(), draw(3, 60.0));
+            let admitted = engine.generate(request);
+            let stream = if draw(4, 5.0) == 0 {
+                tokio::time::timeout(std::time::Duration::ZERO, admitted).await
+            } else {
+                Ok(admitted.await)
+            };
+            match stream {
+                Ok(Ok(stream)) => {
+                    stream.take(draw(5, 20.0) as usize).count().await;
+                }
+                Ok(Err(error)) => assert!(matches!(error, Error::Overloaded { .. }), "{error}"),
+                Err(_) => {}
+            }
+        }
+    };
+    futures::stream::iter((0..1000).map(client))
+        .buffer_unordered(100)
+        .count()
+        .await;
+    crate::conformance::until_idle(&engine).await;
+    let fresh = GenerateRequest::greedy("tiny", (0..30).collect(), 20);
+    assert!(
+        run(&*engine, fresh).await.len() > 20,
+        "it answers as before"
+    );
 }

@@ -1,16 +1,22 @@
 //! The engine's thread: admit, plan, compute, sample, tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use tokio::sync::{mpsc, oneshot};
 use updraft_model::{Adapter, Batch, BlockTables, Decoder, KvPages};
 
+use super::guard::{Failure, guard};
+use super::options::EngineOptions;
+use super::pace::Pace;
+use super::registry::Generation;
 use super::status::Status;
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, Usage};
-use crate::error::{BoxError, Error, Result, one_line};
+use crate::error::{Error, Result};
+use crate::prefix::PrefixRoot;
 use crate::sampler::{self, Past};
 use crate::scheduler::{Scheduler, SequenceId, Slice, Step};
 
@@ -22,7 +28,7 @@ const LOGIT_ROWS: usize = 32;
 pub(super) struct Job {
     pub(super) request: GenerateRequest,
     /// Which adapter, if not the base.
-    pub(super) adapter: Option<usize>,
+    pub(super) adapter: Option<Generation>,
     pub(super) events: mpsc::UnboundedSender<Result<TokenEvent>>,
     /// Whether it got a place in the queue.
     pub(super) admitted: oneshot::Sender<Result<()>>,
@@ -32,11 +38,14 @@ pub(super) struct Job {
 #[derive(Debug)]
 pub(super) struct Worker {
     decoder: Decoder,
-    adapters: Vec<Arc<Adapter>>,
     kv: KvPages,
     scheduler: Scheduler,
     sequences: BTreeMap<SequenceId, Sequence>,
+    /// Sequences of a step that failed. Each runs alone until it has shown that it can.
+    suspects: VecDeque<SequenceId>,
     next_id: SequenceId,
+    prefix_cache: bool,
+    pace: Pace,
     inbox: Receiver<Job>,
     status: Arc<Status>,
 }
@@ -45,9 +54,10 @@ pub(super) struct Worker {
 #[derive(Debug)]
 struct Sequence {
     request: GenerateRequest,
-    adapter: Option<usize>,
+    adapter: Option<Generation>,
     /// Prompt and completion.
     tokens: Vec<u32>,
+    cached_tokens: u32,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
     events: mpsc::UnboundedSender<Result<TokenEvent>>,
 }
@@ -59,47 +69,66 @@ enum Row {
     Prompt(SequenceId, usize),
     /// The next token.
     Next(SequenceId),
+    /// None: the hidden state itself is wanted.
+    Embed(SequenceId),
+}
+
+impl Row {
+    fn id(self) -> SequenceId {
+        match self {
+            Self::Prompt(id, _) | Self::Next(id) | Self::Embed(id) => id,
+        }
+    }
 }
 
 impl Worker {
+    /// With a cache of as many blocks as the scheduler hands out.
     pub(super) fn new(
         decoder: Decoder,
-        adapters: Vec<Arc<Adapter>>,
-        kv: KvPages,
         scheduler: Scheduler,
+        options: &EngineOptions,
         inbox: Receiver<Job>,
         status: Arc<Status>,
-    ) -> Self {
-        let sequences = BTreeMap::new();
-        Self {
+    ) -> updraft_model::Result<Self> {
+        Ok(Self {
+            kv: pages(&decoder, &scheduler)?,
             decoder,
-            adapters,
-            kv,
             scheduler,
-            sequences,
+            sequences: BTreeMap::new(),
+            suspects: VecDeque::new(),
             next_id: 0,
+            prefix_cache: options.prefix_cache,
+            pace: Pace::default(),
             inbox,
             status,
-        }
+        })
     }
 
     /// Works until the engine is dropped and nothing is left to do.
     pub(super) fn run(mut self) {
         loop {
+            let mut first = None;
             if self.sequences.is_empty() {
+                self.pace.idle();
                 match self.inbox.recv() {
-                    Ok(job) => self.admit(job),
+                    Ok(job) => first = Some(job),
                     Err(_) => break,
                 }
             }
-            self.turn();
+            let turn = guard(|| {
+                self.turn(first);
+                Ok(())
+            });
+            if let Err(failure) = turn {
+                self.start_over(&failure);
+            }
         }
     }
 
     /// Forgets what has gone, admits what has come, and computes one step.
-    fn turn(&mut self) {
+    fn turn(&mut self, first: Option<Job>) {
         // In this order a client that drops one request and sends another finds its place free.
-        let jobs: Vec<Job> = self.inbox.try_iter().collect();
+        let jobs: Vec<Job> = first.into_iter().chain(self.inbox.try_iter()).collect();
         self.drop_cancelled();
         jobs.into_iter().for_each(|job| self.admit(job));
         self.step();
@@ -112,13 +141,21 @@ impl Worker {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let prompt_tokens = job.request.prompt_ids.len() as u32;
+        let prompt = &job.request.prompt_ids;
+        let root = self.root(&job);
         let admitted = self
             .scheduler
-            .admit(id, prompt_tokens, job.request.max_tokens);
+            .admit(id, prompt, job.request.max_tokens, root);
+        let admitted = admitted.map_err(|error| match error {
+            Error::Overloaded { .. } => Error::Overloaded {
+                retry_after: self.pace.retry_after(self.scheduler.num_waiting()),
+            },
+            other => other,
+        });
         if admitted.is_ok() {
             let sequence = Sequence {
                 tokens: job.request.prompt_ids.clone(),
+                cached_tokens: 0,
                 prompt_logprobs: Vec::new(),
                 request: job.request,
                 adapter: job.adapter,
@@ -129,6 +166,13 @@ impl Worker {
         self.status.publish(&self.scheduler);
         // Nobody listens if the client has just gone; the next sweep finds that out.
         let _ = job.admitted.send(admitted);
+    }
+
+    /// What a request's prefix shares; nothing where every position's logits are wanted.
+    fn root(&self, job: &Job) -> Option<PrefixRoot> {
+        let generation = job.adapter.as_ref().map_or(0, |adapter| adapter.number);
+        let shares = self.prefix_cache && job.request.prompt_logprobs.is_none();
+        shares.then(|| PrefixRoot::new(generation, job.request.cache_salt.as_deref()))
     }
 
     /// Forgets requests whose stream was dropped, before anything more is computed for them.
@@ -142,47 +186,147 @@ impl Worker {
     fn forget(&mut self, id: SequenceId) {
         self.scheduler.finish(id);
         self.sequences.remove(&id);
+        self.suspects.retain(|&suspect| suspect != id);
     }
 
     fn step(&mut self) {
-        let step = self.scheduler.schedule();
+        let step = match self.suspects.front() {
+            Some(&suspect) => self.scheduler.schedule_only(suspect),
+            None => self.scheduler.schedule(),
+        };
+        for &(id, cached_tokens) in &step.started {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.cached_tokens = cached_tokens;
+                sequence.tell(Ok(TokenEvent::Started { cached_tokens }));
+            }
+        }
         if step.slices.is_empty() {
             return;
         }
-        if let Err(error) = self.compute(&step) {
-            let cause = one_line(error.as_ref());
-            tracing::error!(cause, requests = step.slices.len(), "a forward pass failed");
-            for slice in &step.slices {
-                self.fail(slice.id, &cause);
+        match self.forward(&step) {
+            Ok((hidden, rows)) => self.use_hidden(&step, &hidden, &rows),
+            Err(failure) => self.isolate(&step, &failure),
+        }
+    }
+
+    fn forward(&mut self, step: &Step) -> Result<(Tensor, Vec<Row>), Failure> {
+        guard(|| {
+            let (batch, generations, rows) = self.batch(step);
+            let adapters: Vec<&Adapter> = generations
+                .iter()
+                .map(|generation| generation.adapter.as_ref())
+                .collect();
+            let hidden = self
+                .decoder
+                .forward(&batch, &adapters, Some(&mut self.kv))?; // [N, C]
+            Ok((hidden, rows))
+        })
+    }
+
+    /// The requests of a step that failed are computed one by one: whoever fails alone is the one.
+    fn isolate(&mut self, step: &Step, failure: &Failure) {
+        let (cause, requests) = (&failure.cause, step.slices.len());
+        tracing::error!(cause, requests, "a forward pass failed");
+        if failure.panicked {
+            self.clear_cache();
+        }
+        match step.slices.as_slice() {
+            [alone] => self.fail(alone.id, cause),
+            several => self.suspects = several.iter().map(|slice| slice.id).collect(),
+        }
+    }
+
+    /// A panic may have left pages half written, or their locks poisoned.
+    fn clear_cache(&mut self) {
+        self.scheduler.restart();
+        match pages(&self.decoder, &self.scheduler) {
+            Ok(kv) => self.kv = kv,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "no new cache");
             }
         }
     }
 
-    fn compute(&mut self, step: &Step) -> Result<(), BoxError> {
-        let (batch, rows) = self.batch(step);
-        let adapters: Vec<&Adapter> = self.adapters.iter().map(Arc::as_ref).collect();
-        let hidden = self
-            .decoder
-            .forward(&batch, &adapters, Some(&mut self.kv))?; // [N, C]
+    /// The last resort: what went wrong is not one request's computation, so all of them end.
+    fn start_over(&mut self, failure: &Failure) {
+        let (cause, requests) = (&failure.cause, self.sequences.len());
+        tracing::error!(cause, requests, "the engine starts over");
+        for (_, sequence) in std::mem::take(&mut self.sequences) {
+            sequence.tell(Err(Error::Step {
+                source: cause.as_str().into(),
+            }));
+        }
+        self.suspects.clear();
+        self.scheduler.reset();
+        self.clear_cache();
+        self.status.publish(&self.scheduler);
+    }
+
+    fn use_hidden(&mut self, step: &Step, hidden: &Tensor, rows: &[Row]) {
         self.scheduler.computed(step);
-        for (index, rows) in rows.chunks(LOGIT_ROWS).enumerate() {
-            let hidden = hidden.narrow(0, index * LOGIT_ROWS, rows.len())?;
-            let logits: Tensor = self.decoder.logits(&hidden)?.to_dtype(DType::F32)?; // [N, V]
-            let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-            let vocab_size = logits.len() / rows.len();
-            for (&row, logits) in rows.iter().zip(logits.chunks_exact(vocab_size)) {
-                self.use_row(row, logits);
+        self.tell_embeddings(hidden, rows);
+        for (index, chunk) in rows.chunks(LOGIT_ROWS).enumerate() {
+            let first = index * LOGIT_ROWS;
+            if let Ok(logits) = self.logits(hidden, first, chunk.len()) {
+                self.use_logits(chunk, &logits);
+                continue;
+            }
+            for (offset, &row) in chunk.iter().enumerate() {
+                match self.logits(hidden, first + offset, 1) {
+                    Ok(logits) => self.use_logits(&[row], &logits),
+                    Err(failure) => self.fail(row.id(), &failure.cause),
+                }
             }
         }
         for slice in step.slices.iter().filter(|slice| slice.is_last) {
             self.finish_prompt_only(slice.id);
+            self.suspects.retain(|&suspect| suspect != slice.id);
         }
-        Ok(())
     }
 
-    /// The slices as the decoder wants them, and what each row of logits is for.
-    fn batch(&self, step: &Step) -> (Batch, Vec<Row>) {
+    fn tell_embeddings(&mut self, hidden: &Tensor, rows: &[Row]) {
+        for (index, row) in rows.iter().enumerate() {
+            let Row::Embed(id) = *row else { continue };
+            let state = guard(|| {
+                let state = hidden.narrow(0, index, 1)?.to_dtype(DType::F32)?;
+                Ok(state.flatten_all()?.to_vec1()?)
+            });
+            match (state, self.sequences.get(&id)) {
+                (Ok(state), Some(sequence)) => sequence.tell(Ok(TokenEvent::Embedding(state))),
+                (Err(failure), _) => self.fail(id, &failure.cause),
+                (Ok(_), None) => {}
+            }
+        }
+    }
+
+    /// The logits of some rows, `[len, V]`.
+    fn logits(&self, hidden: &Tensor, first: usize, len: usize) -> Result<Vec<f32>, Failure> {
+        guard(|| {
+            let hidden = hidden.narrow(0, first, len)?;
+            let logits = self.decoder.logits(&hidden)?.to_dtype(DType::F32)?;
+            Ok(logits.flatten_all()?.to_vec1()?)
+        })
+    }
+
+    fn use_logits(&mut self, rows: &[Row], logits: &[f32]) {
+        let vocab_size = logits.len() / rows.len();
+        for (&row, logits) in rows.iter().zip(logits.chunks_exact(vocab_size)) {
+            let used = guard(|| {
+                self.use_row(row, logits);
+                Ok(())
+            });
+            if let Err(failure) = used {
+                tracing::error!(cause = failure.cause, "a token could not be chosen");
+                self.fail(row.id(), &failure.cause);
+            }
+        }
+    }
+
+    /// The slices as the decoder wants them, the adapters they use, and what each row of logits is
+    /// for.
+    fn batch(&self, step: &Step) -> (Batch, Vec<Generation>, Vec<Row>) {
         let mut batch = Batch::default();
+        let mut generations: Vec<Generation> = Vec::new();
         let mut rows = Vec::new();
         let mut tables = Vec::with_capacity(step.slices.len());
         for slice in &step.slices {
@@ -192,7 +336,16 @@ impl Worker {
                 .push(&sequence.tokens[slice.start as usize..end], slice.start)
                 .start;
             tables.push(self.scheduler.block_table(slice.id).to_vec());
-            batch.adapters.push(sequence.adapter);
+            let adapter = sequence.adapter.as_ref().map(|adapter| {
+                let known = generations
+                    .iter()
+                    .position(|known| known.number == adapter.number);
+                known.unwrap_or_else(|| {
+                    generations.push(adapter.clone());
+                    generations.len() - 1
+                })
+            });
+            batch.adapters.push(adapter);
             for (position, row) in sequence.rows(slice) {
                 batch.logit_rows.push(first + position - slice.start);
                 rows.push(row);
@@ -200,7 +353,7 @@ impl Worker {
         }
         let block_size = self.kv.block_size();
         batch.kv = Some(BlockTables { block_size, tables });
-        (batch, rows)
+        (batch, generations, rows)
     }
 
     fn use_row(&mut self, row: Row, logits: &[f32]) {
@@ -211,6 +364,7 @@ impl Worker {
                 }
             }
             Row::Next(id) => self.choose(id, logits),
+            Row::Embed(_) => {} // Told already.
         }
     }
 
@@ -237,7 +391,7 @@ impl Worker {
         if sequence.generated().len() == sequence.request.max_tokens as usize {
             return self.finish(id, FinishReason::Length);
         }
-        self.scheduler.appended(id);
+        self.scheduler.appended(id, token);
     }
 
     /// A request for no tokens is done when its prompt is.
@@ -251,6 +405,7 @@ impl Worker {
     }
 
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        self.pace.ended(Instant::now());
         if let Some(sequence) = self.sequences.get(&id) {
             sequence.tell(Ok(TokenEvent::Finished {
                 reason,
@@ -268,6 +423,14 @@ impl Worker {
         }
         self.forget(id);
     }
+}
+
+/// As many pages as the scheduler hands out.
+fn pages(decoder: &Decoder, scheduler: &Scheduler) -> updraft_model::Result<KvPages> {
+    let config = scheduler.config();
+    let (num_blocks, block_size) = (config.num_blocks as usize, config.block_size as usize);
+    let (model, dtype) = (decoder.config(), decoder.dtype());
+    KvPages::new(model, num_blocks, block_size, dtype, &Device::Cpu)
 }
 
 impl Drop for Worker {
@@ -288,6 +451,7 @@ impl Sequence {
     fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: self.prompt_len() as u32,
+            cached_tokens: self.cached_tokens,
             completion_tokens: self.generated().len() as u32,
         }
     }
@@ -322,7 +486,10 @@ impl Sequence {
         let prompt = slice.start.max(known)..end;
         let prompt = prompt.map(move |at| (at, Row::Prompt(id, at as usize + 1)));
         let next = slice.is_last && self.request.max_tokens > 0;
-        prompt.chain(next.then_some((last, Row::Next(id))))
+        let embed = slice.is_last && self.request.embed && self.generated().is_empty();
+        prompt
+            .chain(embed.then_some((last, Row::Embed(id))))
+            .chain(next.then_some((last, Row::Next(id))))
     }
 
     fn note_prompt(&mut self, position: usize, logits: &[f32]) {
@@ -353,33 +520,56 @@ impl Sequence {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::served_parts;
+    use super::super::tests::{adapter_for_another_model, served_parts};
     use super::*;
+
+    type Events = mpsc::UnboundedReceiver<Result<TokenEvent>>;
+
+    fn ask(inbox: &std::sync::mpsc::Sender<Job>, request: GenerateRequest) -> Events {
+        ask_adapter(inbox, request, None)
+    }
+
+    fn ask_adapter(
+        inbox: &std::sync::mpsc::Sender<Job>,
+        request: GenerateRequest,
+        adapter: Option<Generation>,
+    ) -> Events {
+        let (events, received) = mpsc::unbounded_channel();
+        let (admitted, _) = oneshot::channel();
+        let job = Job {
+            request,
+            adapter,
+            events,
+            admitted,
+        };
+        inbox.send(job).expect("it listens");
+        received
+    }
+
+    fn greedy(prompt_tokens: u32, max_tokens: u32) -> GenerateRequest {
+        GenerateRequest::greedy("tiny", (0..prompt_tokens).collect(), max_tokens)
+    }
+
+    /// The tokens so far, and whether an error came.
+    fn told(events: &mut Events) -> (Vec<u32>, bool) {
+        let (mut tokens, mut failed) = (Vec::new(), false);
+        while let Ok(event) = events.try_recv() {
+            match event {
+                Ok(TokenEvent::Token { id, .. }) => tokens.push(id),
+                Ok(_) => {}
+                Err(_) => failed = true,
+            }
+        }
+        (tokens, failed)
+    }
 
     /// Not "soon": the first step after a client has gone has none of its tokens, and its blocks
     /// are free, whether it was decoding, in the middle of its prompt, or still waiting.
     #[test]
     fn a_cancelled_request_is_gone_within_one_step() {
         let (mut worker, inbox) = served_parts();
-        let mut clients = Vec::new();
-        let mut ask = |prompt_tokens: u32| {
-            let (events, received) = mpsc::unbounded_channel();
-            let (admitted, _) = oneshot::channel();
-            let request = GenerateRequest::greedy("tiny", (0..prompt_tokens).collect(), 50);
-            inbox
-                .send(Job {
-                    request,
-                    adapter: None,
-                    events,
-                    admitted,
-                })
-                .expect("it listens");
-            clients.push(received);
-        };
-        ask(5);
-        ask(100);
-        ask(5);
-        worker.turn();
+        let clients = [5, 100, 5].map(|prompt_tokens| ask(&inbox, greedy(prompt_tokens, 50)));
+        worker.turn(None);
         let progress = (
             worker.scheduler.num_running(),
             worker.scheduler.num_waiting(),
@@ -389,10 +579,69 @@ mod tests {
             (2, 1),
             "one decodes, one has half its prompt, one waits"
         );
-        clients.clear();
-        worker.turn();
+        drop(clients);
+        worker.turn(None);
         let (free, all) = worker.scheduler.block_usage();
         assert_eq!((free, worker.sequences.len()), (all, 0));
         assert_eq!(worker.status.get().kv_cache_usage, 0.0);
+    }
+
+    /// One request of a batch fails or panics in the forward pass, at its start or later: it alone
+    /// gets an error, and the other's answer is what it would have been.
+    #[test]
+    fn a_poisoned_request_fails_alone() {
+        let (mut worker, inbox) = served_parts();
+        let mut events = ask(&inbox, greedy(9, 12));
+        (0..12).for_each(|_| worker.turn(None));
+        let expected = told(&mut events);
+        assert_eq!((expected.0.len(), expected.1), (12, false));
+
+        for (panics, after) in [(false, 0), (true, 0), (true, 3)] {
+            let (mut worker, inbox) = served_parts();
+            let mut good = ask(&inbox, greedy(9, 12));
+            let poison = adapter_for_another_model().filter(|_| !panics);
+            let mut bad = ask_adapter(&inbox, greedy(20, 12), poison);
+            for turn in 0..40 {
+                if panics && turn == after {
+                    // As if a length were counted wrong somewhere: an index out of bounds.
+                    let jobs: Vec<Job> = worker.inbox.try_iter().collect();
+                    jobs.into_iter().for_each(|job| worker.admit(job));
+                    worker
+                        .sequences
+                        .get_mut(&1)
+                        .expect("admitted")
+                        .tokens
+                        .clear();
+                }
+                worker.turn(None);
+            }
+            assert_eq!(told(&mut good), expected, "panics {panics} after {after}");
+            let (tokens, failed) = told(&mut bad);
+            assert!(failed && tokens.len() == after, "{tokens:?}");
+            let (free, all) = worker.scheduler.block_usage();
+            assert_eq!((free, worker.sequences.len()), (all, 0));
+        }
+    }
+
+    /// What no request's own failure explains ends them all, and the next ones are served.
+    #[test]
+    fn the_engine_starts_over_when_nothing_else_helps() {
+        let (mut worker, inbox) = served_parts();
+        let mut lost = ask(&inbox, greedy(9, 12));
+        worker.turn(None);
+        // The scheduler's books are wrong: a block was freed under a running sequence.
+        worker.scheduler.finish(0);
+        worker
+            .scheduler
+            .admit(0, &[1, 2], 4, None)
+            .expect("there is room");
+        worker.start_over(&Failure {
+            cause: "injected".into(),
+            panicked: true,
+        });
+        assert!(told(&mut lost).1, "it is told");
+        let mut next = ask(&inbox, greedy(9, 12));
+        (0..12).for_each(|_| worker.turn(None));
+        assert_eq!(told(&mut next).0.len(), 12);
     }
 }

@@ -52,7 +52,7 @@ async fn a_whole_answer_has_every_field() {
             "index": 0, "message": {"role": "assistant", "content": "hello", "refusal": null},
             "logprobs": null, "finish_reason": "stop",
         }],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11},
+        "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 0}},
     });
     assert_eq!(body, expected);
 }
@@ -96,7 +96,7 @@ async fn usage_is_the_last_chunk_when_asked_for() {
     let mut chunks = server.post(PATH, &body).await.chunks();
     let last = chunks.pop().expect("chunks");
     assert_eq!(last["choices"], json!([]));
-    let usage = json!({"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5});
+    let usage = json!({"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}});
     assert_eq!(last["usage"], usage);
     assert!(
         chunks
@@ -195,7 +195,7 @@ async fn n_answers_share_a_prompt() {
         .map(|choice| choice["index"].as_u64())
         .collect();
     assert_eq!(indices, [Some(0), Some(1), Some(2)]);
-    let usage = json!({"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15});
+    let usage = json!({"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 0}});
     assert_eq!(body["usage"], usage);
 
     let chunks = server

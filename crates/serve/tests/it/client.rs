@@ -9,14 +9,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use updraft_serve::{Clock, EchoEngine, Engine, Result, ServeOptions, listen, serve};
+use updraft_serve::{Clock, EchoEngine, Engine, ServeOptions, listen, serve};
 
 /// When the tests take place, in seconds since the Unix epoch.
 pub(crate) const NOW: u64 = 1_795_305_600;
 
 pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
-    pub(crate) task: JoinHandle<Result<()>>,
+    pub(crate) task: JoinHandle<()>,
     stop: Option<oneshot::Sender<()>>,
 }
 

@@ -21,7 +21,7 @@ async fn a_whole_answer_has_every_field() {
     let expected = json!({
         "id": null, "object": "text_completion", "created": NOW, "model": "echo",
         "choices": [{"index": 0, "text": "hello", "logprobs": null, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11},
+        "usage": {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 0}},
     });
     assert_eq!(answer, expected);
 }

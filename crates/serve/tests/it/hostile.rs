@@ -96,3 +96,83 @@ async fn a_request_keeps_an_honest_id() {
     let (first, second) = (id("").await, id("X-Request-Id: with space\r\n").await);
     assert!(first.starts_with("req-") && second.starts_with("req-") && first != second);
 }
+
+/// What others were broken by: each is refused with the field's name, and nothing is fetched,
+/// loaded, rendered or allocated for it.
+#[tokio::test]
+async fn known_attacks_are_refused() {
+    let server = Server::echo().await;
+    let media = |kind: &str, value: serde_json::Value| json!({"messages": [{"role": "user", "content": [{"type": kind, kind: value}]}]});
+    let url = json!({"url": "http://169.254.169.254/latest/meta-data"});
+    let with = |field: &str, value: serde_json::Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "x"}]});
+        body[field] = value;
+        body
+    };
+    for (body, param) in [
+        (media("image_url", url.clone()), "messages[0].content[0]"),
+        (media("audio_url", url.clone()), "messages[0].content[0]"),
+        (media("video_url", url), "messages[0].content[0]"),
+        (media("input_audio", json!({})), "messages[0].content[0]"),
+        (with("n", json!(1_000_000_000)), "n"),
+        (with("n", json!(-1)), "n"),
+        (with("best_of", json!(1_000_000_000)), "best_of"),
+        (with("prompt_embeds", json!("gASV")), "prompt_embeds"),
+        (with("prompt_logprobs", json!(-1)), "prompt_logprobs"),
+        (with("chat_template", json!("{{ 1 }}")), "chat_template"),
+        (with("guided_regex", json!("(a+)+$")), "guided_regex"),
+        (with("max_tokens", json!(i64::MAX)), "max_tokens"),
+        (with("min_tokens", json!(i64::MAX)), "min_tokens"),
+        (with("top_logprobs", json!(1_000_000)), "top_logprobs"),
+        (with("stop_token_ids", json!([-1])), "stop_token_ids[0]"),
+        (with("stop", json!(vec!["x"; 1000])), "stop"),
+        (with("logit_bias", json!({"-1": 1})), "logit_bias"),
+        (with("tools", json!([{"type": "x"}])), "tools"),
+        (with("messages", json!([])), "messages"),
+    ] {
+        let error = server.post(PATH, &body).await.error(400, None);
+        assert_eq!(error["param"], param, "{body}: {error}");
+    }
+    // A template's own variables can be set, the engine's helpers and limits cannot.
+    for variables in [
+        json!({"messages": []}),
+        json!({"tokenize": true, "add_generation_prompt": [], "raise_exception": 1}),
+        json!({"bos_token": "x".repeat(1000)}),
+    ] {
+        let status = server
+            .post(PATH, &with("chat_template_kwargs", variables.clone()))
+            .await
+            .status;
+        assert!([200, 400].contains(&status), "{variables}: {status}");
+    }
+    for body in [
+        json!({"prompt": []}),
+        json!({"prompt": ""}),
+        json!({"prompt": [[]]}),
+        json!({"prompt": [1, "x"]}),
+        json!({"prompt": [-1]}),
+        json!({"prompt": vec!["x"; 10_000]}),
+        json!({"prompt": "x", "n": 100, "logprobs": 1_000_000}),
+        json!({"prompt": "x", "suffix": "y"}),
+    ] {
+        server.post("/v1/completions", &body).await.error(400, None);
+    }
+    assert_eq!(server.get("/health").await.status, 200);
+}
+
+/// The error never repeats what was sent at length.
+#[tokio::test]
+async fn errors_do_not_amplify() {
+    let server = Server::echo().await;
+    let long = "x".repeat(1 << 20);
+    for body in [
+        json!({"messages": [{"role": long, "content": "x"}]}),
+        json!({"model": long, "messages": [{"role": "user", "content": "x"}]}),
+        json!({"messages": [{"role": "user", "content": "x"}], "temperature": long}),
+        json!({"messages": [{"role": "user", "content": "x"}], "logit_bias": {long.as_str(): 1}}),
+    ] {
+        let answer = server.post(PATH, &body).await;
+        assert!([400, 404].contains(&answer.status));
+        assert!(answer.body.len() < 4096, "{}", answer.body.len());
+    }
+}

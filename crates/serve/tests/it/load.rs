@@ -16,7 +16,7 @@ const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// The files of a tiny model, by name.
-fn model_files() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn model_files() -> Vec<(&'static str, Vec<u8>)> {
     let mut config: Value =
         serde_json::from_slice(&tiny::config_json(Architecture::Qwen2)).expect("JSON");
     config["vocab_size"] = json!(258);
@@ -70,7 +70,7 @@ fn tokenizer() -> Value {
     })
 }
 
-fn adapter(config: &ModelConfig) -> Adapter {
+pub(crate) fn adapter(config: &ModelConfig) -> Adapter {
     let lora = LoraConfig {
         r: 4,
         ..LoraConfig::default()
@@ -115,7 +115,7 @@ fn done_files() -> Vec<(String, Vec<u8>)> {
     files
 }
 
-fn write(folder: &Path, files: &[(&str, Vec<u8>)]) {
+pub(crate) fn write(folder: &Path, files: &[(&str, Vec<u8>)]) {
     for (name, bytes) in files {
         std::fs::write(folder.join(name), bytes).expect("a temporary folder");
     }
@@ -145,7 +145,7 @@ async fn commit<N: AsRef<str>>(store: &Store, id: &StageId, files: Vec<(N, Vec<u
     stage.commit(draft).await.expect("committed");
 }
 
-async fn load(source: &ModelSource, adapters: &[AdapterSource]) -> Result<ModelEngine> {
+pub(crate) async fn load(source: &ModelSource, adapters: &[AdapterSource]) -> Result<ModelEngine> {
     let options = EngineOptions::default();
     ModelEngine::load("tiny", source, adapters, &Threads::single(), &options).await
 }
@@ -158,7 +158,7 @@ async fn refused(source: &ModelSource) -> String {
 }
 
 /// What a model says to a fixed question; the same each time.
-async fn ask(server: &Server, model: &str) -> String {
+pub(crate) async fn ask(server: &Server, model: &str) -> String {
     let body = json!({
         "model": model, "messages": [{"role": "user", "content": "How many?"}],
         "temperature": 0, "max_tokens": 24, "logprobs": true,

@@ -1,6 +1,8 @@
 //! The server as a client on a socket sees it.
 
+mod adapters;
 mod auth;
+mod browser;
 mod chat;
 mod client;
 mod completions;
@@ -8,4 +10,6 @@ mod hostile;
 mod life;
 mod load;
 mod models;
+mod responses;
+mod slow;
 mod tokenize;
