@@ -1,0 +1,259 @@
+//! An OpenAI-compatible server for a model and its LoRA adapters.
+//!
+//! ```sh
+//! cargo run --release --example updraft-serve -- --model ./my-model --adapter tuned=./my-lora
+//! cargo run --release --example updraft-serve -- --model s3://bucket/done/my-model/my-dataset
+//! curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
+//!   -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+//! ```
+
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program talks to a person"
+)]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use lexopt::Arg;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+use updraft::model::{Threads, import_model};
+use updraft::serve::{
+    AdapterSource, ApiKeys, EngineOptions, ModelEngine, ModelSource, ServeOptions, listen, serve,
+};
+use updraft::store::{CancelToken, NoProgress, Store};
+
+const HELP: &str = "\
+usage: updraft-serve --model PATH|URL|HUB_ID [options]
+
+  --model M               a folder, a stage's URL such as s3://bucket/done/model/dataset, or a
+                          Hub id such as Qwen/Qwen2.5-0.5B-Instruct        UPDRAFT_MODEL
+  --name N                the model's name in requests; M if not given     UPDRAFT_NAME
+  --adapter NAME=PATH     a LoRA adapter, a folder or a stage's URL; repeatable
+  --api-key K             who may ask; repeatable                          UPDRAFT_API_KEY (a,b,…)
+  --host H --port P       where to listen; 127.0.0.1 and 8000              UPDRAFT_HOST, UPDRAFT_PORT
+  --max-model-len N       the longest prompt and completion together       UPDRAFT_MAX_MODEL_LEN
+  --kv-cache-mib N        memory for keys and values; 512                  UPDRAFT_KV_CACHE_MIB
+  --threads N             threads that compute; all cores                  UPDRAFT_THREADS
+  --request-timeout S     seconds a completion may take; unbounded         UPDRAFT_REQUEST_TIMEOUT
+  --drain-timeout S       seconds requests get to end at shutdown; 30      UPDRAFT_DRAIN_TIMEOUT
+  --allow-origin O        web pages that may ask, * for any; repeatable
+  --runtime-adapters      lets clients load and unload adapters
+  --log-json              logs a JSON object a line
+  --cache DIR             where models from the Hub are kept               UPDRAFT_CACHE
+";
+
+fn main() -> ExitCode {
+    let settings = match Settings::from_args() {
+        Ok(Some(settings)) => settings,
+        Ok(None) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return fail(&error),
+    };
+    settings.start_log();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let served = runtime
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(run(settings)));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+async fn run(settings: Settings) -> Result<()> {
+    let started = Instant::now();
+    let listener = listen(SocketAddr::new(settings.host, settings.port)).await?;
+    let address = listener.local_addr()?;
+    let source = source(&settings).await?;
+    let threads = Threads::new(settings.threads).context("could not start threads")?;
+    let name = settings.name.as_ref().unwrap_or(&settings.model);
+    let engine = ModelEngine::load(
+        name,
+        &source,
+        &settings.adapters,
+        &threads,
+        &settings.engine,
+    );
+    let engine = Arc::new(engine.await?);
+    let seconds = started.elapsed().as_secs_f64();
+    println!("serving {name} at http://{address}/v1, ready after {seconds:.2} s");
+    serve(listener, engine, settings.serve, first_signal()?).await;
+    Ok(())
+}
+
+/// A Hub id is imported once into the cache; everything else is read where it is.
+async fn source(settings: &Settings) -> Result<ModelSource> {
+    let model = &settings.model;
+    if model.contains("://") || Path::new(model).exists() || model.split('/').count() != 2 {
+        return Ok(ModelSource::parse(model)?);
+    }
+    let store = Store::open(&settings.cache)?;
+    println!("fetching {model} from the Hub into {}", settings.cache);
+    import_model(&store, model, model, &NoProgress, &CancelToken::new()).await?;
+    Ok(ModelSource::stage(&store, format!("models/{model}")))
+}
+
+/// Ends with the first SIGTERM or SIGINT. A second one ends the process at once.
+fn first_signal() -> Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let mut tell = Some(tell);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            match tell.take() {
+                Some(tell) => drop(tell.send(())),
+                None => {
+                    eprintln!("stopped by a second signal");
+                    std::process::exit(130);
+                }
+            }
+        }
+    });
+    Ok(async {
+        let _ = told.await;
+    })
+}
+
+struct Settings {
+    model: String,
+    name: Option<String>,
+    adapters: Vec<AdapterSource>,
+    host: IpAddr,
+    port: u16,
+    threads: usize,
+    cache: String,
+    log_json: bool,
+    engine: EngineOptions,
+    serve: ServeOptions,
+}
+
+impl Settings {
+    /// The environment's, overridden by the command line's; `None` if help was asked for.
+    fn from_args() -> Result<Option<Self>> {
+        let home = std::env::var("HOME").unwrap_or_else(|_| ".".into());
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut settings = Self {
+            model: env("UPDRAFT_MODEL")?.unwrap_or_default(),
+            name: env("UPDRAFT_NAME")?,
+            adapters: Vec::new(),
+            host: env("UPDRAFT_HOST")?.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            port: env("UPDRAFT_PORT")?.unwrap_or(8000),
+            threads: env("UPDRAFT_THREADS")?.unwrap_or(cores),
+            cache: env("UPDRAFT_CACHE")?.unwrap_or(format!("{home}/.cache/updraft")),
+            log_json: false,
+            engine: EngineOptions {
+                max_model_len: env("UPDRAFT_MAX_MODEL_LEN")?,
+                ..EngineOptions::default()
+            },
+            serve: ServeOptions::default(),
+        };
+        if let Some(mib) = env::<u64>("UPDRAFT_KV_CACHE_MIB")? {
+            settings.engine.kv_cache_bytes = mib << 20;
+        }
+        settings.serve.request_timeout = env("UPDRAFT_REQUEST_TIMEOUT")?.map(Duration::from_secs);
+        if let Some(seconds) = env("UPDRAFT_DRAIN_TIMEOUT")? {
+            settings.serve.drain_timeout = Duration::from_secs(seconds);
+        }
+        let keys: String = env("UPDRAFT_API_KEY")?.unwrap_or_default();
+        let mut keys: Vec<String> = keys.split(',').map(str::to_owned).collect();
+
+        let mut parser = lexopt::Parser::from_env();
+        while let Some(arg) = parser.next()? {
+            use lexopt::ValueExt;
+            match arg {
+                Arg::Long("model") => settings.model = parser.value()?.string()?,
+                Arg::Long("name") => settings.name = Some(parser.value()?.string()?),
+                Arg::Long("adapter") => {
+                    let value = parser.value()?.string()?;
+                    let (name, path) = value
+                        .split_once('=')
+                        .with_context(|| format!("--adapter {value} is not NAME=PATH"))?;
+                    settings.adapters.push(AdapterSource {
+                        name: name.to_owned(),
+                        source: ModelSource::parse(path)?,
+                    });
+                }
+                Arg::Long("api-key") => keys.push(parser.value()?.string()?),
+                Arg::Long("host") => settings.host = parser.value()?.parse()?,
+                Arg::Long("port") => settings.port = parser.value()?.parse()?,
+                Arg::Long("max-model-len") => {
+                    settings.engine.max_model_len = Some(parser.value()?.parse()?);
+                }
+                Arg::Long("kv-cache-mib") => {
+                    settings.engine.kv_cache_bytes = parser.value()?.parse::<u64>()? << 20;
+                }
+                Arg::Long("threads") => settings.threads = parser.value()?.parse()?,
+                Arg::Long("request-timeout") => {
+                    let seconds = Duration::from_secs(parser.value()?.parse()?);
+                    settings.serve.request_timeout = Some(seconds);
+                }
+                Arg::Long("drain-timeout") => {
+                    settings.serve.drain_timeout = Duration::from_secs(parser.value()?.parse()?);
+                }
+                Arg::Long("allow-origin") => {
+                    let origin = parser.value()?.string()?;
+                    settings.serve.allowed_origins.push(origin);
+                }
+                Arg::Long("runtime-adapters") => settings.serve.runtime_adapters = true,
+                Arg::Long("log-json") => settings.log_json = true,
+                Arg::Long("cache") => settings.cache = parser.value()?.string()?,
+                Arg::Short('h') | Arg::Long("help") => return Ok(None),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        if settings.model.is_empty() {
+            bail!("no model is named; give --model PATH|URL|HUB_ID, or see --help");
+        }
+        settings.serve.api_keys = ApiKeys::new(keys);
+        Ok(Some(settings))
+    }
+
+    fn start_log(&self) {
+        let log = tracing_subscriber::fmt()
+            .with_max_level(LevelFilter::INFO)
+            .with_writer(std::io::stderr)
+            .with_target(false);
+        if self.log_json {
+            log.json().init();
+        } else {
+            log.with_ansi(false).init();
+        }
+    }
+}
+
+/// A variable's value, if it is set and not empty.
+fn env<T: std::str::FromStr>(name: &str) -> Result<Option<T>>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    match std::env::var(name) {
+        Ok(text) if !text.is_empty() => {
+            let value = text.parse();
+            Ok(Some(value.with_context(|| {
+                format!("{name}={text} has no meaning")
+            })?))
+        }
+        _ => Ok(None),
+    }
+}
