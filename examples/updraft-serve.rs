@@ -100,7 +100,11 @@ async fn run(settings: Settings) -> Result<()> {
 /// A Hub id is imported once into the cache; everything else is read where it is.
 async fn source(settings: &Settings) -> Result<ModelSource> {
     let model = &settings.model;
-    if model.contains("://") || Path::new(model).exists() || model.split('/').count() != 2 {
+    let is_hub_id = model.split('/').filter(|part| !part.is_empty()).count() == 2
+        && !model.contains("://")
+        && !model.starts_with(['/', '.'])
+        && !Path::new(model).exists();
+    if !is_hub_id {
         return Ok(ModelSource::parse(model)?);
     }
     let store = Store::open(&settings.cache)?;

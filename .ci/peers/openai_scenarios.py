@@ -9,10 +9,12 @@ Prints one line a scenario; ends with 1 if any failed.
 
 import argparse
 import asyncio
+import json
 import sys
 import traceback
+import urllib.error
+import urllib.request
 
-import httpx
 import openai
 
 parser = argparse.ArgumentParser()
@@ -25,8 +27,22 @@ base = args.url.rstrip("/")
 client = openai.OpenAI(base_url=f"{base}/v1", api_key=args.key, max_retries=0,
                        _strict_response_validation=True)
 model = client.models.list().data[0].id
+# Where the client's own types are wrong about OpenAI's answers too: a streamed text completion has
+# finish_reason null until its end, and embeddings are base64 unless floats are asked for.
+lenient = openai.OpenAI(base_url=f"{base}/v1", api_key=args.key, max_retries=0)
 user = [{"role": "user", "content": "How many r's are in strawberry?"}]
 scenarios = []
+
+
+def raw(path, body=None):
+    """The status and text of an answer, for what openai-python has no call."""
+    headers = {"Authorization": f"Bearer {args.key}", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(base + path, data, headers)) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as answer:
+        return answer.code, answer.read().decode()
 
 
 def scenario(function):
@@ -78,7 +94,7 @@ def chat_streamed_equals_whole():
 
 @scenario
 def chat_stream_helper():
-    with client.chat.completions.stream(model=model, messages=user, max_tokens=8) as stream:
+    with client.chat.completions.stream(model=model, messages=user) as stream:
         for _ in stream:
             pass
         assert stream.get_final_completion().choices[0].message.role == "assistant"
@@ -90,8 +106,8 @@ def completions():
         answer = client.completions.create(model=model, prompt=prompt, max_tokens=4, echo=True,
                                            logprobs=2)
         assert answer.choices[0].logprobs.tokens
-    for _ in client.completions.create(model=model, prompt="one", max_tokens=4, stream=True):
-        pass
+    *_, last = lenient.completions.create(model=model, prompt="one", max_tokens=4, stream=True)
+    assert last.choices[0].finish_reason in ("stop", "length")
 
 
 @scenario
@@ -106,10 +122,10 @@ def responses():
 
 @scenario
 def embeddings():
-    packed = client.embeddings.create(model=model, input=["one", "two"])
+    packed = lenient.embeddings.create(model=model, input=["one", "two"])
     plain = client.embeddings.create(model=model, input=["one", "two"], encoding_format="float")
-    assert packed.data[0].embedding == [float(v) for v in plain.data[0].embedding] or max(
-        abs(a - b) for a, b in zip(packed.data[0].embedding, plain.data[0].embedding)) < 1e-6
+    pairs = zip(packed.data[1].embedding, plain.data[1].embedding, strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-6
 
 
 @scenario
@@ -131,32 +147,27 @@ def errors():
 
 @scenario
 def tokenize():
-    headers = {"Authorization": f"Bearer {args.key}"}
-    for body in [{"prompt": "hello"}, {"content": "hello"}, {"messages": user}]:
-        tokens = httpx.post(f"{base}/tokenize", json=body, headers=headers).json()["tokens"]
+    for body in [{"prompt": "hello"}, {"messages": user}, {"content": "hello"}]:
+        tokens = json.loads(raw("/tokenize", body)[1])["tokens"]
         assert tokens
-    text = httpx.post(f"{base}/detokenize", json={"tokens": httpx.post(
-        f"{base}/tokenize", json={"content": "hello"}, headers=headers).json()["tokens"]},
-        headers=headers).json()
-    assert text["prompt"] == "hello"
+    assert json.loads(raw("/detokenize", {"tokens": tokens})[1])["prompt"] == "hello"
 
 
 @scenario
 def operation():
     for path in ["/health", "/version", "/metrics", "/openapi.json", "/"]:
-        assert httpx.get(base + path).status_code == 200, path
+        assert raw(path)[0] == 200, path
 
 
 @scenario
 def adapters():
     if not args.adapter:
         return "skipped: no --adapter"
-    headers = {"Authorization": f"Bearer {args.key}"}
-    post = lambda path, **body: httpx.post(f"{base}/v1/{path}", json=body, headers=headers)
-    assert post("load_lora_adapter", lora_name="x", lora_path=args.adapter).status_code == 200
+    load = {"lora_name": "x", "lora_path": args.adapter}
+    assert raw("/v1/load_lora_adapter", load)[0] == 200
     assert [m.parent for m in client.models.list().data if m.id == "x"] == [model]
     client.chat.completions.create(model="x", messages=user, max_tokens=4)
-    assert post("unload_lora_adapter", lora_name="x").status_code == 200
+    assert raw("/v1/unload_lora_adapter", {"lora_name": "x"})[0] == 200
     refused(openai.NotFoundError, client.chat.completions.create, model="x", messages=user)
 
 

@@ -25,7 +25,7 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
     let response = json!({
         "type": "object", "required": ["input"],
         "properties": {
-            "model": string(), "input": {"type": "string", "minLength": 1},
+            "model": nullable("string"), "input": {"type": "string", "minLength": 1},
             "instructions": nullable("string"), "max_output_tokens": integer(1, u32::MAX),
             "temperature": number(0.0, 2.0), "stream": boolean(),
         },
@@ -33,14 +33,14 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
     let embedding = json!({
         "type": "object", "required": ["input"],
         "properties": {
-            "model": string(), "input": texts(),
+            "model": nullable("string"), "input": texts(),
             "encoding_format": {"enum": ["float", "base64"]},
         },
     });
     let tokenize = json!({
         "type": "object",
         "properties": {
-            "model": string(), "prompt": nullable("string"), "content": nullable("string"),
+            "model": nullable("string"), "prompt": nullable("string"), "content": nullable("string"),
             "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
             "return_token_strs": boolean(), "add_special_tokens": boolean(),
         },
@@ -48,7 +48,7 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
     let detokenize = json!({
         "type": "object", "required": ["tokens"],
         "properties": {
-            "model": string(), "tokens": {"type": "array", "items": integer(0, u32::MAX)},
+            "model": nullable("string"), "tokens": {"type": "array", "items": token_id()},
         },
     });
     for (path, summary, body) in [
@@ -59,7 +59,7 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
         ("/tokenize", "Text or messages to token ids", tokenize),
         ("/detokenize", "Token ids to text", detokenize),
     ] {
-        paths.insert(path.into(), json!({"post": post(summary, body)}));
+        paths.insert(path.into(), json!({"post": post(summary, &body)}));
     }
     if app.options.runtime_adapters {
         let name = json!({"type": "string", "minLength": 1});
@@ -74,7 +74,7 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
             ("/v1/load_lora_adapter", "Loads an adapter", load),
             ("/v1/unload_lora_adapter", "Unloads an adapter", unload),
         ] {
-            paths.insert(path.into(), json!({"post": post(summary, body)}));
+            paths.insert(path.into(), json!({"post": post(summary, &body)}));
         }
     }
     for (path, summary) in [
@@ -124,7 +124,7 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
 /// The fields that both completion APIs have.
 fn common(own: Value) -> Value {
     let mut properties = json!({
-        "model": string(), "stream": boolean(), "n": integer(1, 128),
+        "model": nullable("string"), "stream": boolean(), "n": integer(1, 128),
         "max_tokens": integer(0, u32::MAX), "stop": {"anyOf": [
             {"type": "null"}, {"type": "string", "minLength": 1},
             {"type": "array", "maxItems": 4, "items": {"type": "string", "minLength": 1}},
@@ -146,7 +146,7 @@ fn common(own: Value) -> Value {
     properties
 }
 
-fn post(summary: &str, body: Value) -> Value {
+fn post(summary: &str, body: &Value) -> Value {
     let mut operation = get(summary);
     operation["requestBody"] = json!({
         "required": true, "content": {"application/json": {"schema": body}},
@@ -191,7 +191,11 @@ fn nullable(kind: &str) -> Value {
 }
 
 fn integer(least: u32, most: u32) -> Value {
-    json!({"type": "integer", "minimum": least, "maximum": most})
+    json!({"type": ["integer", "null"], "minimum": least, "maximum": most})
+}
+
+fn token_id() -> Value {
+    json!({"type": "integer", "minimum": 0, "maximum": u32::MAX})
 }
 
 fn number(least: f64, most: f64) -> Value {
@@ -200,7 +204,7 @@ fn number(least: f64, most: f64) -> Value {
 
 fn texts() -> Value {
     let text = json!({"type": "string", "minLength": 1});
-    let ids = json!({"type": "array", "minItems": 1, "items": integer(0, u32::MAX)});
+    let ids = json!({"type": "array", "minItems": 1, "items": token_id()});
     json!({"anyOf": [
         text, ids, {"type": "array", "minItems": 1, "items": text},
         {"type": "array", "minItems": 1, "items": ids},

@@ -471,7 +471,11 @@ async fn answers_do_not_depend_on_the_prefix_cache() {
             prompt_ids: (0..40 + index * 3).map(|at| at * 17 % 256).collect(),
             logprobs: Some(2),
             cache_salt: salt.map(str::to_owned),
-            ..GenerateRequest::greedy(if index % 2 == 0 { "tiny" } else { "a" }, vec![1], 20)
+            ..GenerateRequest::greedy(
+                if index.is_multiple_of(2) { "tiny" } else { "a" },
+                vec![1],
+                20,
+            )
         };
         (0..8).map(request).collect()
     };
