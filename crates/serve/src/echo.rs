@@ -103,6 +103,10 @@ impl Engine for EchoEngine {
             self.chat.tokenizer().vocabulary().len(),
             MAX_MODEL_LEN,
         )?;
+        if request.constraint.is_some() {
+            let message = "an echo has the form of its prompt";
+            return Err(Error::invalid("response_format", message));
+        }
         let place = Place::take(&self.running, self.max_running)?;
         let events = stream::iter(echo(&request)).map(Ok);
         let pace = self.pace;

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 use updraft_chat::Chat;
 
+use crate::constraint::Constraint;
 use crate::error::Result;
 use crate::model_engine::AdapterSource;
 use crate::sampling::{SamplingDefaults, SamplingParams};
@@ -128,6 +129,8 @@ pub struct GenerateRequest {
     pub prompt_logprobs: Option<u32>,
     /// Report the hidden state that follows the prompt.
     pub embed: bool,
+    /// The form the answer must have.
+    pub constraint: Option<Constraint>,
     /// Requests share computed prefixes only with those of the same salt.
     pub cache_salt: Option<String>,
 }
@@ -146,6 +149,7 @@ impl GenerateRequest {
             logprobs: None,
             prompt_logprobs: None,
             embed: false,
+            constraint: None,
             cache_salt: None,
         }
     }

@@ -41,14 +41,16 @@
 //! - Responses are not stored: `previous_response_id` is a 400.
 //! - Embeddings are the last token's hidden state after the final norm, of length 1.
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
-//! - What would change the answer but is not supported (`tools`, `response_format` other than
-//!   text, `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.
+//! - What would change the answer but is not supported (`tools`, `text.format` of responses,
+//!   `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.
 //!
 //! # Features
 //! | feature | adds |
 //! | --- | --- |
+//! | `constrained` | [`Constraint`]s: answers that follow a JSON schema, through llguidance |
 //! | `conformance` | [`conformance_tests!`]: the suite every [`Engine`] passes |
 
+mod constraint;
 mod engine;
 mod error;
 
@@ -83,6 +85,7 @@ pub use app::ServeOptions;
 pub use auth::ApiKeys;
 pub use blocks::BlockAllocator;
 pub use clock::Clock;
+pub use constraint::Constraint;
 pub use echo::EchoEngine;
 pub use engine::{
     Adapters, Engine, EngineStats, Existing, FinishReason, GenerateRequest, ModelInfo, TokenEvent,

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 use updraft_chat::Chat;
 
 use crate::app::Shared;
+use crate::constraint::Constraint;
 use crate::engine::{GenerateRequest, ModelInfo};
 use crate::error::{Error, Result};
 use crate::generate::TextRequest;
@@ -61,6 +63,8 @@ pub(crate) struct Fields {
     #[serde(default)]
     repetition_penalty: Option<f64>,
     #[serde(default)]
+    response_format: Option<ResponseFormat>,
+    #[serde(default)]
     cache_salt: Option<String>,
     #[serde(default)]
     logit_bias: Option<BTreeMap<String, f64>>,
@@ -79,6 +83,20 @@ struct StreamOptions {
 enum Stop {
     One(String),
     Many(Vec<String>),
+}
+
+#[derive(Debug, Deserialize)]
+struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    json_schema: Option<JsonSchema>,
+}
+
+#[derive(Debug, Deserialize)]
+struct JsonSchema {
+    #[serde(default)]
+    schema: Option<Value>,
 }
 
 /// What of the request concerns the answer's form.
@@ -194,12 +212,34 @@ impl Fields {
                 logprobs: None,
                 prompt_logprobs: None,
                 embed: false,
+                constraint: self.constraint()?,
                 cache_salt: self.cache_salt.clone(),
             },
             stop: self.stop()?,
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
         })
+    }
+
+    fn constraint(&self) -> Result<Option<Constraint>> {
+        let refuse = |param: &str, message: &str| Err(Error::invalid(param, message));
+        let Some(format) = &self.response_format else {
+            return Ok(None);
+        };
+        match format.kind.as_str() {
+            "text" => Ok(None),
+            "json_object" => Ok(Some(Constraint::JsonObject)),
+            "json_schema" => match &format.json_schema {
+                Some(JsonSchema {
+                    schema: Some(schema),
+                }) => Constraint::json_schema(schema.clone()).map(Some),
+                _ => refuse("response_format.json_schema", "the schema is missing"),
+            },
+            _ => refuse(
+                "response_format.type",
+                "the type must be text, json_object or json_schema",
+            ),
+        }
     }
 
     fn stop(&self) -> Result<Vec<String>> {

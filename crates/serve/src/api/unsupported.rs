@@ -52,14 +52,6 @@ struct Conditional {
     tools: Option<Vec<IgnoredAny>>,
     #[serde(default)]
     tool_choice: Option<serde_json::Value>,
-    #[serde(default)]
-    response_format: Option<ResponseFormat>,
-}
-
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
 }
 
 /// Refuses what we cannot honour.
@@ -89,8 +81,5 @@ pub(crate) fn refuse(body: &JsonBody) -> Result<()> {
         }
         _ => {}
     }
-    match fields.response_format {
-        Some(format) if format.kind != "text" => unsupported("response_format"),
-        _ => Ok(()),
-    }
+    Ok(())
 }

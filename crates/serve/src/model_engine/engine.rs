@@ -8,6 +8,7 @@ use tokio::sync::{mpsc as events, oneshot};
 use updraft_chat::Chat;
 use updraft_model::ModelConfig;
 
+use super::grammar::Grammars;
 use super::load::{AdapterSource, load_adapter};
 use super::options::{CachePlan, EngineOptions};
 use super::registry::Registry;
@@ -32,6 +33,7 @@ use crate::scheduler::Scheduler;
 pub struct ModelEngine {
     pub(super) registry: Registry,
     config: ModelConfig,
+    grammars: Grammars,
     chat: Arc<Chat>,
     max_model_len: u32,
     inbox: mpsc::Sender<Job>,
@@ -73,8 +75,10 @@ impl ModelEngine {
             .name("updraft-engine".into())
             .spawn(|| worker.run())
             .map_err(|source| failed(source.into()))?;
+        let grammars = Grammars::new(&model.chat, config.vocab_size);
         Ok(Self {
             registry,
+            grammars,
             config,
             chat: Arc::new(model.chat),
             max_model_len,
@@ -100,10 +104,15 @@ impl Engine for ModelEngine {
         };
         let adapter = self.registry.find(&request.model)?;
         check_request(&request, self.config.vocab_size, self.max_model_len)?;
+        let grammar = match request.constraint.clone() {
+            Some(constraint) => Some(self.grammars.compile(constraint).await?),
+            None => None,
+        };
         let (events, received) = events::unbounded_channel();
         let (admitted, reply) = oneshot::channel();
         let job = Job {
             adapter,
+            grammar,
             request,
             events,
             admitted,

@@ -4,6 +4,7 @@ mod engine;
 mod registry;
 mod served;
 
+mod grammar;
 mod guard;
 mod options;
 mod pace;

@@ -9,13 +9,14 @@ use candle_core::{DType, Device, Tensor};
 use tokio::sync::{mpsc, oneshot};
 use updraft_model::{Adapter, Batch, BlockTables, Decoder, KvPages};
 
+use super::grammar::Grammar;
 use super::guard::{Failure, guard};
 use super::options::EngineOptions;
 use super::pace::Pace;
 use super::registry::Generation;
 use super::status::Status;
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, Usage};
-use crate::error::{Error, Result};
+use crate::error::{BoxError, Error, Result, one_line};
 use crate::prefix::PrefixRoot;
 use crate::sampler::{self, Past};
 use crate::scheduler::{Scheduler, SequenceId, Slice, Step};
@@ -29,6 +30,8 @@ pub(super) struct Job {
     pub(super) request: GenerateRequest,
     /// Which adapter, if not the base.
     pub(super) adapter: Option<Generation>,
+    /// What the answer must follow.
+    pub(super) grammar: Option<Grammar>,
     pub(super) events: mpsc::UnboundedSender<Result<TokenEvent>>,
     /// Whether it got a place in the queue.
     pub(super) admitted: oneshot::Sender<Result<()>>,
@@ -55,6 +58,7 @@ pub(super) struct Worker {
 struct Sequence {
     request: GenerateRequest,
     adapter: Option<Generation>,
+    grammar: Option<Grammar>,
     /// Prompt and completion.
     tokens: Vec<u32>,
     cached_tokens: u32,
@@ -159,6 +163,7 @@ impl Worker {
                 prompt_logprobs: Vec::new(),
                 request: job.request,
                 adapter: job.adapter,
+                grammar: job.grammar,
                 events: job.events,
             };
             self.sequences.insert(id, sequence);
@@ -373,9 +378,14 @@ impl Worker {
             return;
         };
         sequence.tell_prompt();
-        let Some(token) = sampler::sample(logits, &sequence.request.sampling, sequence.past())
+        let allowed = match sequence.allowed(logits) {
+            Ok(allowed) => allowed,
+            Err(error) => return self.fail(id, &one_line(error.as_ref())),
+        };
+        let choice = allowed.as_deref().unwrap_or(logits);
+        let Some(token) = sampler::sample(choice, &sequence.request.sampling, sequence.past())
         else {
-            return self.fail(id, "the model gave no finite logit");
+            return self.fail(id, "the model gave no finite logit that is allowed");
         };
         let is_stop = sequence.request.stop_token_ids.contains(&token);
         let top = sequence.request.logprobs;
@@ -388,6 +398,11 @@ impl Worker {
             id: token,
             logprobs,
         }));
+        match sequence.is_over(token) {
+            Ok(false) => {}
+            Ok(true) => return self.finish(id, FinishReason::Stop),
+            Err(error) => return self.fail(id, &one_line(error.as_ref())),
+        }
         if sequence.generated().len() == sequence.request.max_tokens as usize {
             return self.finish(id, FinishReason::Length);
         }
@@ -470,6 +485,24 @@ impl Sequence {
         }
     }
 
+    /// The logits with what the grammar forbids at minus infinity; `None` if all is allowed.
+    fn allowed(&mut self, logits: &[f32]) -> Result<Option<Vec<f32>>, BoxError> {
+        let stops = &self.request.stop_token_ids;
+        let grammar = self.grammar.as_mut();
+        grammar
+            .map(|grammar| grammar.mask(logits, stops))
+            .transpose()
+    }
+
+    /// Whether the grammar allows nothing after this token.
+    fn is_over(&mut self, token: u32) -> Result<bool, BoxError> {
+        let Some(grammar) = &mut self.grammar else {
+            return Ok(false);
+        };
+        grammar.accept(token)?;
+        Ok(grammar.is_over())
+    }
+
     /// The positions in a slice whose logits are wanted, and what for.
     fn rows(&self, slice: &Slice) -> impl Iterator<Item = (u32, Row)> {
         let id = slice.id;
@@ -539,6 +572,7 @@ mod tests {
         let job = Job {
             request,
             adapter,
+            grammar: None,
             events,
             admitted,
         };
