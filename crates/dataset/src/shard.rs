@@ -59,27 +59,6 @@ impl ShardPlan {
     }
 }
 
-/// Cuts rows of these sizes into consecutive runs that each reach `target` (but the last).
-pub(crate) fn runs(
-    sizes: impl Iterator<Item = u64>,
-    target: u64,
-    max_rows: usize,
-) -> Vec<std::ops::Range<usize>> {
-    let (mut runs, mut start, mut size, mut end) = (Vec::new(), 0, 0, 0);
-    for row in sizes {
-        size += row;
-        end += 1;
-        if size >= target || end - start == max_rows {
-            runs.push(start..end);
-            (start, size) = (end, 0);
-        }
-    }
-    if start < end {
-        runs.push(start..end);
-    }
-    runs
-}
-
 /// Writes one row group per batch.
 pub(crate) fn encode(
     schema: SchemaRef,

@@ -8,6 +8,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Map, Value};
 use updraft_store::{Progress, Reject};
 
+use super::groups::{Groups, size};
 use super::{Import, Place};
 use crate::record::Cells;
 use crate::source::{Batch, MAX_ROW_BYTES, Row};
@@ -17,7 +18,7 @@ use crate::{Error, Format, Result};
 /// A shard gathered but not yet written. The last one may have rejects only.
 pub(super) struct Shard {
     pub(super) index: u32,
-    pub(super) rows: Vec<Cells>,
+    pub(super) rows: Groups,
     pub(super) tally: Tally,
     pub(super) after: Place,
 }
@@ -89,18 +90,19 @@ impl<'a> Gather<'a> {
     }
 
     async fn next_shard(&mut self) -> Result<Option<Shard>> {
-        let (mut rows, mut bytes, mut tally) = (Vec::new(), 0, Tally::default());
+        let (mut rows, mut tally) = (Groups::default(), Tally::default());
         while !self.ended {
             let Some(converted) = self.next_row().await? else {
                 self.ended = true;
                 break;
             };
-            bytes += self.take(converted, &mut rows, &mut tally);
-            if self.import.options.shards.is_full(rows.len() as u64, bytes) {
+            self.take(converted, &mut rows, &mut tally);
+            let plan = self.import.options.shards;
+            if plan.is_full(rows.num_rows(), rows.num_bytes()) {
                 break;
             }
         }
-        if rows.is_empty() && tally.counts.is_empty() {
+        if rows.num_rows() == 0 && tally.counts.is_empty() {
             return Ok(None);
         }
         let index = self.index;
@@ -143,8 +145,8 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Puts a row into the shard, or among its rejects; returns its bytes.
-    fn take(&mut self, converted: Converted, rows: &mut Vec<Cells>, tally: &mut Tally) -> u64 {
+    /// Puts a row into the shard, or among its rejects.
+    fn take(&mut self, converted: Converted, rows: &mut Groups, tally: &mut Tally) {
         let Converted { row, cells } = converted;
         let number = self.at.rows;
         tally.add("source_rows", 1);
@@ -153,9 +155,7 @@ impl<'a> Gather<'a> {
         match (cells, row.value) {
             (Some(cells), _) => {
                 tally.add("rows", 1);
-                let bytes = size(&cells);
-                rows.push(cells);
-                bytes
+                rows.push(&cells);
             }
             (None, value) => {
                 let reject = Reject {
@@ -168,7 +168,6 @@ impl<'a> Gather<'a> {
                     self.first_rejects.push(reject.clone());
                 }
                 tally.reject(reject);
-                0
             }
         }
     }
@@ -209,8 +208,4 @@ fn cells(
     } else {
         Ok(cells)
     }
-}
-
-pub(super) fn size(cells: &Cells) -> u64 {
-    cells.iter().flatten().map(|cell| cell.len() as u64).sum()
 }

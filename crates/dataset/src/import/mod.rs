@@ -1,11 +1,11 @@
 //! The import stage: any source's rows, standardized, into committed Parquet shards.
 
 mod gather;
+mod groups;
 mod raw;
 
 use std::sync::Arc;
 
-use arrow_array::{ArrayRef, RecordBatch, StringArray};
 use futures::stream::BoxStream;
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
@@ -15,12 +15,12 @@ use updraft_store::{
     open_stage,
 };
 
-use crate::record::{COLUMNS, Cells, schema};
+use crate::record::schema;
 use crate::shard::{self, ShardPlan};
 use crate::source::{Cursor, Row};
 use crate::tally::{RejectLimit, Tally};
 use crate::{Error, Format, Formats, Result, Source};
-use gather::{Gather, Shard, size};
+use gather::{Gather, Shard};
 
 pub use raw::copy_raw;
 
@@ -28,8 +28,6 @@ pub use raw::copy_raw;
 const STAGE_VERSION: u32 = 1;
 /// Rows looked at to find the format.
 const DETECT_ROWS: usize = 100;
-/// Uncompressed bytes of a row group.
-const ROW_GROUP_BYTES: u64 = 16 << 20;
 /// Shards encoded and uploaded at a time while the next one is gathered.
 const SHARDS_IN_FLIGHT: usize = 2;
 
@@ -314,11 +312,11 @@ impl Import<'_> {
             mut tally,
             after,
         } = shard;
-        if rows.is_empty() {
+        let num_rows = rows.num_rows();
+        if num_rows == 0 {
             return Ok(tally);
         }
-        let num_rows = rows.len() as u64;
-        let bytes = tokio::task::spawn_blocking(move || encode(&rows))
+        let bytes = tokio::task::spawn_blocking(move || shard::encode(schema(), rows.finish()))
             .await
             .map_err(Error::internal)??;
         let object = self
@@ -357,21 +355,4 @@ impl Import<'_> {
         draft.attributes.insert("format".to_owned(), format.into());
         Ok(self.writer.clone().commit(draft).await?)
     }
-}
-
-fn encode(rows: &[Cells]) -> Result<Vec<u8>> {
-    let groups = shard::runs(rows.iter().map(size), ROW_GROUP_BYTES, usize::MAX);
-    let batch = |group: std::ops::Range<usize>| {
-        let column = |i: usize| -> ArrayRef {
-            Arc::new(
-                rows[group.clone()]
-                    .iter()
-                    .map(|cells| cells[i].as_deref())
-                    .collect::<StringArray>(),
-            )
-        };
-        RecordBatch::try_new(schema(), (0..COLUMNS.len()).map(column).collect())
-            .expect("every column has the schema's type and length")
-    };
-    shard::encode(schema(), groups.into_iter().map(batch))
 }
