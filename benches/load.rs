@@ -115,6 +115,8 @@ struct Load<'a> {
 
 impl Load<'_> {
     async fn run(&self) -> Result<Times> {
+        // reqwest asks for a TLS provider even to speak plain HTTP; somebody may have installed one.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::new();
         let begun = Instant::now();
         let clients = (0..self.clients).map(|client| {

@@ -63,6 +63,7 @@ impl AppendFile {
     }
 
     /// Bytes in the file.
+    #[cfg(any(test, feature = "mlflow", feature = "wandb"))]
     pub(super) fn len(&self) -> u64 {
         self.len
     }

@@ -94,6 +94,7 @@ impl LogFile {
     }
 
     /// Bytes of whole lines.
+    #[cfg(any(feature = "mlflow", feature = "wandb"))]
     pub(super) fn len(&self) -> u64 {
         self.file.len()
     }

@@ -39,6 +39,7 @@ fn in_brackets(code: &str) -> String {
 /// How a client says who asks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Credentials {
+    #[cfg(feature = "mlflow")]
     None,
     #[cfg(feature = "mlflow")]
     Bearer(Secret),
@@ -126,6 +127,7 @@ impl Server {
 
     async fn send(&self, request: RequestBuilder) -> Result<Value, Failure> {
         let request = match &self.credentials {
+            #[cfg(feature = "mlflow")]
             Credentials::None => request,
             #[cfg(feature = "mlflow")]
             Credentials::Bearer(token) => request.bearer_auth(token.expose()),
