@@ -42,6 +42,8 @@ const CONFIG: &[u8] = br#"{
 
 #[tokio::main]
 async fn main() -> Result<()> {
+    // reqwest asks for a TLS provider even to speak plain HTTP; somebody may have installed one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let is_test = args.iter().any(|arg| arg == "--test");
     let url = match args.iter().find(|arg| arg.starts_with("http")) {
@@ -115,8 +117,6 @@ struct Load<'a> {
 
 impl Load<'_> {
     async fn run(&self) -> Result<Times> {
-        // reqwest asks for a TLS provider even to speak plain HTTP; somebody may have installed one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::new();
         let begun = Instant::now();
         let clients = (0..self.clients).map(|client| {
