@@ -292,14 +292,14 @@ impl<'a, F: Float> HeadRows<'a, F> {
                 self.at(position + 2),
                 self.at(position + 3),
             ];
-            let sums = dots(simd, q, keys, None);
+            let sums = dots(simd, q, keys);
             for m in 0..M {
                 scores[m * len + position..][..4].copy_from_slice(&sums[m]);
             }
             position += 4;
         }
         while position < len {
-            let sums = dots(simd, q, [self.at(position)], None);
+            let sums = dots(simd, q, [self.at(position)]);
             for m in 0..M {
                 scores[m * len + position] = sums[m][0];
             }

@@ -26,9 +26,6 @@ pub trait Simd: Copy {
     type F32: Lanes<f32, Self>;
     /// [`LANES`] numbers, exactly.
     fn widen(self, values: &[bf16; LANES]) -> Self::F32;
-    /// Starts to fetch what will be read soon.
-    #[inline(always)]
-    fn prefetch<T>(self, _soon: &T) {}
 }
 
 /// [`LANES`] numbers in vector registers.
@@ -121,44 +118,45 @@ pub(crate) fn sum_lanes<F: Float>(mut lanes: [F; LANES]) -> F {
 /// `Σ a_i · b_i` in [`LANES`] sums.
 #[inline(always)]
 pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
-    let [[sum]] = dots(simd, [a], [b], None);
+    let [[sum]] = dots(simd, [a], [b]);
     sum
 }
 
 /// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All slices have one
-/// length. Fetches `soon` along the way.
+/// length.
 #[inline(always)]
 pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usize>(
     simd: S,
     a: [&[F]; M],
     b: [&[W]; N],
-    soon: Option<[&[W]; N]>,
 ) -> [[F; N]; M] {
     const { assert!(N <= 4) };
     let len = a[0].len();
-    let (a, b) = (
-        a.map(|a| a[..len].as_chunks::<LANES>()),
-        b.map(|b| b[..len].as_chunks::<LANES>()),
-    );
-    let mut lanes = [[F::Lanes::splat(simd, F::ZERO); N]; M];
-    for chunk in 0..len / LANES {
-        for soon in soon.iter().flatten() {
-            simd.prefetch(&soon[chunk * LANES]);
+    let zero = F::Lanes::splat(simd, F::ZERO);
+    let mut lanes = [[zero; N]; M];
+    // Loops, not closures: a closure's body is compiled without the instruction set, and so cannot be inlined here.
+    let mut b_lanes = [zero; N];
+    let (a_chunks, b_chunks) = (chunks(len, a), chunks(len, b));
+    for c in 0..len / LANES {
+        for n in 0..N {
+            b_lanes[n] = W::lanes(simd, &b_chunks[n][c]);
         }
-        let b = b.map(|(chunks, _)| W::lanes(simd, &chunks[chunk]));
         for m in 0..M {
-            let a = F::Lanes::load(simd, &a[m].0[chunk]);
+            let a = F::Lanes::load(simd, &a_chunks[m][c]);
             for n in 0..N {
-                lanes[m][n] = a.mul_add(b[n], lanes[m][n]);
+                lanes[m][n] = a.mul_add(b_lanes[n], lanes[m][n]);
             }
         }
     }
-    if !len.is_multiple_of(LANES) {
-        let b = b.map(|(_, rest)| load_part::<F, W, S>(simd, rest));
+    let rest = len / LANES * LANES;
+    if rest < len {
+        for n in 0..N {
+            b_lanes[n] = load_part::<F, W, S>(simd, &b[n][rest..len]);
+        }
         for m in 0..M {
-            let a = load_part::<F, F, S>(simd, a[m].1);
+            let a = load_part::<F, F, S>(simd, &a[m][rest..len]);
             for n in 0..N {
-                lanes[m][n] = a.mul_add(b[n], lanes[m][n]);
+                lanes[m][n] = a.mul_add(b_lanes[n], lanes[m][n]);
             }
         }
     }
@@ -167,10 +165,22 @@ pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usi
         if let Some(&four) = lanes[m].first_chunk::<4>() {
             sums[m][..4].copy_from_slice(&F::Lanes::sum_four(four));
         } else {
-            sums[m] = lanes[m].map(|lanes| sum_lanes(lanes.to_array()));
+            for n in 0..N {
+                sums[m][n] = sum_lanes(lanes[m][n].to_array());
+            }
         }
     }
     sums
+}
+
+/// The whole chunks of the first `len` numbers of each row.
+#[inline(always)]
+fn chunks<T, const N: usize>(len: usize, rows: [&[T]; N]) -> [&[[T; LANES]]; N] {
+    let mut chunks = [[].as_slice(); N];
+    for n in 0..N {
+        chunks[n] = &rows[n].as_chunks().0[..len / LANES];
+    }
+    chunks
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -188,7 +198,7 @@ mod tests {
 
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Self::Output {
-            dots(simd, self.0, self.1, None)
+            dots(simd, self.0, self.1)
         }
     }
 

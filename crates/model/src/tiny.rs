@@ -42,8 +42,8 @@ pub fn config(architecture: Architecture) -> ModelConfig {
 /// # Panics
 /// If the configuration is not valid.
 pub fn safetensors(config: &ModelConfig, seed: u64) -> Vec<u8> {
-    serialize(config, seed, Dtype::F32, |number| {
-        number.to_le_bytes().to_vec()
+    serialize(config, seed, Dtype::F32, |number, bytes| {
+        bytes.extend(number.to_le_bytes());
     })
 }
 
@@ -51,7 +51,7 @@ fn serialize(
     config: &ModelConfig,
     seed: u64,
     dtype: Dtype,
-    encode: impl Fn(f32) -> Vec<u8>,
+    encode: impl Fn(f32, &mut Vec<u8>),
 ) -> Vec<u8> {
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
         .tensors()
@@ -64,9 +64,11 @@ fn serialize(
                 _ if name.ends_with("norm.weight") => (1.0, 0.3),
                 _ => (0.0, 0.3),
             };
-            let bytes = (0..shape.iter().product())
-                .flat_map(|_| encode(random.uniform(middle - spread, middle + spread) as f32))
-                .collect();
+            let mut bytes = Vec::new();
+            for _ in 0..shape.iter().product() {
+                let number = random.uniform(middle - spread, middle + spread);
+                encode(number as f32, &mut bytes);
+            }
             (name, shape, bytes)
         })
         .collect();
@@ -93,8 +95,8 @@ pub fn weights(config: &ModelConfig, seed: u64) -> Weights {
 /// # Panics
 /// If the configuration is not valid.
 pub fn weights_bf16(config: &ModelConfig, seed: u64) -> Weights {
-    open(serialize(config, seed, Dtype::BF16, |number| {
-        bf16::from_f32(number).to_le_bytes().to_vec()
+    open(serialize(config, seed, Dtype::BF16, |number, bytes| {
+        bytes.extend(bf16::from_f32(number).to_le_bytes());
     }))
 }
 

@@ -2,10 +2,10 @@
 
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::{
-    __m256, __m512, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm256_castsi256_ps,
-    _mm256_cvtepu16_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps,
-    _mm256_slli_epi32, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_permute_ps, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
+    __m256, __m512, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps, _mm256_slli_epi32, _mm512_add_ps,
+    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_permute_ps, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
 };
 
 use half::bf16;
@@ -78,11 +78,6 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         })
     }
-
-    #[inline(always)]
-    fn prefetch<T>(self, soon: &T) {
-        prefetch(soon);
-    }
 }
 
 impl Simd for Avx2 {
@@ -97,20 +92,6 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
         };
         Lanes256([eight(0), eight(8)])
-    }
-
-    #[inline(always)]
-    fn prefetch<T>(self, soon: &T) {
-        prefetch(soon);
-    }
-}
-
-#[inline(always)]
-fn prefetch<T>(soon: &T) {
-    // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
-    #[expect(unsafe_code, reason = "an SSE instruction")]
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(soon).cast());
     }
 }
 
