@@ -1,25 +1,26 @@
 //! Rows of the embedding table, and their gradient.
 
-use crate::{Float, Mat, MatMut, Threads, Weight};
+use crate::{Float, Mat, MatMut, Stored, Threads};
 
 /// `out_t = table[ids_t]`.
 ///
 /// # Shapes
-/// `table: [V, C]`, `ids: [T]` → `out: [T, C]`
+/// `table: [V, C]` (`[V, C / 32]` blocks in q8_0), `ids: [T]` → `out: [T, C]`
 ///
 /// # Panics
 /// If the shapes do not agree or an id is not in the table.
-pub fn forward<F: Float, W: Weight<F>>(
+pub fn forward<F: Float, W: Stored<F>>(
     threads: &Threads,
     table: Mat<'_, W>,
     ids: &[u32],
     out: &mut [F],
 ) {
-    let out = MatMut::new(out, ids.len(), table.num_cols());
+    let out = MatMut::new(out, ids.len(), table.num_cols() * W::NUMBERS);
     threads.split((ids, out), 256, |(ids, mut out)| {
         for (row, &id) in ids.iter().enumerate() {
-            for (out, value) in out.row_mut(row).iter_mut().zip(table.row(id as usize)) {
-                *out = value.widen();
+            let out = out.row_mut(row).chunks_exact_mut(W::NUMBERS);
+            for (out, stored) in out.zip(table.row(id as usize)) {
+                stored.widen_into(out);
             }
         }
     });

@@ -4,7 +4,7 @@
 //! slices or [`Mat`] views plus plain dimensions and writes outputs that the caller owns; nothing here knows tensors,
 //! files or models. All operations are generic over `f32` and `f64` ([`Float`]), so that the same code that runs a model
 //! in `f32` is checked in `f64` against finite differences. What serving reads, weights and the embedding table, may
-//! also be kept in `bf16` ([`Weight`]).
+//! also be kept in `bf16` ([`Weight`]) or quantized ([`q8_0`]).
 //!
 //! What it is not: a tensor library, an autograd, or a place for model code. Shapes are the caller's promise, so a wrong
 //! one panics.
@@ -55,6 +55,7 @@ pub mod linear;
 pub mod linear_cross_entropy;
 pub mod noise;
 pub mod paged_attention;
+pub mod q8_0;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -62,4 +63,4 @@ pub mod swiglu;
 pub use float::Float;
 pub use mat::{Mat, MatMut};
 pub use threads::{Parts, Threads};
-pub use weight::Weight;
+pub use weight::{Stored, Weight};

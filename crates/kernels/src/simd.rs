@@ -7,8 +7,8 @@
 
 use half::bf16;
 
-use crate::weight::load_part;
-use crate::{Float, Weight};
+use crate::weight::{Stored, Weight};
+use crate::{Float, q8_0};
 
 /// Independent sums of a reduction: element `i` goes to sum `i % LANES`.
 pub(crate) const LANES: usize = 16;
@@ -26,6 +26,8 @@ pub trait Simd: Copy {
     type F32: Lanes<f32, Self>;
     /// [`LANES`] numbers, exactly.
     fn widen(self, values: &[bf16; LANES]) -> Self::F32;
+    /// [`LANES`] numbers of a [`q8_0::Block`].
+    fn scale(self, scale: f32, numbers: &[u8; LANES]) -> Self::F32;
 }
 
 /// [`LANES`] numbers in vector registers.
@@ -81,6 +83,10 @@ impl Simd for Plain {
     fn widen(self, values: &[bf16; LANES]) -> [f32; LANES] {
         values.map(Weight::widen)
     }
+    #[inline(always)]
+    fn scale(self, scale: f32, numbers: &[u8; LANES]) -> [f32; LANES] {
+        q8_0::scaled(scale, numbers)
+    }
 }
 
 impl<F: Float, S> Lanes<F, S> for [F; LANES] {
@@ -122,10 +128,20 @@ pub(crate) fn dot<F: Float, S: Simd>(simd: S, a: &[F], b: &[F]) -> F {
     sum
 }
 
-/// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All slices have one
-/// length.
+/// Up to [`LANES`] numbers, widened and filled up with zeros.
 #[inline(always)]
-pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usize>(
+pub(crate) fn load_part<F: Float, W: Weight<F>, S: Simd>(simd: S, values: &[W]) -> F::Lanes<S> {
+    let mut padded = [F::ZERO; LANES];
+    for (padded, value) in padded.iter_mut().zip(values) {
+        *padded = value.widen();
+    }
+    F::Lanes::load(simd, &padded)
+}
+
+/// [`dot`] of each `a` with each of up to four `b`, the same bits as one by one, at fewer loads. All rows hold as many
+/// numbers.
+#[inline(always)]
+pub(crate) fn dots<F: Float, W: Stored<F>, S: Simd, const M: usize, const N: usize>(
     simd: S,
     a: [&[F]; M],
     b: [&[W]; N],
@@ -136,25 +152,27 @@ pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usi
     let mut lanes = [[zero; N]; M];
     // Loops, not closures: a closure's body is compiled without the instruction set, and so cannot be inlined here.
     let mut b_lanes = [zero; N];
-    let (a_chunks, b_chunks) = (chunks(len, a), chunks(len, b));
-    for c in 0..len / LANES {
-        for n in 0..N {
-            b_lanes[n] = W::lanes(simd, &b_chunks[n][c]);
-        }
-        for m in 0..M {
-            let a = F::Lanes::load(simd, &a_chunks[m][c]);
+    let vectors = len / LANES;
+    let (a_chunks, b_chunks) = (chunks(vectors, a), chunks(vectors / W::PARTS, b));
+    for c in 0..vectors / W::PARTS {
+        for part in 0..W::PARTS {
             for n in 0..N {
-                lanes[m][n] = a.mul_add(b_lanes[n], lanes[m][n]);
+                b_lanes[n] = W::lanes(simd, &b_chunks[n][c], part);
+            }
+            for m in 0..M {
+                let a = F::Lanes::load(simd, &a_chunks[m][c * W::PARTS + part]);
+                for n in 0..N {
+                    lanes[m][n] = a.mul_add(b_lanes[n], lanes[m][n]);
+                }
             }
         }
     }
-    let rest = len / LANES * LANES;
-    if rest < len {
+    if vectors * LANES < len {
         for n in 0..N {
-            b_lanes[n] = load_part::<F, W, S>(simd, &b[n][rest..len]);
+            b_lanes[n] = W::rest(simd, b[n]);
         }
         for m in 0..M {
-            let a = load_part::<F, F, S>(simd, &a[m][rest..len]);
+            let a = load_part::<F, F, S>(simd, &a[m][vectors * LANES..len]);
             for n in 0..N {
                 lanes[m][n] = a.mul_add(b_lanes[n], lanes[m][n]);
             }
@@ -173,12 +191,12 @@ pub(crate) fn dots<F: Float, W: Weight<F>, S: Simd, const M: usize, const N: usi
     sums
 }
 
-/// The whole chunks of the first `len` numbers of each row.
+/// The first chunks of each row, so many that the compiler knows them to be there.
 #[inline(always)]
-fn chunks<T, const N: usize>(len: usize, rows: [&[T]; N]) -> [&[[T; LANES]]; N] {
+fn chunks<F, W: Stored<F>, const N: usize>(count: usize, rows: [&[W]; N]) -> [&[W::Chunk]; N] {
     let mut chunks = [[].as_slice(); N];
     for n in 0..N {
-        chunks[n] = &rows[n].as_chunks().0[..len / LANES];
+        chunks[n] = &W::chunks(rows[n])[..count];
     }
     chunks
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::simd::{Op, Simd, dispatch, dots};
-use crate::{Float, Mat, MatMut, Parts, Threads, Weight};
+use crate::{Float, Mat, MatMut, Parts, Stored, Threads};
 
 /// Multiply-adds that a thread takes at least: about 10 µs of work.
 const MIN_WORK: usize = 1 << 18;
@@ -16,14 +16,14 @@ const BLOCK: usize = 1 << 17;
 ///
 /// So a prompt processed in chunks gives the bits of a prompt processed whole, and a sequence decoded in a batch those
 /// of one decoded alone. For few rows, where reading the weight is what takes time, it is also the faster product, and
-/// twice as fast with a weight kept in `bf16`, at the same bits.
+/// the faster the smaller the form that the weight is kept in, at the bits of the widened weight.
 ///
 /// # Shapes
-/// `x: [T, K]`, `w: [N, K]` → `y: [T, N]`
+/// `x: [T, K]`, `w: [N, K]` (`[N, K / 32]` blocks in q8_0) → `y: [T, N]`
 ///
 /// # Panics
 /// If the shapes do not agree.
-pub fn forward_invariant<F: Float, W: Weight<F>>(
+pub fn forward_invariant<F: Float, W: Stored<F>>(
     threads: &Threads,
     alpha: F,
     x: Mat<'_, F>,
@@ -38,7 +38,7 @@ pub fn forward_invariant<F: Float, W: Weight<F>>(
     );
     assert_eq!(
         x.num_cols(),
-        w.num_cols(),
+        w.num_cols() * W::NUMBERS,
         "the inner dimension of the product"
     );
     let min_cols = MIN_WORK.div_ceil((x.num_rows() * x.num_cols()).max(1));
@@ -59,7 +59,7 @@ struct Columns<'a, F, W> {
     y: MatMut<'a, F>,
 }
 
-impl<F: Float, W: Weight<F>> Parts for Columns<'_, F, W> {
+impl<F: Float, W: Stored<F>> Parts for Columns<'_, F, W> {
     fn num_rows(&self) -> usize {
         self.w.num_rows()
     }
@@ -87,7 +87,7 @@ struct Product<'a, F, W> {
     y: MatMut<'a, F>,
 }
 
-impl<F: Float, W: Weight<F>> Op for Product<'_, F, W> {
+impl<F: Float, W: Stored<F>> Op for Product<'_, F, W> {
     type Output = ();
 
     #[inline(always)]
@@ -103,7 +103,7 @@ impl<F: Float, W: Weight<F>> Op for Product<'_, F, W> {
     }
 }
 
-impl<F: Float, W: Weight<F>> Product<'_, F, W> {
+impl<F: Float, W: Stored<F>> Product<'_, F, W> {
     /// All columns of some rows, in tiles that fit the vector registers.
     ///
     /// The columns of a tile lie a quarter of the weight apart: four streams that memory's prefetchers follow, where

@@ -2,10 +2,12 @@
 
 use std::arch::is_x86_feature_detected as has;
 use std::arch::x86_64::{
-    __m256, __m512, _mm_loadu_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_ps, _mm256_slli_epi32, _mm512_add_ps,
-    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_permute_ps, _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
+    __m256, __m512, _mm_loadu_si128, _mm_srli_si128, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_mul_ps, _mm256_set1_ps, _mm256_slli_epi32, _mm512_add_ps,
+    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_set1_ps,
+    _mm512_shuffle_f32x4, _mm512_slli_epi32,
 };
 
 use half::bf16;
@@ -78,6 +80,17 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         })
     }
+
+    #[inline(always)]
+    fn scale(self, scale: f32, numbers: &[u8; LANES]) -> Lanes512 {
+        // SAFETY: `self` proves AVX-512, and the pointer holds 16 numbers of 8 bits.
+        #[expect(unsafe_code, reason = "AVX-512 instructions")]
+        Lanes512(unsafe {
+            let scale = _mm512_set1_ps(scale);
+            let numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128(numbers.as_ptr().cast()));
+            _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), scale)
+        })
+    }
 }
 
 impl Simd for Avx2 {
@@ -92,6 +105,24 @@ impl Simd for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)))
         };
         Lanes256([eight(0), eight(8)])
+    }
+
+    #[inline(always)]
+    fn scale(self, scale: f32, numbers: &[u8; LANES]) -> Lanes256 {
+        // SAFETY: `self` proves AVX2, and the pointer holds 16 numbers of 8 bits.
+        #[expect(unsafe_code, reason = "AVX2 instructions")]
+        Lanes256(unsafe {
+            let scale = _mm256_set1_ps(scale);
+            let all = _mm_loadu_si128(numbers.as_ptr().cast());
+            let (low, high) = (
+                _mm256_cvtepi8_epi32(all),
+                _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all)),
+            );
+            [
+                _mm256_mul_ps(_mm256_cvtepi32_ps(low), scale),
+                _mm256_mul_ps(_mm256_cvtepi32_ps(high), scale),
+            ]
+        })
     }
 }
 
