@@ -35,13 +35,22 @@ pub fn forward<F: Float, W: Weight<F>>(
     chunks(threads, hidden, head, labels, scratch, |_, _| {})
 }
 
-/// As [`forward`], and the gradient of `sum / denom`: `dhidden = (softmax(logits) − onehot(label))·head / denom`.
+/// Where gradients go.
+#[derive(Debug)]
+pub struct Grads<'a, F> {
+    /// Becomes the gradient of the hidden states, `[N, C]`.
+    pub dhidden: MatMut<'a, F>,
+    /// Is added the gradient of the head, `[V, C]`, where the head is trained.
+    pub dhead: Option<MatMut<'a, F>>,
+}
+
+/// As [`forward`], and the gradient of `sum / denom`: with `g = (softmax(logits) − onehot(label)) / denom`,
+/// `dhidden = g·head` and `dhead += gᵀ·hidden`.
 ///
-/// `denom` is the number of labels of the whole optimizer step, over all micro-batches. The head is frozen: it gets no
-/// gradient.
+/// `denom` is the number of labels of the whole optimizer step, over all micro-batches.
 ///
 /// # Shapes
-/// `hidden: [N, C]`, `head: [V, C]`, `labels: [N]` → `dhidden: [N, C]`
+/// `hidden: [N, C]`, `head: [V, C]`, `labels: [N]` → as in [`Grads`]
 ///
 /// # Panics
 /// If the shapes do not agree or a label is not in the vocabulary.
@@ -51,12 +60,20 @@ pub fn forward_backward<F: Float, W: Weight<F>>(
     head: Mat<'_, W>,
     labels: &[u32],
     denom: f64,
-    mut dhidden: MatMut<'_, F>,
+    grads: Grads<'_, F>,
     scratch: &mut Vec<F>,
 ) -> f64 {
     let alpha = F::from_f64(1.0 / denom);
+    let Grads {
+        mut dhidden,
+        mut dhead,
+    } = grads;
     chunks(threads, hidden, head, labels, scratch, |rows, dlogits| {
         let cols = dhidden.num_cols();
+        if let Some(dhead) = &mut dhead {
+            let hidden = hidden.rows(rows.clone());
+            linear::backward_weight(threads, alpha, dlogits, hidden, F::ONE, dhead.reborrow());
+        }
         let dhidden = dhidden.reborrow().block(rows, 0..cols);
         linear::backward_input(threads, alpha, dlogits, head, F::ZERO, dhidden);
     })
@@ -171,11 +188,19 @@ mod tests {
             random(vocab * cols, 2),
             [3, 0, 18, 3, 7],
         );
-        let mut dhidden = vec![0.0; rows * cols];
+        let (mut dhidden, mut dhead) = (vec![0.0; rows * cols], vec![0.25; vocab * cols]);
         let (h, w) = (Mat::new(&hidden, rows, cols), Mat::new(&head, vocab, cols));
-        let dh = MatMut::new(&mut dhidden, rows, cols);
-        let sum = forward_backward(&Threads::single(), h, w, &labels, 11.0, dh, &mut Vec::new());
+        let grads = Grads {
+            dhidden: MatMut::new(&mut dhidden, rows, cols),
+            dhead: Some(MatMut::new(&mut dhead, vocab, cols)),
+        };
+        let threads = Threads::single();
+        let sum = forward_backward(&threads, h, w, &labels, 11.0, grads, &mut Vec::new());
         assert_eq!(sum, loss(&hidden, &head, &labels, cols));
+        dhead.iter_mut().for_each(|d| *d -= 0.25); // it was added to
+        check_gradient("dhead", &head, &dhead, |head| {
+            loss(&hidden, head, &labels, cols) / 11.0
+        });
         check_gradient("dhidden", &hidden, &dhidden, |hidden| {
             loss(hidden, &head, &labels, cols) / 11.0
         });
@@ -192,34 +217,41 @@ mod tests {
             .zip(&labels)
             .map(|(hidden, &label)| loss(hidden, &head, &[label], cols))
             .sum();
-        let mut expected_dhidden = vec![0.0; rows * cols];
+        let (mut expected_dhidden, mut expected_dhead) =
+            (vec![0.0; rows * cols], vec![0.0; vocab * cols]);
         for ((hidden, &label), dhidden) in hidden
             .chunks(cols)
             .zip(&labels)
             .zip(expected_dhidden.chunks_mut(cols))
         {
-            let (h, w, dh) = (
-                Mat::new(hidden, 1, cols),
-                Mat::new(&head, vocab, cols),
-                MatMut::new(dhidden, 1, cols),
-            );
-            forward_backward(&Threads::single(), h, w, &[label], 2.0, dh, &mut Vec::new());
+            let (h, w) = (Mat::new(hidden, 1, cols), Mat::new(&head, vocab, cols));
+            let grads = Grads {
+                dhidden: MatMut::new(dhidden, 1, cols),
+                dhead: Some(MatMut::new(&mut expected_dhead, vocab, cols)),
+            };
+            let threads = Threads::single();
+            forward_backward(&threads, h, w, &[label], 2.0, grads, &mut Vec::new());
         }
         let (hidden, head) = (narrow(&hidden), narrow(&head));
         let (hidden, head) = (Mat::new(&hidden, rows, cols), Mat::new(&head, vocab, cols));
         for threads in &thread_counts() {
             let (mut scratch, mut dhidden) = (Vec::new(), vec![0.0_f32; rows * cols]);
+            let mut dhead = vec![0.0_f32; vocab * cols];
             let sum = forward(threads, hidden, head, &labels, &mut scratch);
             assert!(
                 (sum / expected - 1.0).abs() < 1e-6,
                 "{sum}, expected {expected}"
             );
-            let dh = MatMut::new(&mut dhidden, rows, cols);
+            let grads = Grads {
+                dhidden: MatMut::new(&mut dhidden, rows, cols),
+                dhead: Some(MatMut::new(&mut dhead, vocab, cols)),
+            };
             assert_eq!(
-                forward_backward(threads, hidden, head, &labels, 2.0, dh, &mut scratch),
+                forward_backward(threads, hidden, head, &labels, 2.0, grads, &mut scratch),
                 sum
             );
             check_close("dhidden", &dhidden, &expected_dhidden, 1e-5);
+            check_close("dhead", &dhead, &expected_dhead, 1e-5);
         }
     }
 }

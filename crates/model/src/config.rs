@@ -7,6 +7,11 @@ use crate::error::{Error, Result};
 
 pub use rope::{RopeConfig, RopeScaling};
 
+/// The embedding's name in a checkpoint.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The head's, where it is not the embedding.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// The model families the decoder covers.
 ///
 /// SmolLM2, TinyLlama and many others are [`Llama`](Self::Llama).
@@ -181,7 +186,7 @@ impl ModelConfig {
     /// The names and shapes of the tensors a checkpoint must hold.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let table = vec![self.vocab_size, self.hidden_size];
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), table.clone())];
+        let mut tensors = vec![(EMBEDDING.to_owned(), table.clone())];
         for layer in 0..self.num_hidden_layers {
             for projection in Projection::ALL {
                 let ((d_in, d_out), path) =
@@ -207,7 +212,7 @@ impl ModelConfig {
         }
         tensors.push(("model.norm.weight".to_owned(), vec![self.hidden_size]));
         if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), table));
+            tensors.push((HEAD.to_owned(), table));
         }
         tensors
     }

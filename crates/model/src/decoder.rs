@@ -1,13 +1,14 @@
 //! The decoder: one forward pass for training, prefill and decode.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 use updraft_kernels::Threads;
 
 use crate::batch::Batch;
 use crate::bridge::RopeTable;
-use crate::config::ModelConfig;
+use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_pages::{KvPages, Places};
 use crate::layers::{AdapterRows, Block, Embedding, Loader, Pass, RmsNorm, SavedBlock, Stream};
@@ -15,7 +16,7 @@ use crate::lora::Adapter;
 use crate::ops::{Ops, Rows, check_device, new_rope_table};
 use crate::weights::Weights;
 
-/// A decoder-only language model with frozen weights, ready to run.
+/// A decoder-only language model, ready to run.
 ///
 /// It holds no state between calls: pages belong to the caller, adapters are passed in, and any
 /// number of threads may use one decoder at once.
@@ -24,12 +25,14 @@ pub struct Decoder {
     pub(crate) config: ModelConfig,
     dtype: DType,
     threads: Threads,
-    rope: RopeTable,
+    rope: Arc<RopeTable>,
     pub(crate) embedding: Embedding,
     blocks: Vec<Block>,
     pub(crate) norm: RmsNorm,
     /// `[V, C]`
     pub(crate) head: Tensor,
+    /// The adapter some of whose weights took the place of the model's.
+    saved_of: Option<TensorId>,
 }
 
 impl Decoder {
@@ -53,7 +56,7 @@ impl Decoder {
         check_device(device)?;
         let keeps_bf16 = dtype == DType::BF16;
         let dtype = if keeps_bf16 { DType::F32 } else { dtype };
-        let rope = new_rope_table(config, dtype)?;
+        let rope = Arc::new(new_rope_table(config, dtype)?);
         let loader = Loader {
             config,
             weights,
@@ -65,7 +68,7 @@ impl Decoder {
         let head = if config.tie_word_embeddings {
             embedding.weight.clone()
         } else {
-            loader.matrix("lm_head.weight", [config.vocab_size, config.hidden_size])?
+            loader.matrix(HEAD, [config.vocab_size, config.hidden_size])?
         };
         Ok(Self {
             config: config.clone(),
@@ -76,6 +79,34 @@ impl Decoder {
             blocks: load_blocks(loader, threads)?,
             norm: RmsNorm::load(loader, "model.norm.weight", config.hidden_size)?,
             head,
+            saved_of: None,
+        })
+    }
+
+    /// The decoder that an adapter with [`modules_to_save`](crate::LoraConfig::modules_to_save) is
+    /// part of: the adapter's weights in place of this one's, everything else shared. They are
+    /// seen through, not copied, so it follows the adapter's training. Without such modules it is
+    /// this decoder once more.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] if the adapter is for another model.
+    pub fn with_saved_modules(&self, adapter: &Adapter) -> Result<Self> {
+        self.check_fit(adapter)?;
+        let saved = adapter.saved();
+        Ok(Self {
+            config: self.config.clone(),
+            dtype: self.dtype,
+            threads: self.threads.clone(),
+            rope: self.rope.clone(),
+            embedding: self.embedding.with_saved(saved),
+            blocks: self
+                .blocks
+                .iter()
+                .map(|block| block.with_saved(saved))
+                .collect(),
+            norm: self.norm.with_saved(saved),
+            head: saved.head().unwrap_or(&self.head).clone(),
+            saved_of: adapter.saves_modules().then(|| adapter.id()),
         })
     }
 
@@ -192,7 +223,7 @@ impl Decoder {
         Pass {
             ops,
             config: &self.config,
-            rope: &self.rope,
+            rope: &*self.rope,
             batch,
         }
     }
@@ -201,7 +232,23 @@ impl Decoder {
         &self.blocks
     }
 
+    /// Checks that an adapter can be run here.
     pub(crate) fn check_adapter(&self, adapter: &Adapter) -> Result<()> {
+        if !self.has_modules_of(adapter) {
+            return Err(Error::adapter(
+                "it holds whole modules (modules_to_save): run it on Decoder::with_saved_modules, \
+                 or merge it",
+            ));
+        }
+        self.check_fit(adapter)
+    }
+
+    /// Whether an adapter's whole modules, if it has any, stand here already.
+    pub(crate) fn has_modules_of(&self, adapter: &Adapter) -> bool {
+        !adapter.saves_modules() || self.saved_of == Some(adapter.id())
+    }
+
+    fn check_fit(&self, adapter: &Adapter) -> Result<()> {
         if adapter.dtype() != self.dtype {
             let (adapter, own) = (adapter.dtype(), self.dtype);
             return Err(Error::adapter(format!(

@@ -3,7 +3,8 @@
 //! A model folder as transformers writes it becomes a [`Decoder`]: Llama 2 and 3 (SmolLM2 too),
 //! Mistral, Qwen2 and Qwen3. The same forward pass serves training, prompts and single tokens; what
 //! goes through it is a [`Batch`]. The backward pass is written out layer by layer, next to each
-//! forward pass, and reaches adapter parameters only: base weights are frozen.
+//! forward pass, and reaches an adapter's parameters only: base weights are frozen, but for those
+//! that an adapter holds whole, be it all of them.
 //!
 //! What it is not: a training loop (`updraft-train`), a scheduler or sampler (`updraft-serve`), a
 //! tokenizer (`updraft-chat`), or a general tensor library (candle is, and its tensors are the
@@ -70,7 +71,8 @@ pub use error::{Error, Result};
 pub use import::import_model;
 pub use kv_pages::KvPages;
 pub use lora::{
-    Adapter, Combination, Gradients, LoraConfig, Parameter, TargetModules, combine, merge, peft,
+    Adapter, Combination, Gradients, LoraConfig, Parameter, Role, TargetModules, combine, merge,
+    peft,
 };
 pub use model_files::{ModelFiles, load_model_files};
 pub use training::Activations;

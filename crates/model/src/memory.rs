@@ -3,7 +3,7 @@
 use candle_core::DType;
 
 use crate::config::{ModelConfig, Projection};
-use crate::lora::LoraConfig;
+use crate::lora::{LoraConfig, SavedModules};
 use crate::training::Activations;
 
 const F32_BYTES: u64 = 4;
@@ -93,7 +93,10 @@ pub fn adapter_parameters(model: &ModelConfig, lora: &LoraConfig) -> u64 {
         let (d_in, d_out) = model.projection_dims(projection);
         (lora.rank(projection, layer) * (d_in + d_out)) as u64
     };
-    adapted(model, lora).map(pair).sum()
+    let pairs: u64 = adapted(model, lora).map(pair).sum();
+    // What cannot be saved is refused when the adapter is made.
+    let saved = SavedModules::new(lora, model).unwrap_or_default();
+    pairs + saved.num_parameters()
 }
 
 fn activations(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: Working) -> u64 {

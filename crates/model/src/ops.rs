@@ -1,22 +1,18 @@
 //! The kernels as operations on tensors: the one place that knows which device and number type run.
 
-use candle_core::{DType, Device, Tensor, WithDType};
+mod attention;
+mod cross_entropy;
+
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
-use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::rope::Table;
 use updraft_kernels::{
-    Float, Mat, MatMut, Threads, Weight, embedding, kv_scatter, linear, linear_cross_entropy,
-    noise, rms_norm, rope, swiglu,
+    Float, Mat, MatMut, Threads, Weight, embedding, linear, noise, rms_norm, rope, swiglu,
 };
 
-use crate::batch::Batch;
-use crate::bridge::{
-    Real, RopeTable, View, edit, edit_slice, read, tensor, typed, unsupported_dtype,
-};
+use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsupported_dtype};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::kv_pages::{LayerPages, Places};
 
 /// What a row's bits may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +59,14 @@ impl Ops {
             let mut out = vec![F::ZERO; num_rows * cols];
             embedding::backward(ids, read::<F>(dout)?.mat(), MatMut::new(&mut out, num_rows, cols));
             tensor(out, (num_rows, cols))
+        })
+    }
+
+    /// `dtable[ids_t] += dout_t`: `dout: [T, C]`, `ids: [T]`, `dtable: [V, C]`.
+    pub(crate) fn add_rows(&self, dout: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
+        typed!(dout, F => {
+            let dout = read::<F>(dout)?;
+            edit(dtable, |dtable: MatMut<'_, F>| embedding::backward(ids, dout.mat(), dtable))
         })
     }
 
@@ -121,6 +125,22 @@ impl Ops {
             let (inv_rms, dy) = (read::<F>(inv_rms)?, read::<F>(dy)?);
             let (x, weight, inv_rms, dy) = (x.slice(), weight.slice(), inv_rms.slice(), dy.slice());
             edit_slice(dx, |dx: &mut [F]| rms_norm::backward(&self.threads, x, weight, inv_rms, dy, dx))
+        })
+    }
+
+    /// `dweight += Σ_t dy_t ⊙ x_t · inv_rms_t`
+    pub(crate) fn rms_norm_backward_weight(
+        &self,
+        x: &Tensor,
+        inv_rms: &Tensor,
+        dy: &Tensor,
+        dweight: &Tensor,
+    ) -> Result<()> {
+        typed!(x, F => {
+            let (x, inv_rms, dy) = (read::<F>(x)?, read::<F>(inv_rms)?, read::<F>(dy)?);
+            edit_slice(dweight, |dweight: &mut [F]| {
+                rms_norm::backward_weight(x.slice(), inv_rms.slice(), dy.slice(), dweight);
+            })
         })
     }
 
@@ -266,6 +286,14 @@ impl Ops {
         })
     }
 
+    /// `dbias += Σ_t dy_t`
+    pub(crate) fn add_bias_gradient(&self, dy: &Tensor, dbias: &Tensor) -> Result<()> {
+        typed!(dy, F => {
+            let dy = read::<F>(dy)?;
+            edit_slice(dbias, |dbias: &mut [F]| linear::backward_bias(dy.mat(), dbias))
+        })
+    }
+
     /// Turns the heads in `x: [T, n·D]` by their positions, in place.
     pub(crate) fn rope(&self, table: &RopeTable, positions: &[u32], x: &Tensor) -> Result<()> {
         typed!(x, F => {
@@ -309,144 +337,6 @@ impl Ops {
             })?
         })
     }
-
-    /// `qkv: [T, (H + 2·H_kv)·D]` → output `[T, H·D]` and log-sum-exp `[T, H]`.
-    pub(crate) fn attention(
-        &self,
-        model: &ModelConfig,
-        seq_starts: &[u32],
-        qkv: &Tensor,
-    ) -> Result<(Tensor, Tensor)> {
-        typed!(qkv, F => {
-            let view = read::<F>(qkv)?;
-            let (rows, width) = (view.mat().num_rows(), model.q_dim());
-            let (mut out, mut lse) = (vec![F::ZERO; rows * width], vec![F::ZERO; rows * model.num_attention_heads]);
-            let out_mat = MatMut::new(&mut out, rows, width);
-            attention::forward(&self.threads, &heads(model), seq_starts, split(model, &view), out_mat, &mut lse);
-            Ok((tensor(out, (rows, width))?, tensor(lse, (rows, model.num_attention_heads))?))
-        })
-    }
-
-    /// The gradient of `qkv`.
-    pub(crate) fn attention_backward(
-        &self,
-        model: &ModelConfig,
-        seq_starts: &[u32],
-        qkv: &Tensor,
-        (out, lse): (&Tensor, &Tensor),
-        dout: &Tensor,
-    ) -> Result<Tensor> {
-        typed!(qkv, F => {
-            let (qkv_view, out, lse, dout) = (read::<F>(qkv)?, read::<F>(out)?, read::<F>(lse)?, read::<F>(dout)?);
-            let (rows, cols) = qkv.dims2()?;
-            let mut dqkv = vec![F::ZERO; qkv.elem_count()];
-            let (dq, rest) = MatMut::new(&mut dqkv, rows, cols).split_cols(model.q_dim());
-            let (dk, dv) = rest.split_cols(model.kv_dim());
-            let saved = attention::Saved { out: out.mat(), lse: lse.slice() };
-            let (inputs, grads) = (split(model, &qkv_view), QkvGrads { dq, dk, dv });
-            attention::backward(&self.threads, &heads(model), seq_starts, inputs, saved, dout.mat(), grads);
-            tensor(dqkv, (rows, cols))
-        })
-    }
-
-    /// Writes the new keys and values to their pages, then attends over the pages.
-    pub(crate) fn paged_attention(
-        &self,
-        model: &ModelConfig,
-        batch: &Batch,
-        places: &Places<'_>,
-        pages: &mut LayerPages,
-        qkv: &Tensor,
-    ) -> Result<Tensor> {
-        typed!(qkv, F => {
-            let view = read::<F>(qkv)?;
-            let Qkv { q, k, v } = split(model, &view);
-            edit_slice(&pages.keys, |keys: &mut [F]| kv_scatter::forward(k, &places.slots, keys))?;
-            edit_slice(&pages.values, |values: &mut [F]| kv_scatter::forward(v, &places.slots, values))?;
-            let (keys, values) = (read::<F>(&pages.keys)?, read::<F>(&pages.values)?);
-            let memory =
-                Pages { keys: keys.slice(), values: values.slice(), block_size: places.tables.block_size };
-            let sequences = Sequences {
-                seq_starts: &batch.seq_starts,
-                context_lens: &places.context_lens,
-                block_tables: &places.tables.tables,
-            };
-            let (rows, width) = (q.num_rows(), model.q_dim());
-            let mut out = vec![F::ZERO; rows * width];
-            let out_mat = MatMut::new(&mut out, rows, width);
-            paged_attention::forward(&self.threads, &heads(model), &sequences, &memory, q, out_mat);
-            tensor(out, (rows, width))
-        })
-    }
-
-    /// The summed cross-entropy of `hidden·headᵀ` against labels.
-    pub(crate) fn cross_entropy(
-        &self,
-        hidden: &Tensor,
-        head: &Tensor,
-        labels: &[u32],
-    ) -> Result<f64> {
-        if head.dtype() == DType::BF16 {
-            return self.cross_entropy_of::<f32, bf16>(hidden, head, labels);
-        }
-        typed!(hidden, F => self.cross_entropy_of::<F, F>(hidden, head, labels))
-    }
-
-    fn cross_entropy_of<F: Real, W: Weight<F> + WithDType>(
-        &self,
-        hidden: &Tensor,
-        head: &Tensor,
-        labels: &[u32],
-    ) -> Result<f64> {
-        let (hidden, head) = (read::<F>(hidden)?, read::<W>(head)?);
-        let (hidden, head) = (hidden.mat(), head.mat());
-        let mut scratch = Vec::new();
-        Ok(linear_cross_entropy::forward(
-            &self.threads,
-            hidden,
-            head,
-            labels,
-            &mut scratch,
-        ))
-    }
-
-    /// As [`cross_entropy`](Self::cross_entropy), with the gradient of `sum / denom` by `hidden`.
-    pub(crate) fn cross_entropy_backward(
-        &self,
-        hidden: &Tensor,
-        head: &Tensor,
-        labels: &[u32],
-        denom: f64,
-    ) -> Result<(f64, Tensor)> {
-        if head.dtype() == DType::BF16 {
-            return self.cross_entropy_backward_of::<f32, bf16>(hidden, head, labels, denom);
-        }
-        typed!(hidden, F => self.cross_entropy_backward_of::<F, F>(hidden, head, labels, denom))
-    }
-
-    fn cross_entropy_backward_of<F: Real, W: Weight<F> + WithDType>(
-        &self,
-        hidden: &Tensor,
-        head: &Tensor,
-        labels: &[u32],
-        denom: f64,
-    ) -> Result<(f64, Tensor)> {
-        let (rows, cols) = hidden.dims2()?;
-        let (hidden, head) = (read::<F>(hidden)?, read::<W>(head)?);
-        let (mut dhidden, mut scratch) = (vec![F::ZERO; rows * cols], Vec::new());
-        let out = MatMut::new(&mut dhidden, rows, cols);
-        let (hidden, head) = (hidden.mat(), head.mat());
-        let loss = linear_cross_entropy::forward_backward(
-            &self.threads,
-            hidden,
-            head,
-            labels,
-            denom,
-            out,
-            &mut scratch,
-        );
-        Ok((loss, tensor(dhidden, (rows, cols))?))
-    }
 }
 
 /// A rotary table for positions `0..num_positions` in a number type.
@@ -479,23 +369,4 @@ pub(crate) fn check_device(device: &Device) -> Result<()> {
 
 fn rope_table<F: Real>(table: &RopeTable) -> Result<&Table<F>> {
     F::table(table).ok_or_else(|| unsupported_dtype(F::DTYPE))
-}
-
-fn heads<F: Float>(model: &ModelConfig) -> Heads<F> {
-    Heads {
-        num_heads: model.num_attention_heads,
-        num_kv_heads: model.num_key_value_heads,
-        head_dim: model.head_dim,
-        scale: F::from_f64((model.head_dim as f64).sqrt().recip()),
-    }
-}
-
-fn split<'a, F: Real>(model: &ModelConfig, qkv: &'a View<'_, F>) -> Qkv<'a, F> {
-    let (q, kv) = (model.q_dim(), model.kv_dim());
-    let mat = qkv.mat();
-    Qkv {
-        q: mat.cols(0..q),
-        k: mat.cols(q..q + kv),
-        v: mat.cols(q + kv..q + 2 * kv),
-    }
 }

@@ -27,6 +27,9 @@ impl Decoder {
     /// # Errors
     /// As [`loss_and_backward`](Self::loss_and_backward).
     pub fn loss(&self, parts: &[Part], adapter: Option<&Adapter>) -> Result<f64> {
+        if let Some(adapter) = adapter.filter(|adapter| !self.has_modules_of(adapter)) {
+            return self.with_saved_modules(adapter)?.loss(parts, Some(adapter));
+        }
         self.check_parts(parts, adapter)?;
         let losses = self.each_job(
             parts,
@@ -45,7 +48,8 @@ impl Decoder {
     }
 
     /// The summed cross-entropy of the labels of all parts; adds the gradients of `sum / denom` by
-    /// the adapter's parameters to `gradients`. Base weights are frozen and never get any.
+    /// the adapter's parameters to `gradients`. Base weights are frozen and get none, but for
+    /// those the adapter holds whole, which stand in for the base's here.
     ///
     /// `denom` is the number of labels in the whole optimizer step, over all micro-batches and
     /// workers, which makes accumulation exact.
@@ -65,6 +69,15 @@ impl Decoder {
         gradients: &mut Gradients,
         activations: Activations,
     ) -> Result<f64> {
+        if !self.has_modules_of(adapter) {
+            return self.with_saved_modules(adapter)?.loss_and_backward(
+                parts,
+                adapter,
+                denom,
+                gradients,
+                activations,
+            );
+        }
         self.check_parts(parts, Some(adapter))?;
         parts
             .iter()
@@ -129,10 +142,16 @@ impl Decoder {
         let rows = &part.batch.logit_rows;
         let (hidden, saved_norm) = self.norm.forward(ops, &mut stream.rows(ops, rows)?)?;
         drop(stream);
-        let (loss, dhidden) =
-            ops.cross_entropy_backward(&hidden, &self.head, &part.labels, denom)?;
+        let (loss, dhidden) = ops.cross_entropy_backward(
+            &hidden,
+            &self.head,
+            &part.labels,
+            denom,
+            trained.gradients.saved().head(),
+        )?;
         let drows = dhidden.zeros_like()?;
-        self.norm.backward(ops, &saved_norm, &dhidden, &drows)?;
+        self.norm
+            .backward(ops, &saved_norm, &dhidden, &drows, trained)?;
         let dstream = ops.scatter(&drows, rows, part.batch.num_tokens())?;
         let pass = self.pass(ops, &part.batch);
         for (block, saved) in self.blocks().iter().zip(saved).rev() {
@@ -144,6 +163,7 @@ impl Decoder {
             };
             block.backward(&pass, saved, &dstream, trained)?;
         }
+        self.embedding.backward(&pass, &dstream, trained)?;
         Ok(loss)
     }
 

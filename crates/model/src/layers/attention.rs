@@ -4,11 +4,11 @@ use candle_core::Tensor;
 
 use super::linear::{AdapterRows, Linear, Trained};
 use super::rms_norm::SavedNorm;
-use super::{Group, LayerPages, Loader, Pass, Places, RmsNorm};
+use super::{Group, LayerPages, Loader, Pass, Places, RmsNorm, Saved};
 use crate::error::Result;
 
 /// The attention half of a block.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Attention {
     qkv: Linear,
     o: Linear,
@@ -48,6 +48,15 @@ impl Attention {
             o: Linear::load(loader, layer, Group::O)?,
             head_norms,
         })
+    }
+
+    pub(crate) fn with_saved(&self, saved: &Saved) -> Self {
+        let norms = self.head_norms.as_ref();
+        Self {
+            qkv: self.qkv.with_saved(saved),
+            o: self.o.with_saved(saved),
+            head_norms: norms.map(|(q, k)| (q.with_saved(saved), k.with_saved(saved))),
+        }
     }
 
     /// `x: [T, C]` → `[T, C]`
@@ -92,7 +101,7 @@ impl Attention {
         ))
     }
 
-    /// `dy: [T, C]` → the gradient of the input; adds the adapter's gradients.
+    /// `dy: [T, C]` → the gradient of the input; adds the parameters' gradients.
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_>,
@@ -102,7 +111,7 @@ impl Attention {
     ) -> Result<Tensor> {
         let ops = pass.ops;
         let (dout, dlow_o) = self.o.backward(ops, dy, trained)?;
-        self.o.backward_adapter(
+        self.o.backward_parameters(
             ops,
             dy,
             &saved.out,
@@ -115,11 +124,11 @@ impl Attention {
             ops.attention_backward(pass.config, starts, &saved.qkv, (&saved.out, lse), &dout)?;
         ops.rope_backward(pass.rope, &pass.batch.positions, &qk_of(pass, &dqkv)?)?;
         if let (Some((q, k)), Some((saved_q, saved_k))) = (&self.head_norms, &saved.head_norms) {
-            q.backward_heads(ops, saved_q, &q_of(pass, &dqkv)?)?;
-            k.backward_heads(ops, saved_k, &k_of(pass, &dqkv)?)?;
+            q.backward_heads(ops, saved_q, &q_of(pass, &dqkv)?, trained)?;
+            k.backward_heads(ops, saved_k, &k_of(pass, &dqkv)?, trained)?;
         }
         let (dx, dlow) = self.qkv.backward(ops, &dqkv, trained)?;
-        self.qkv.backward_adapter(
+        self.qkv.backward_parameters(
             ops,
             &dqkv,
             &saved.x,

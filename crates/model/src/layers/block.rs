@@ -6,11 +6,11 @@ use super::attention::{Attention, SavedAttention};
 use super::linear::{AdapterRows, Trained};
 use super::mlp::{Mlp, SavedMlp};
 use super::rms_norm::SavedNorm;
-use super::{LayerPages, Loader, Pass, Places, RmsNorm, Stream};
+use super::{LayerPages, Loader, Pass, Places, RmsNorm, Saved, Stream};
 use crate::error::Result;
 
 /// One block.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Block {
     attention_norm: RmsNorm,
     attention: Attention,
@@ -51,6 +51,16 @@ impl Block {
         })
     }
 
+    /// With the weights that are trained in place of the base's.
+    pub(crate) fn with_saved(&self, saved: &Saved) -> Self {
+        Self {
+            attention_norm: self.attention_norm.with_saved(saved),
+            attention: self.attention.with_saved(saved),
+            mlp_norm: self.mlp_norm.with_saved(saved),
+            mlp: self.mlp.with_saved(saved),
+        }
+    }
+
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_>,
@@ -82,11 +92,11 @@ impl Block {
     ) -> Result<()> {
         let dx = self.mlp.backward(pass, saved.mlp, dstream, trained)?;
         self.mlp_norm
-            .backward(pass.ops, &saved.mlp_norm, &dx, dstream)?;
+            .backward(pass.ops, &saved.mlp_norm, &dx, dstream, trained)?;
         let dx = self
             .attention
             .backward(pass, &saved.attention, dstream, trained)?;
         self.attention_norm
-            .backward(pass.ops, &saved.attention_norm, &dx, dstream)
+            .backward(pass.ops, &saved.attention_norm, &dx, dstream, trained)
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use updraft_kernels::noise::derive;
 
-use super::{GroupAdapter, Loader};
+use super::{GroupAdapter, Loader, Saved};
 use crate::config::Projection;
 use crate::error::Result;
 use crate::lora::{Adapter, Gradients};
@@ -74,7 +74,7 @@ pub(crate) struct Trained<'a> {
 }
 
 /// `y = x·W₀ᵀ + bias + s·(x·Aᵀ)·Bᵀ` for the maps of one group side by side.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Linear {
     layer: usize,
     group: Group,
@@ -112,6 +112,22 @@ impl Linear {
             bias,
             columns,
         })
+    }
+
+    /// With weights and biases, where those are trained, in place of the base's.
+    pub(crate) fn with_saved(&self, saved: &Saved) -> Self {
+        let bias = self.bias.as_ref();
+        Self {
+            weight: saved.or(&self.first("weight"), &self.weight),
+            bias: bias.map(|bias| saved.or(&self.first("bias"), bias)),
+            ..self.clone()
+        }
+    }
+
+    /// The name of the first map's weight or bias.
+    fn first(&self, what: &str) -> String {
+        let first = self.group.projections()[0];
+        format!("{}.{what}", first.path(self.layer))
     }
 
     /// `x: [T, D_in]` → `[T, ΣD_out]`, and `x·Aᵀ` where one adapter covers the batch, as in training.
@@ -167,7 +183,7 @@ impl Linear {
     }
 
     /// `dy: [T, ΣD_out]` → `dx: [T, D_in]`, and the gradient of `x·Aᵀ` that
-    /// [`backward_adapter`](Self::backward_adapter) needs.
+    /// [`backward_parameters`](Self::backward_parameters) needs.
     pub(crate) fn backward(
         &self,
         ops: &Ops,
@@ -229,8 +245,9 @@ impl Linear {
         Ok(Some(dlow))
     }
 
-    /// Adds the gradients of `A` and `B`; `low` is the forward pass's `x·Aᵀ`.
-    pub(crate) fn backward_adapter(
+    /// Adds the gradients of what is trained: of `A` and `B`, where `low` is the forward pass's
+    /// `x·Aᵀ`, or of weight and bias.
+    pub(crate) fn backward_parameters(
         &self,
         ops: &Ops,
         dy: &Tensor,
@@ -238,7 +255,11 @@ impl Linear {
         (low, dlow): (Option<&Tensor>, Option<&Tensor>),
         trained: Trained<'_>,
     ) -> Result<()> {
-        let gradients = self.adapter(trained.gradients.layers.get(self.layer));
+        let saved = trained.gradients.saved();
+        if !saved.is_empty() {
+            self.backward_saved(ops, dy, x, saved)?;
+        }
+        let gradients = self.adapter(trained.gradients.layer(self.layer));
         let (Some(gradients), Some(low), Some(dlow)) = (gradients, low, dlow) else {
             return Ok(());
         };
@@ -258,6 +279,17 @@ impl Linear {
             ops.add_weight_gradient(pair.scaling, &dy, &narrow(low, &pair.ranks)?, &pair.b)?;
         }
         Ok(())
+    }
+
+    /// Adds the gradients of weight and bias.
+    fn backward_saved(&self, ops: &Ops, dy: &Tensor, x: &Tensor, saved: &Saved) -> Result<()> {
+        if let Some(dweight) = saved.get(&self.first("weight")) {
+            ops.add_weight_gradient(1.0, dy, x, dweight)?;
+        }
+        match saved.get(&self.first("bias")) {
+            Some(dbias) => ops.add_bias_gradient(dy, dbias),
+            None => Ok(()),
+        }
     }
 
     fn adapter<'a>(

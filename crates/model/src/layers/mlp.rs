@@ -3,11 +3,11 @@
 use candle_core::Tensor;
 
 use super::linear::{AdapterRows, Linear, Trained};
-use super::{Group, Loader, Pass};
+use super::{Group, Loader, Pass, Saved};
 use crate::error::Result;
 
 /// The MLP half of a block.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Mlp {
     gate_up: Linear,
     down: Linear,
@@ -32,6 +32,13 @@ impl Mlp {
         })
     }
 
+    pub(crate) fn with_saved(&self, saved: &Saved) -> Self {
+        Self {
+            gate_up: self.gate_up.with_saved(saved),
+            down: self.down.with_saved(saved),
+        }
+    }
+
     /// `x: [T, C]` → `[T, C]`
     pub(crate) fn forward(
         &self,
@@ -53,7 +60,7 @@ impl Mlp {
         ))
     }
 
-    /// `dy: [T, C]` → the gradient of the input; adds the adapter's gradients.
+    /// `dy: [T, C]` → the gradient of the input; adds the parameters' gradients.
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_>,
@@ -72,10 +79,10 @@ impl Mlp {
         ops.swiglu_backward(&gate_up, &dh)?;
         let (dgate_up, h) = (gate_up, dh); // what they hold now
         self.down
-            .backward_adapter(ops, dy, &h, (low_down.as_ref(), dlow.as_ref()), trained)?;
+            .backward_parameters(ops, dy, &h, (low_down.as_ref(), dlow.as_ref()), trained)?;
         drop(h);
         let (dx, dlow) = self.gate_up.backward(ops, &dgate_up, trained)?;
-        self.gate_up.backward_adapter(
+        self.gate_up.backward_parameters(
             ops,
             &dgate_up,
             &x,

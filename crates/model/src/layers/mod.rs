@@ -19,7 +19,7 @@ use crate::bridge::RopeTable;
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::kv_pages::{LayerPages, Places};
-use crate::lora::GroupAdapter;
+use crate::lora::{GroupAdapter, Saved};
 use crate::ops::Ops;
 use crate::weights::Weights;
 

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::Loader;
+use super::{Loader, Saved, Trained};
 use crate::error::Result;
 use crate::ops::{Normed, Ops};
 
@@ -32,8 +32,10 @@ impl Stream {
 }
 
 /// `y = x / sqrt(mean(x²) + eps) ⊙ weight`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct RmsNorm {
+    /// In the model's files.
+    name: String,
     /// `[C]`, or `[D]` over heads
     weight: Tensor,
     eps: f64,
@@ -49,9 +51,19 @@ pub(crate) struct SavedNorm {
 impl RmsNorm {
     pub(crate) fn load(loader: Loader<'_>, name: &str, width: usize) -> Result<Self> {
         Ok(Self {
+            name: name.to_owned(),
             weight: loader.vector(name, width)?,
             eps: loader.config.rms_norm_eps,
         })
+    }
+
+    /// With its weight, where that is trained, in place of the base's.
+    pub(crate) fn with_saved(&self, saved: &Saved) -> Self {
+        Self {
+            name: self.name.clone(),
+            weight: saved.or(&self.name, &self.weight),
+            eps: self.eps,
+        }
     }
 
     /// Norms the stream, its newest addition included.
@@ -73,14 +85,18 @@ impl RmsNorm {
         ))
     }
 
-    /// Adds to `dx` what comes back through the norm.
+    /// Adds to `dx` what comes back through the norm, and the weight's gradient if that is trained.
     pub(crate) fn backward(
         &self,
         ops: &Ops,
         saved: &SavedNorm,
         dy: &Tensor,
         dx: &Tensor,
+        trained: Trained<'_>,
     ) -> Result<()> {
+        if let Some(dweight) = trained.gradients.saved().get(&self.name) {
+            ops.rms_norm_backward_weight(&saved.x, &saved.inv_rms, dy, dweight)?;
+        }
         ops.rms_norm_backward(&saved.x, &self.weight, &saved.inv_rms, dy, dx)
     }
 
@@ -93,10 +109,16 @@ impl RmsNorm {
     }
 
     /// Replaces the gradient of the normed heads by that of the heads, in place.
-    pub(crate) fn backward_heads(&self, ops: &Ops, saved: &SavedNorm, view: &Tensor) -> Result<()> {
+    pub(crate) fn backward_heads(
+        &self,
+        ops: &Ops,
+        saved: &SavedNorm,
+        view: &Tensor,
+        trained: Trained<'_>,
+    ) -> Result<()> {
         let dy = self.copy_heads(view)?;
         let dx = dy.zeros_like()?;
-        self.backward(ops, saved, &dy, &dx)?;
+        self.backward(ops, saved, &dy, &dx, trained)?;
         ops.copy(&dx.reshape(view.shape())?, view)
     }
 

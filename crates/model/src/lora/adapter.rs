@@ -2,16 +2,21 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, TensorId};
 
 use super::config::LoraConfig;
+use super::plan::{LayerAdapter, PairAdapter, Parameter, Plan, Role, Views};
+use super::saved::{Saved, SavedModules};
 use crate::bridge::edit_slice;
-use crate::config::{ModelConfig, Projection};
+use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::layers::Group;
 use crate::random::Random;
+use crate::weights::{Weights, decode};
 
-/// A LoRA adapter: for each adapted linear map `y = x·Wᵀ` the pair that adds `s·(x·Aᵀ)·Bᵀ`.
+/// A LoRA adapter: for each adapted linear map `y = x·Wᵀ` the pair that adds `s·(x·Aᵀ)·Bᵀ`; and
+/// whole weights that take the place of the base model's, where
+/// [`modules_to_save`](LoraConfig::modules_to_save) names some.
 ///
 /// All parameters lie in one buffer, so an optimizer step, a checkpoint or a reduction over
 /// workers is one pass over one slice; [`parameters`](Self::parameters) says which range is what.
@@ -24,66 +29,7 @@ pub struct Adapter {
     config: LoraConfig,
     plan: Plan,
     values: Tensor,
-    layers: Vec<LayerAdapter>,
-}
-
-/// Where one parameter lies in the flat buffer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parameter {
-    /// PEFT's key, `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
-    pub name: String,
-    /// `A: [R, D_in]` or `B: [D_out, R]`.
-    pub shape: [usize; 2],
-    /// Its elements.
-    pub range: Range<usize>,
-    /// The block it belongs to.
-    pub layer: usize,
-    /// The linear map it belongs to.
-    pub projection: Projection,
-}
-
-/// The adapters of a block's four groups of linear maps, as views of a flat buffer.
-pub(crate) type LayerAdapter = [Option<GroupAdapter>; 4];
-
-/// The adapters of linear maps that share their input: one stacked `A`, so that `x·Aᵀ` is one product.
-#[derive(Debug)]
-pub(crate) struct GroupAdapter {
-    /// `[ΣR, D_in]`
-    pub(crate) a: Tensor,
-    pub(crate) pairs: Vec<PairAdapter>,
-}
-
-#[derive(Debug)]
-pub(crate) struct PairAdapter {
-    pub(crate) projection: Projection,
-    /// The rows of the stacked `A` that are this pair's.
-    pub(crate) ranks: Range<usize>,
-    /// `[D_out, R]`
-    pub(crate) b: Tensor,
-    pub(crate) scaling: f64,
-}
-
-/// Which parameters there are: in each block, group by group, the `A`s and then the `B`s.
-#[derive(Debug, Clone)]
-pub(crate) struct Plan {
-    pub(crate) parameters: Vec<Parameter>,
-    groups: Vec<[Option<GroupPlan>; 4]>,
-    len: usize,
-}
-
-#[derive(Debug, Clone)]
-struct GroupPlan {
-    /// Elements of the stacked `A`, and its rows.
-    a: (Range<usize>, usize),
-    pairs: Vec<PairPlan>,
-}
-
-#[derive(Debug, Clone)]
-struct PairPlan {
-    projection: Projection,
-    ranks: Range<usize>,
-    b: Range<usize>,
-    scaling: f64,
+    views: Views,
 }
 
 impl Adapter {
@@ -91,32 +37,80 @@ impl Adapter {
     /// and the parameter's name alone.
     ///
     /// # Errors
-    /// As [`LoraConfig::validate`]; [`Error::Config`] if no linear map of the model is targeted.
+    /// As [`LoraConfig::validate`]; [`Error::Config`] if no linear map of the model is targeted, or
+    /// if modules are trained whole: those begin as the base's, see [`init_over`](Self::init_over).
     pub fn init(
         config: &LoraConfig,
         model: &ModelConfig,
         seed: u64,
         device: &Device,
     ) -> Result<Self> {
-        config.validate()?;
-        let plan = Plan::new(config, model, |projection, layer| {
-            config.targets(projection, layer)
-        });
-        if plan.parameters.is_empty() {
-            return Err(Error::Config {
-                file: "adapter_config.json",
-                field: "target_modules".to_owned(),
-                reason: "no linear map of the model is named".to_owned(),
-            });
+        if let Some(name) = config.modules_to_save.first() {
+            let reason = format!("{name:?} begins as the base's weight: use Adapter::init_over");
+            return Err(config_error("modules_to_save", reason));
         }
-        let mut values = vec![0.0_f32; plan.len];
+        Self::random(config, model, seed)?.to_device(device)
+    }
+
+    /// [`init`](Self::init) over a base model, whose weights are where the modules that are trained
+    /// whole begin.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init), and [`Error::MissingTensor`], [`Error::Shape`] and
+    /// [`Error::DType`] for the base's weights; [`Error::Unsupported`] for modules that cannot be
+    /// trained whole by themselves.
+    pub fn init_over(
+        config: &LoraConfig,
+        model: &ModelConfig,
+        base: &Weights,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut adapter = Self::random(config, model, seed)?;
+        for parameter in adapter.plan.parameters.clone() {
+            let Role::Saved(name) = &parameter.role else {
+                continue;
+            };
+            let name = match &name[..] {
+                HEAD if model.tie_word_embeddings => EMBEDDING,
+                name => name,
+            };
+            let actual = base.shape(name)?.to_vec();
+            if actual != parameter.shape {
+                return Err(Error::Shape {
+                    name: name.to_owned(),
+                    expected: parameter.shape,
+                    actual,
+                });
+            }
+            let begin = decode::<f32>(name, base.dtype(name)?, &base.bytes(name)?)?;
+            adapter.update(|values| values[parameter.range].copy_from_slice(&begin))?;
+        }
+        adapter.to_device(device)
+    }
+
+    /// Random pairs; whole weights are still zero.
+    fn random(config: &LoraConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
+        config.validate()?;
+        let targets = |projection, layer| config.targets(projection, layer);
+        let plan = Plan::new(config, model, targets, SavedModules::new(config, model)?);
+        if plan.parameters.is_empty() {
+            let reason = "no linear map of the model is named".to_owned();
+            return Err(config_error("target_modules", reason));
+        }
+        let mut values = vec![0.0_f32; plan.len()];
         for parameter in plan.parameters.iter().filter(|parameter| parameter.is_a()) {
             let bound = 1.0 / (parameter.shape[1] as f64).sqrt();
             let mut random = Random::new(seed, &parameter.name);
             values[parameter.range.clone()].fill_with(|| random.uniform(-bound, bound) as f32);
         }
-        let values = Tensor::from_vec(values, plan.len, device)?;
+        let values = Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
         Self::from_values(config.clone(), plan, values)
+    }
+
+    fn to_device(self, device: &Device) -> Result<Self> {
+        let values = self.values.to_device(device)?;
+        Self::from_values(self.config, self.plan, values)
     }
 
     /// An adapter of given values; `fill` is called with each parameter and its place.
@@ -124,24 +118,25 @@ impl Adapter {
         config: LoraConfig,
         model: &ModelConfig,
         targets: impl Fn(Projection, usize) -> bool,
+        saved: SavedModules,
         mut fill: impl FnMut(&Parameter, &mut [f32]) -> Result<()>,
     ) -> Result<Self> {
-        let plan = Plan::new(&config, model, targets);
-        let mut values = vec![0.0_f32; plan.len];
+        let plan = Plan::new(&config, model, targets, saved);
+        let mut values = vec![0.0_f32; plan.len()];
         for parameter in &plan.parameters {
             fill(parameter, &mut values[parameter.range.clone()])?;
         }
-        let values = Tensor::from_vec(values, plan.len, &Device::Cpu)?;
+        let values = Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
         Self::from_values(config, plan, values)
     }
 
     fn from_values(config: LoraConfig, plan: Plan, values: Tensor) -> Result<Self> {
-        let layers = plan.views(&values)?;
+        let views = plan.views(&values)?;
         Ok(Self {
             config,
             plan,
             values,
-            layers,
+            views,
         })
     }
 
@@ -157,7 +152,7 @@ impl Adapter {
 
     /// How many numbers it holds.
     pub fn num_parameters(&self) -> usize {
-        self.plan.len
+        self.plan.len()
     }
 
     /// Its number type: F32 unless converted.
@@ -199,27 +194,47 @@ impl Adapter {
     /// # Errors
     /// [`Error::Adapter`] with the first shape that differs.
     pub fn check(&self, model: &ModelConfig) -> Result<()> {
-        for parameter in &self.plan.parameters {
-            if parameter.layer >= model.num_hidden_layers {
-                let (layer, layers) = (parameter.layer, model.num_hidden_layers);
-                return Err(Error::adapter(format!(
-                    "it adapts layer {layer}, the model has {layers}"
-                )));
-            }
-            let (d_in, d_out) = model.projection_dims(parameter.projection);
-            let fits = if parameter.is_a() {
-                parameter.shape[1] == d_in
-            } else {
-                parameter.shape[0] == d_out
-            };
-            if !fits {
-                let (name, shape) = (&parameter.name, parameter.shape);
-                return Err(Error::adapter(format!(
-                    "{name} has shape {shape:?}, the map is {d_in} to {d_out}"
-                )));
-            }
+        let mut weights = model.tensors();
+        if model.tie_word_embeddings {
+            let table = vec![model.vocab_size, model.hidden_size];
+            weights.push((HEAD.to_owned(), table));
         }
-        Ok(())
+        let mut parameters = self.plan.parameters.iter();
+        parameters.try_for_each(|parameter| parameter.check(model, &weights))
+    }
+
+    /// Whether some weights of the base model are trained whole. Only a decoder made by
+    /// [`Decoder::with_saved_modules`](crate::Decoder::with_saved_modules) runs it.
+    pub fn saves_modules(&self) -> bool {
+        !self.views.saved.is_empty()
+    }
+
+    /// Whether nothing but whole weights is trained: a model rather than an adapter of one.
+    pub fn is_whole(&self) -> bool {
+        let mut parameters = self.plan.parameters.iter();
+        parameters.all(|parameter| matches!(parameter.role, Role::Saved(_)))
+    }
+
+    /// Whether a model whose head is its embedding has one of its own with this adapter.
+    pub fn unties_head(&self, model: &ModelConfig) -> bool {
+        let saved = &self.views.saved;
+        let one_of_both = saved.get(EMBEDDING).is_some() || saved.get(HEAD).is_some();
+        model.tie_word_embeddings && one_of_both && !self.plan.tied_head()
+    }
+
+    /// Which flat buffer it is a view of.
+    pub(crate) fn id(&self) -> TensorId {
+        self.values.id()
+    }
+
+    pub(crate) fn saved(&self) -> &Saved {
+        &self.views.saved
+    }
+
+    /// Some of the flat buffer.
+    pub(super) fn part(&self, range: &Range<usize>) -> Result<Vec<f32>> {
+        let part = self.values.narrow(0, range.start, range.len())?;
+        Ok(part.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     pub(crate) fn plan(&self) -> &Plan {
@@ -228,7 +243,7 @@ impl Adapter {
 
     /// The adapters of one block; none beyond the last adapted one.
     pub(crate) fn layer(&self, layer: usize) -> Option<&LayerAdapter> {
-        self.layers.get(layer)
+        self.views.layers.get(layer)
     }
 
     /// The pair of one linear map, `A` as its own view.
@@ -257,123 +272,10 @@ impl Adapter {
     }
 }
 
-impl Parameter {
-    /// Whether it is an `A` (and not a `B`).
-    pub fn is_a(&self) -> bool {
-        self.name.ends_with(".lora_A.weight")
-    }
-}
-
-impl Plan {
-    fn new(
-        config: &LoraConfig,
-        model: &ModelConfig,
-        targets: impl Fn(Projection, usize) -> bool,
-    ) -> Self {
-        let mut plan = Self {
-            parameters: Vec::new(),
-            groups: Vec::new(),
-            len: 0,
-        };
-        for layer in 0..model.num_hidden_layers {
-            let groups = Group::ALL.map(|group| {
-                let adapted: Vec<_> = group
-                    .projections()
-                    .iter()
-                    .copied()
-                    .filter(|&projection| targets(projection, layer))
-                    .collect();
-                (!adapted.is_empty()).then(|| plan.add_group(config, model, &adapted, layer))
-            });
-            plan.groups.push(groups);
-        }
-        plan
-    }
-
-    fn add_group(
-        &mut self,
-        config: &LoraConfig,
-        model: &ModelConfig,
-        adapted: &[Projection],
-        layer: usize,
-    ) -> GroupPlan {
-        let (start, mut rank_end) = (self.len, 0);
-        let mut pairs = Vec::new();
-        for &projection in adapted {
-            let rank = config.rank(projection, layer);
-            let (d_in, _) = model.projection_dims(projection);
-            self.add(projection, layer, "A", [rank, d_in]);
-            let ranks = rank_end..rank_end + rank;
-            rank_end = ranks.end;
-            pairs.push(PairPlan {
-                projection,
-                ranks,
-                b: 0..0,
-                scaling: config.scaling(projection, layer),
-            });
-        }
-        let a = (start..self.len, rank_end);
-        for pair in &mut pairs {
-            let (_, d_out) = model.projection_dims(pair.projection);
-            pair.b = self.add(pair.projection, layer, "B", [d_out, pair.ranks.len()]);
-        }
-        GroupPlan { a, pairs }
-    }
-
-    fn add(
-        &mut self,
-        projection: Projection,
-        layer: usize,
-        matrix: &str,
-        shape: [usize; 2],
-    ) -> Range<usize> {
-        let range = self.len..self.len + shape[0] * shape[1];
-        self.len = range.end;
-        let name = format!(
-            "base_model.model.{}.lora_{matrix}.weight",
-            projection.path(layer)
-        );
-        self.parameters.push(Parameter {
-            name,
-            shape,
-            range: range.clone(),
-            layer,
-            projection,
-        });
-        range
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Views of a flat buffer laid out by this plan.
-    pub(crate) fn views(&self, values: &Tensor) -> Result<Vec<LayerAdapter>> {
-        let matrix = |range: &Range<usize>, rows: usize| -> Result<Tensor> {
-            Ok(values
-                .narrow(0, range.start, range.len())?
-                .reshape((rows, ()))?)
-        };
-        let group = |plan: &GroupPlan| -> Result<GroupAdapter> {
-            let pairs = plan.pairs.iter().map(|pair| {
-                Ok(PairAdapter {
-                    projection: pair.projection,
-                    ranks: pair.ranks.clone(),
-                    b: matrix(&pair.b, pair.b.len() / pair.ranks.len())?,
-                    scaling: pair.scaling,
-                })
-            });
-            Ok(GroupAdapter {
-                a: matrix(&plan.a.0, plan.a.1)?,
-                pairs: pairs.collect::<Result<_>>()?,
-            })
-        };
-        self.groups
-            .iter()
-            .map(|[qkv, o, gate_up, down]| {
-                let view = |plan: &Option<GroupPlan>| plan.as_ref().map(group).transpose();
-                Ok([view(qkv)?, view(o)?, view(gate_up)?, view(down)?])
-            })
-            .collect()
+fn config_error(field: &str, reason: String) -> Error {
+    Error::Config {
+        file: "adapter_config.json",
+        field: field.to_owned(),
+        reason,
     }
 }

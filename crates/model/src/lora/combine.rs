@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::adapter::{Adapter, Parameter};
+use super::adapter::Adapter;
 use super::config::LoraConfig;
 use super::peft::name_modules;
+use super::plan::Parameter;
+use super::saved::SavedModules;
 use crate::config::{ModelConfig, Projection};
 use crate::error::{Error, Result};
 
@@ -45,6 +47,11 @@ pub fn combine(
     let mut parts = Vec::with_capacity(adapters.len());
     for &(adapter, weight) in adapters {
         adapter.check(model)?;
+        if let Some(name) = adapter.config().modules_to_save.first() {
+            return Err(Error::adapter(format!(
+                "it holds {name} whole, of which there is no sum; merge it into its base first"
+            )));
+        }
         if !weight.is_finite() {
             return Err(Error::adapter(format!("a weight of {weight}")));
         }
@@ -70,7 +77,11 @@ pub fn combine(
     let modules: BTreeSet<(usize, Projection)> = parts
         .iter()
         .flat_map(|part| part.adapter.parameters())
-        .map(|parameter| (parameter.layer, parameter.projection))
+        .filter_map(|parameter| {
+            parameter
+                .pair()
+                .map(|(projection, layer)| (layer, projection))
+        })
         .collect();
     let config = LoraConfig {
         r: rank,
@@ -82,16 +93,23 @@ pub fn combine(
         ..first.config().clone()
     };
     let targets = |projection, layer| modules.contains(&(layer, projection));
-    Adapter::from_parameters(config, model, targets, |parameter, values| {
-        let mut first_rank = 0;
-        for part in &parts {
-            part.add(parameter, combination, first_rank, values);
-            if combination == Combination::Cat {
-                first_rank += part.rank_of(parameter);
+    let nothing_whole = SavedModules::default();
+    Adapter::from_parameters(
+        config,
+        model,
+        targets,
+        nothing_whole,
+        |parameter, values| {
+            let mut first_rank = 0;
+            for part in &parts {
+                part.add(parameter, combination, first_rank, values);
+                if combination == Combination::Cat {
+                    first_rank += part.rank_of(parameter);
+                }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }
 
 /// One adapter with its weight.
@@ -105,10 +123,13 @@ struct Part<'a> {
 impl Part<'_> {
     /// Adds this adapter's share of a matrix, its ranks from `first_rank` on.
     fn add(&self, into: &Parameter, how: Combination, first_rank: usize, values: &mut [f32]) {
-        let Some(own) = self.find(&into.name) else {
+        let Some((own, (projection, layer))) = self
+            .find(&into.name)
+            .and_then(|own| Some((own, own.pair()?)))
+        else {
             return;
         };
-        let scaling = self.adapter.config().scaling(own.projection, own.layer);
+        let scaling = self.adapter.config().scaling(projection, layer);
         let strength = self.weight * scaling;
         let root = strength.abs().sqrt();
         let factor = match (how, own.is_a()) {
@@ -179,8 +200,7 @@ mod tests {
         let values = adapter.values().expect("f32");
         let find = |is_a: bool| {
             adapter.parameters().iter().find(|parameter| {
-                parameter.is_a() == is_a
-                    && (parameter.projection, parameter.layer) == (projection, layer)
+                parameter.is_a() == is_a && parameter.pair() == Some((projection, layer))
             })
         };
         let (Some(a), Some(b)) = (find(true), find(false)) else {

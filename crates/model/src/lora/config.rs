@@ -40,6 +40,18 @@ pub struct LoraConfig {
     pub rank_pattern: BTreeMap<String, usize>,
     /// Another alpha, likewise.
     pub alpha_pattern: BTreeMap<String, f64>,
+    /// Modules that are trained whole, as copies of the base's: those whose path ends with one of
+    /// these names, such as `lm_head` and `embed_tokens` where a vocabulary is to be learned. Each
+    /// takes the memory of its weight, gradients and moments.
+    #[serde(
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "none_is_empty"
+    )]
+    pub modules_to_save: Vec<String>,
+    /// Where head and embedding are one weight, train that one and keep them one. Without it each
+    /// module that is saved becomes a weight of its own.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub ensure_weight_tying: bool,
     /// The base model, for whoever loads the adapter elsewhere.
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
@@ -71,6 +83,8 @@ impl Default for LoraConfig {
             use_rslora: false,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
             base_model_name_or_path: None,
             revision: None,
         }
@@ -78,6 +92,19 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// Nothing low-rank at all: every weight is trained whole, a tied head stays tied.
+    pub fn full_fine_tuning() -> Self {
+        let projections = Projection::ALL.map(Projection::name);
+        let others = ["embed_tokens", "norm", "lm_head"]; // "norm" ends the names of all norms
+        let all = projections.into_iter().chain(others);
+        Self {
+            target_modules: TargetModules::Names(Vec::new()),
+            modules_to_save: all.map(str::to_owned).collect(),
+            ensure_weight_tying: true,
+            ..Self::default()
+        }
+    }
+
     /// Checks that a new adapter can be made and trained from these settings.
     ///
     /// # Errors
@@ -87,7 +114,7 @@ impl LoraConfig {
         self.validate_numbers()?;
         match &self.target_modules {
             TargetModules::Pattern(pattern) if pattern != ALL_LINEAR => check_pattern(pattern),
-            TargetModules::Names(names) if names.is_empty() => {
+            TargetModules::Names(names) if names.is_empty() && self.modules_to_save.is_empty() => {
                 Err(config_error("target_modules", "empty"))
             }
             TargetModules::Names(names) => names.iter().try_for_each(|name| known_module(name)),
@@ -207,6 +234,11 @@ fn config_error(field: impl Into<String>, reason: impl Into<String>) -> Error {
         field: field.into(),
         reason: reason.into(),
     }
+}
+
+/// PEFT writes null where there are none.
+fn none_is_empty<'de, D: serde::Deserializer<'de>>(names: D) -> Result<Vec<String>, D::Error> {
+    Ok(Option::deserialize(names)?.unwrap_or_default())
 }
 
 /// PEFT declares alpha an integer, so a whole one is written as such.

@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::adapter::{Adapter, LayerAdapter, Plan};
+use super::adapter::Adapter;
+use super::plan::{LayerAdapter, Plan, Views};
+use super::saved::Saved;
 use crate::bridge::{edit_slice, read, typed};
 use crate::error::Result;
 
@@ -13,7 +15,7 @@ use crate::error::Result;
 pub struct Gradients {
     plan: Plan,
     values: Tensor,
-    pub(crate) layers: Vec<LayerAdapter>,
+    views: Views,
 }
 
 impl Gradients {
@@ -33,9 +35,17 @@ impl Gradients {
         let values = Tensor::zeros(plan.len(), dtype, &Device::Cpu)?;
         Ok(Self {
             plan: plan.clone(),
-            layers: plan.views(&values)?,
+            views: plan.views(&values)?,
             values,
         })
+    }
+
+    pub(crate) fn layer(&self, layer: usize) -> Option<&LayerAdapter> {
+        self.views.layers.get(layer)
+    }
+
+    pub(crate) fn saved(&self) -> &Saved {
+        &self.views.saved
     }
 
     /// Whether they are laid out as an adapter is.

@@ -2,24 +2,27 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ops::Range;
 
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::adapter::Adapter;
+use super::plan::Role;
 use crate::bridge::read;
-use crate::config::{ModelConfig, Projection};
+use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::weights::{INDEX_FILE, Shard, Weights, decode};
-
-const HEAD: &str = "lm_head.weight";
 
 /// Merges an adapter into its base model: `round(W + s·B·A)` for each adapted weight, computed in
 /// f32 and rounded once to the base's number type; every other tensor as it is.
 ///
-/// Files, their names and their number types are the base's. A tied head is left out, because it
-/// is the embedding. Files come one at a time, so no more than one shard is in memory.
+/// Weights that the adapter holds whole take the base's place, rounded likewise. Files, their names
+/// and their number types are the base's. A tied head is left out, because it is the embedding;
+/// where the adapter [unties it](Adapter::unties_head), it is written beside the embedding, and
+/// [`config_json`] is the configuration that says so. Files come one at a time, so no more than one
+/// shard is in memory.
 ///
 /// # Errors
 /// [`Error::Adapter`] if the adapter is for another model. From the iterator: [`Error::DType`] for
@@ -34,32 +37,67 @@ pub fn merge<'a>(
 ) -> Result<Merged<'a>> {
     adapter.check(model)?;
     let mut adapted = HashMap::new();
-    for parameter in adapter
-        .parameters()
-        .iter()
-        .filter(|parameter| parameter.is_a())
-    {
-        let (projection, layer) = (parameter.projection, parameter.layer);
-        let (d_in, d_out) = model.projection_dims(projection);
-        let name = format!("{}.weight", projection.path(layer));
-        let actual = weights.shape(&name)?.to_vec();
-        if actual != [d_out, d_in] {
-            return Err(Error::Shape {
-                name,
-                expected: vec![d_out, d_in],
-                actual,
-            });
+    for parameter in adapter.parameters() {
+        let (name, expected, change) = match &parameter.role {
+            Role::B(..) => continue,
+            &Role::A(projection, layer) => {
+                let (d_in, d_out) = model.projection_dims(projection);
+                let name = format!("{}.weight", projection.path(layer));
+                (name, vec![d_out, d_in], Change::Update(projection, layer))
+            }
+            Role::Saved(name) => {
+                let change = Change::Replace(parameter.range.clone());
+                (name.clone(), parameter.shape.clone(), change)
+            }
+        };
+        if name != HEAD || !model.tie_word_embeddings {
+            let actual = weights.shape(&name)?.to_vec();
+            if actual != expected {
+                return Err(Error::Shape {
+                    name,
+                    expected,
+                    actual,
+                });
+            }
         }
-        adapted.insert(name, (projection, layer));
+        adapted.insert(name, change);
     }
-    let left_out = model.tie_word_embeddings.then_some(HEAD);
     Ok(Merged {
         weights,
         adapter,
         adapted,
-        left_out,
+        tied: model.tie_word_embeddings,
+        unties: adapter.unties_head(model),
         next: 0,
     })
+}
+
+/// The `config.json` of the merged model: the base's, but for a head that is tied no more.
+///
+/// # Errors
+/// [`Error::Config`] if it is no JSON object.
+pub fn config_json(base: &[u8], model: &ModelConfig, adapter: &Adapter) -> Result<Vec<u8>> {
+    if !adapter.unties_head(model) {
+        return Ok(base.to_vec());
+    }
+    let wrong = |reason: String| Error::Config {
+        file: "config.json",
+        field: "tie_word_embeddings".to_owned(),
+        reason,
+    };
+    let mut config: Map<String, Value> =
+        serde_json::from_slice(base).map_err(|error| wrong(error.to_string()))?;
+    config.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+    serde_json::to_vec_pretty(&config).map_err(|error| wrong(error.to_string()))
+}
+
+/// What becomes of a base weight.
+#[derive(Debug, Clone)]
+enum Change {
+    /// A low-rank update is added.
+    Update(Projection, usize),
+    /// The adapter's own weight, at these elements, takes its place.
+    Replace(Range<usize>),
 }
 
 /// The files of a merged model, one after the other; made by [`merge`].
@@ -68,8 +106,11 @@ pub struct Merged<'a> {
     weights: &'a Weights,
     adapter: &'a Adapter,
     /// Base weights the adapter changes.
-    adapted: HashMap<String, (Projection, usize)>,
-    left_out: Option<&'static str>,
+    adapted: HashMap<String, Change>,
+    /// Whether the base's head is its embedding.
+    tied: bool,
+    /// Whether the merged model's head is one of its own, though the base's is not.
+    unties: bool,
     next: usize,
 }
 
@@ -98,7 +139,7 @@ impl Iterator for Merged<'_> {
 impl Merged<'_> {
     fn merge_shard(&self, shard: &Shard) -> Result<Vec<u8>> {
         let tensors = self
-            .kept(shard)
+            .written(shard)
             .map(|name| Ok((name, self.merge_tensor(name)?)))
             .collect::<Result<Vec<_>>>()?;
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -109,16 +150,21 @@ impl Merged<'_> {
     }
 
     fn merge_tensor(&self, name: &str) -> Result<Stored<'_>> {
+        let source = self.source(name);
         let (dtype, shape, base) = (
-            self.weights.dtype(name)?,
-            self.weights.shape(name)?,
-            self.weights.bytes(name)?,
+            self.weights.dtype(source)?,
+            self.weights.shape(source)?,
+            self.weights.bytes(source)?,
         );
         let bytes = match self.adapted.get(name) {
             None => base,
-            Some(&(projection, layer)) => {
+            Some(&Change::Update(projection, layer)) => {
                 let sum = self.add_update(name, dtype, &base, projection, layer)?;
                 encode(name, dtype, &sum)?.into()
+            }
+            Some(Change::Replace(range)) => {
+                let own = self.adapter.part(range)?;
+                encode(name, dtype, &own)?.into()
             }
         };
         Ok(Stored {
@@ -169,25 +215,41 @@ impl Merged<'_> {
             .weights
             .shards()
             .iter()
-            .flat_map(|shard| self.kept(shard))
+            .flat_map(|shard| self.written(shard))
         {
-            total += self.weights.bytes(name)?.len();
+            total += self.weights.bytes(self.source(name))?.len();
         }
         index["metadata"] = json!({ "total_size": total });
-        if let (Some(head), Some(map)) = (self.left_out, index["weight_map"].as_object_mut()) {
-            map.shift_remove(head);
+        if let Some(map) = index["weight_map"].as_object_mut().filter(|_| self.tied) {
+            map.shift_remove(HEAD);
+            if let Some(shard) = map.get(EMBEDDING).cloned().filter(|_| self.unties) {
+                map.insert(HEAD.to_owned(), shard);
+            }
         }
         let mut bytes = serde_json::to_vec_pretty(&index).map_err(corrupt)?;
         bytes.push(b'\n');
         Ok(bytes)
     }
 
-    fn kept<'a>(&'a self, shard: &'a Shard) -> impl Iterator<Item = &'a str> {
-        shard
-            .tensors
-            .iter()
-            .map(String::as_str)
-            .filter(|&name| Some(name) != self.left_out)
+    /// The tensors of a merged shard: the base's, but for a tied head, which is left out or lies
+    /// beside the embedding.
+    fn written<'a>(&'a self, shard: &'a Shard) -> impl Iterator<Item = &'a str> {
+        let names = shard.tensors.iter().map(String::as_str);
+        names
+            .filter(|&name| name != HEAD || !self.tied)
+            .flat_map(|name| {
+                let head = (name == EMBEDDING && self.unties).then_some(HEAD);
+                std::iter::once(name).chain(head)
+            })
+    }
+
+    /// Where in the base a merged tensor comes from.
+    fn source<'a>(&self, name: &'a str) -> &'a str {
+        if name == HEAD && self.tied {
+            EMBEDDING
+        } else {
+            name
+        }
     }
 }
 

@@ -7,9 +7,13 @@ mod gradients;
 pub mod merge;
 mod pattern;
 pub mod peft;
+mod plan;
+mod saved;
 
-pub use adapter::{Adapter, Parameter};
-pub(crate) use adapter::{GroupAdapter, LayerAdapter};
+pub use adapter::Adapter;
 pub use combine::{Combination, combine};
 pub use config::{LoraConfig, TargetModules};
 pub use gradients::Gradients;
+pub(crate) use plan::{GroupAdapter, LayerAdapter};
+pub use plan::{Parameter, Role};
+pub(crate) use saved::{Saved, SavedModules};

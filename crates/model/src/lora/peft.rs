@@ -8,9 +8,11 @@ use safetensors::tensor::{Dtype, View};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::adapter::{Adapter, Parameter};
+use super::adapter::Adapter;
 use super::config::{LoraConfig, TargetModules, whole_if_whole};
-use crate::config::{ModelConfig, Projection};
+use super::plan::{PREFIX, Parameter};
+use super::saved::{SavedModules, module};
+use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::weights::{Weights, decode};
 
@@ -31,14 +33,13 @@ pub struct PeftFiles {
 }
 
 /// Settings that change what the adapter computes and are not done here, when set at all.
-const REFUSED: [&str; 15] = [
+const REFUSED: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
     "lora_bias",
     "lora_ga_config",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
@@ -51,8 +52,9 @@ const REFUSED: [&str; 15] = [
 
 /// Reads an adapter made by PEFT, Unsloth, or [`write_adapter`].
 ///
-/// The tensors decide which modules are adapted, so a regular expression in `target_modules` is no
-/// obstacle. Nothing is skipped: a tensor that is not the `A` or `B` of a known module is an error.
+/// The tensors decide which modules are adapted and which are held whole, so a regular expression in
+/// `target_modules` is no obstacle. Nothing is skipped: a tensor that is neither the `A` or `B` of a
+/// known module nor a weight of the model is an error.
 ///
 /// # Errors
 /// [`Error::Config`] and [`Error::Unsupported`] name the setting, [`Error::Adapter`],
@@ -64,12 +66,34 @@ pub fn read_adapter(
 ) -> Result<Adapter> {
     let mut config = read_config(config_json)?;
     let weights = Weights::from_one(WEIGHTS_FILE, Bytes::copy_from_slice(safetensors))?;
-    let adapted = adapted_modules(&weights, model)?;
+    let (adapted, whole) = modules(&weights, model)?;
     if !agrees(&config, &adapted, model) {
         config.target_modules = name_modules(&adapted, model);
     }
+    let tie = config.ensure_weight_tying && model.tie_word_embeddings;
+    let in_file = |name: &str| whole.contains(name);
+    let saved = SavedModules::select(model, tie, in_file)?;
+    let named = SavedModules::new(&config, model)?;
+    if let Some((name, _)) = named.missing_in(&saved) {
+        return Err(Error::MissingTensor {
+            name: format!("{PREFIX}{name}"),
+            files: 1,
+        });
+    }
+    if named != saved {
+        config.modules_to_save = whole.iter().map(|name| module(name).to_owned()).collect();
+        config.modules_to_save.dedup();
+    }
+    if saved.tied_head && in_file(EMBEDDING) && in_file(HEAD) {
+        let read = |name: &str| weights.bytes(&format!("{PREFIX}{name}"));
+        if read(EMBEDDING)? != read(HEAD)? {
+            return Err(Error::adapter(
+                "its head differs from its embedding, though ensure_weight_tying is set",
+            ));
+        }
+    }
     let targets = |projection, layer| adapted.contains(&(layer, projection));
-    Adapter::from_parameters(config, model, targets, |parameter, values| {
+    Adapter::from_parameters(config, model, targets, saved, |parameter, values| {
         let shape = weights.shape(&parameter.name)?;
         if shape != parameter.shape {
             let (name, expected, actual) = (
@@ -95,13 +119,22 @@ pub fn read_adapter(
 /// [`Error::Corrupt`] if safetensors refuses the tensors, which no adapter makes it do.
 pub fn write_adapter(adapter: &Adapter) -> Result<PeftFiles> {
     let values = adapter.values()?;
-    let tensors = adapter.parameters().iter().map(|parameter| {
-        let bytes = values[parameter.range.clone()]
+    let tensor = |parameter: &'_ Parameter| Float32 {
+        shape: parameter.shape.clone(),
+        bytes: values[parameter.range.clone()]
             .iter()
             .flat_map(|value| value.to_le_bytes())
-            .collect();
-        (&parameter.name, Float32 { parameter, bytes })
-    });
+            .collect(),
+    };
+    let parameters = adapter.parameters().iter();
+    let mut tensors: Vec<_> = parameters
+        .map(|parameter| (parameter.name.clone(), tensor(parameter)))
+        .collect();
+    if adapter.plan().tied_head() {
+        let own = |parameter: &&Parameter| parameter.name.ends_with(EMBEDDING);
+        let embedding = adapter.parameters().iter().find(own).map(tensor);
+        tensors.extend(embedding.map(|tensor| (format!("{PREFIX}{HEAD}"), tensor)));
+    }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let safetensors =
         safetensors::serialize(tensors, Some(metadata)).map_err(|error| Error::Corrupt {
@@ -130,6 +163,8 @@ fn read_config(json: &[u8]) -> Result<LoraConfig> {
         base_model_name_or_path: Option<String>,
         revision: Option<String>,
         init_lora_weights: Option<Value>,
+        modules_to_save: Option<Vec<String>>,
+        ensure_weight_tying: Option<bool>,
         #[serde(flatten)]
         others: Map<String, Value>,
     }
@@ -171,6 +206,8 @@ fn read_config(json: &[u8]) -> Result<LoraConfig> {
         use_rslora: file.use_rslora.unwrap_or(false),
         rank_pattern: file.rank_pattern.unwrap_or_default(),
         alpha_pattern: file.alpha_pattern.unwrap_or_default(),
+        modules_to_save: file.modules_to_save.unwrap_or_default(),
+        ensure_weight_tying: file.ensure_weight_tying.unwrap_or(false),
         base_model_name_or_path: file.base_model_name_or_path,
         revision: file.revision,
     };
@@ -200,33 +237,39 @@ fn changes_the_base(init: &Value) -> bool {
         .is_some_and(|init| !["gaussian", "eva", "orthogonal"].contains(&init))
 }
 
-fn adapted_modules(
-    weights: &Weights,
-    model: &ModelConfig,
-) -> Result<BTreeSet<(usize, Projection)>> {
+/// The linear maps that are adapted, and the weights that are held whole by their names in the base.
+type Modules = (BTreeSet<(usize, Projection)>, BTreeSet<String>);
+
+fn modules(weights: &Weights, model: &ModelConfig) -> Result<Modules> {
     let mut known: BTreeMap<String, (usize, Projection)> = BTreeMap::new();
     for layer in 0..model.num_hidden_layers {
         for projection in Projection::ALL {
-            let module = format!("base_model.model.{}", projection.path(layer));
+            let module = format!("{PREFIX}{}", projection.path(layer));
             known.insert(format!("{module}.lora_A.weight"), (layer, projection));
             known.insert(format!("{module}.lora_B.weight"), (layer, projection));
         }
     }
-    let modules: BTreeSet<_> = weights
-        .names()
-        .map(|name| {
-            let unknown = || {
-                Error::adapter(format!(
-                    "tensor {name} belongs to no linear map of the model"
-                ))
-            };
-            known.get(name).copied().ok_or_else(unknown)
-        })
-        .collect::<Result<_>>()?;
-    if modules.is_empty() {
+    let of_base: BTreeSet<String> = model.tensors().into_iter().map(|(name, _)| name).collect();
+    let (mut adapted, mut whole) = (BTreeSet::new(), BTreeSet::new());
+    for name in weights.names() {
+        match (known.get(name), name.strip_prefix(PREFIX)) {
+            (Some(&pair), _) => {
+                adapted.insert(pair);
+            }
+            (None, Some(own)) if own == HEAD || of_base.contains(own) => {
+                whole.insert(own.to_owned());
+            }
+            (None, _) => {
+                return Err(Error::adapter(format!(
+                    "tensor {name} belongs to no module of the model"
+                )));
+            }
+        }
+    }
+    if adapted.is_empty() && whole.is_empty() {
         return Err(Error::adapter("it holds no tensors"));
     }
-    Ok(modules)
+    Ok((adapted, whole))
 }
 
 fn agrees(
@@ -281,7 +324,7 @@ fn write_config(config: &LoraConfig) -> Vec<u8> {
         "base_model_name_or_path": config.base_model_name_or_path,
         "bias": "none",
         "corda_config": null,
-        "ensure_weight_tying": false,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "eva_config": null,
         "exclude_modules": null,
         "fan_in_fan_out": false,
@@ -296,7 +339,7 @@ fn write_config(config: &LoraConfig) -> Vec<u8> {
         "lora_dropout": config.lora_dropout,
         "megatron_config": null,
         "megatron_core": "megatron.core",
-        "modules_to_save": null,
+        "modules_to_save": (!config.modules_to_save.is_empty()).then_some(&config.modules_to_save),
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "qalora_group_size": 16,
@@ -319,18 +362,18 @@ fn whole(alpha: f64) -> Value {
 }
 
 /// A parameter on its way to a file.
-struct Float32<'a> {
-    parameter: &'a Parameter,
+struct Float32 {
+    shape: Vec<usize>,
     bytes: Vec<u8>,
 }
 
-impl View for Float32<'_> {
+impl View for Float32 {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
 
     fn shape(&self) -> &[usize] {
-        &self.parameter.shape
+        &self.shape
     }
 
     fn data(&self) -> Cow<'_, [u8]> {

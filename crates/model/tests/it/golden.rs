@@ -1,6 +1,6 @@
 //! Against complete runs of transformers and PEFT.
 //!
-//! Every folder `peft-*` in `$UPDRAFT_FIXTURES/golden` and among `updraft-train`'s fixtures is one
+//! Every folder `peft-*` or `full-*` in `$UPDRAFT_FIXTURES/golden` and among `updraft-train`'s fixtures is one
 //! run: base, adapters, batches, first gradients, logits before and after, merged model. The
 //! training loop's own numbers are checked in `updraft-train`.
 
@@ -10,8 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use updraft_model::{
-    Activations, Adapter, Batch, Decoder, Gradients, ModelConfig, Part, Threads, Weights, merge,
-    peft,
+    Activations, Adapter, Batch, Decoder, Gradients, LoraConfig, ModelConfig, Part, Threads,
+    Weights, merge, peft,
 };
 
 struct Run {
@@ -38,17 +38,26 @@ fn runs() -> Vec<Run> {
             path.is_dir()
                 && path
                     .file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with("peft-"))
+                    .is_some_and(|name| is_run(&name.to_string_lossy()))
         })
         .collect();
     folders.sort();
     if folders.is_empty() {
-        eprintln!("no peft-* folder found: nothing is checked here");
+        eprintln!("no recorded run found: nothing is checked here");
     }
     folders.into_iter().map(Run::open).collect()
 }
 
+/// `peft-*` of an adapter, `full-*` of every weight.
+fn is_run(name: &str) -> bool {
+    name.starts_with("peft-") || name.starts_with("full-")
+}
+
 impl Run {
+    fn is_full(&self) -> bool {
+        !self.folder.join("adapter_init").exists()
+    }
+
     fn open(folder: PathBuf) -> Self {
         let file = |name: &str| {
             std::fs::read(folder.join(name)).unwrap_or_else(|e| panic!("{folder:?}/{name}: {e}"))
@@ -64,7 +73,18 @@ impl Run {
         }
     }
 
+    /// `adapter_init` or `adapter_final`; of a full run the base or the merged model.
     fn adapter(&self, name: &str) -> Adapter {
+        if self.is_full() {
+            let folder = match name {
+                "adapter_init" => "base",
+                _ => "merged",
+            };
+            let weights = Weights::from_dir(&self.folder.join(folder)).expect("weights");
+            let lora = LoraConfig::full_fine_tuning();
+            return Adapter::init_over(&lora, &self.config, &weights, 0, &Device::Cpu)
+                .expect("every weight is there");
+        }
         let file = |file: &str| {
             std::fs::read(self.folder.join(name).join(file)).expect("an adapter's file")
         };
@@ -149,6 +169,9 @@ impl Run {
 }
 
 fn logits(decoder: &Decoder, batch: &Batch, adapters: &[&Adapter]) -> Vec<f32> {
+    let own = adapters.first();
+    let own = own.map(|adapter| decoder.with_saved_modules(adapter).expect("it fits"));
+    let decoder = own.as_ref().unwrap_or(decoder);
     let hidden = decoder
         .forward(batch, adapters, None)
         .expect("a sound batch");
@@ -227,6 +250,9 @@ fn peft_first_loss_and_gradients() {
 #[test]
 fn peft_merged_model() {
     for run in runs() {
+        if !run.folder.join("merged").exists() {
+            continue; // Not every run needs one.
+        }
         let adapter = run.adapter("adapter_final");
         let files: Vec<_> = merge::merge(&run.weights, &run.config, &adapter)
             .expect("they fit")
@@ -260,14 +286,15 @@ fn peft_merged_model() {
             );
             assert!(error < 1e-6, "{:?} {name}: {error:e}", run.folder);
         }
-        let merged = Decoder::load(
-            &run.config,
-            &ours,
-            DType::F32,
-            &Device::Cpu,
-            &Threads::single(),
-        )
-        .expect("loads");
+        let json = |folder: &str| {
+            std::fs::read(run.folder.join(folder).join("config.json")).expect("a configuration")
+        };
+        let ours_json = merge::config_json(&json("base"), &run.config, &adapter).expect("JSON");
+        let config = ModelConfig::from_json(&ours_json).expect("ours");
+        let theirs = ModelConfig::from_json(&json("merged")).expect("transformers'");
+        assert_eq!(config, theirs, "{:?}", run.folder);
+        let merged = Decoder::load(&config, &ours, DType::F32, &Device::Cpu, &Threads::single())
+            .expect("loads");
         let expected = run.logits(&run.decoder(), Some(&adapter));
         let error = furthest(&run.logits(&merged, None), &expected);
         assert!(error < 1e-4, "{:?}: {error:e}", run.folder);
@@ -277,6 +304,9 @@ fn peft_merged_model() {
 #[test]
 fn peft_files_survive_reading_and_writing() {
     for run in runs() {
+        if run.is_full() {
+            continue; // PEFT had no part in it.
+        }
         let adapter = run.adapter("adapter_final");
         let written = peft::write_adapter(&adapter).expect("writes");
         let original = std::fs::read(run.folder.join("adapter_final").join(peft::WEIGHTS_FILE))

@@ -1,7 +1,9 @@
 //! Loss and gradients against the oracle and against finite differences, in f64.
 
 use candle_core::DType;
-use updraft_model::{Activations, Adapter, Architecture, Gradients, LoraConfig, Part};
+use updraft_model::{
+    Activations, Adapter, Architecture, Gradients, LoraConfig, Part, TargetModules,
+};
 
 use crate::oracle::Oracle;
 use crate::world::{Numbers, World, documents, one_part, uneven_lora};
@@ -51,6 +53,27 @@ fn every_family_agrees_with_autograd_over_naive_operations() {
         ] {
             agrees(architecture, &lora);
         }
+    }
+}
+
+#[test]
+fn weights_that_are_trained_whole_agree_with_autograd() {
+    let saving = |names: &[&str], ensure_weight_tying| LoraConfig {
+        modules_to_save: names.iter().map(|&name| name.to_owned()).collect(),
+        ensure_weight_tying,
+        ..uneven_lora()
+    };
+    for architecture in ALL {
+        agrees(architecture, &LoraConfig::full_fine_tuning());
+        agrees(architecture, &saving(&["lm_head"], false));
+        agrees(architecture, &saving(&["embed_tokens", "norm"], false));
+        agrees(architecture, &saving(&["lm_head"], true));
+        let gate_up = &["gate_proj", "layers.0.mlp.up_proj", "layers.1.mlp.up_proj"];
+        let lora = LoraConfig {
+            target_modules: TargetModules::Names(vec!["q_proj".to_owned()]),
+            ..saving(gate_up, false)
+        };
+        agrees(architecture, &lora);
     }
 }
 
@@ -130,6 +153,7 @@ fn the_slope_in_any_direction_is_the_gradient() {
         ..uneven_lora()
     };
     slope_is_gradient(&dropping, &part);
+    slope_is_gradient(&LoraConfig::full_fine_tuning(), &part);
 }
 
 fn slope_is_gradient(lora: &LoraConfig, part: &Part) {

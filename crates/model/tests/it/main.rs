@@ -5,5 +5,6 @@ mod golden;
 mod gradients;
 mod identities;
 mod oracle;
+mod saved;
 mod serving;
 mod world;

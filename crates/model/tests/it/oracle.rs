@@ -13,6 +13,7 @@ pub(crate) struct Oracle<'a> {
     /// By PEFT's names.
     pub(crate) variables: BTreeMap<String, Var>,
     scalings: BTreeMap<(usize, Projection), f64>,
+    stays_tied: bool,
 }
 
 impl<'a> Oracle<'a> {
@@ -25,22 +26,23 @@ impl<'a> Oracle<'a> {
                 .copied()
                 .map(f64::from)
                 .collect();
-            let tensor =
-                Tensor::from_vec(numbers, &parameter.shape, &Device::Cpu).expect("its own shape");
+            let tensor = Tensor::from_vec(numbers, &parameter.shape[..], &Device::Cpu)
+                .expect("its own shape");
             variables.insert(
                 parameter.name.clone(),
                 Var::from_tensor(&tensor).expect("a tensor"),
             );
-            let scaling = adapter
-                .config()
-                .scaling(parameter.projection, parameter.layer);
-            scalings.insert((parameter.layer, parameter.projection), scaling);
+            if let Some((projection, layer)) = parameter.pair() {
+                let scaling = adapter.config().scaling(projection, layer);
+                scalings.insert((layer, projection), scaling);
+            }
         }
         Self {
             config,
             weights,
             variables,
             scalings,
+            stays_tied: adapter.config().ensure_weight_tying,
         }
     }
 
@@ -80,10 +82,12 @@ impl<'a> Oracle<'a> {
             x = (x + self.linear(&inner, Projection::Down, layer)?)?;
         }
         let x = self.norm(&x, "model.norm.weight")?;
-        let head = if self.config.tie_word_embeddings {
-            embedding
-        } else {
-            self.weight("lm_head.weight")?
+        let tied = self.config.tie_word_embeddings;
+        let own_head = self.variable("lm_head.weight").is_some();
+        let head = match (tied && !own_head, self.stays_tied) {
+            (false, _) => self.weight("lm_head.weight")?,
+            (true, true) => embedding,
+            (true, false) => self.base("model.embed_tokens.weight")?,
         };
         x.matmul(&head.t()?)
     }
@@ -181,7 +185,19 @@ impl<'a> Oracle<'a> {
             .broadcast_mul(&self.weight(name)?)
     }
 
+    /// What is trained in place of a weight of the base's.
+    fn variable(&self, name: &str) -> Option<&Var> {
+        self.variables.get(&format!("base_model.model.{name}"))
+    }
+
     fn weight(&self, name: &str) -> Result<Tensor> {
+        match self.variable(name) {
+            Some(variable) => Ok(variable.as_tensor().clone()),
+            None => self.base(name),
+        }
+    }
+
+    fn base(&self, name: &str) -> Result<Tensor> {
         self.weights
             .tensor(name)
             .map_err(candle_core::Error::wrap)?

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device};
 use updraft_model::{
-    Adapter, Architecture, Decoder, LoraConfig, ModelConfig, Part, TargetModules, Threads, Weights,
-    tiny,
+    Adapter, Architecture, Decoder, LoraConfig, ModelConfig, Part, Role, TargetModules, Threads,
+    Weights, tiny,
 };
 
 /// A tiny model with its files.
@@ -40,13 +40,13 @@ impl World {
 
     /// An adapter in mid-training: `B` is no longer zero.
     pub(crate) fn adapter(&self, lora: &LoraConfig, seed: u64) -> Adapter {
-        let mut adapter =
-            Adapter::init(lora, &self.config, seed, &Device::Cpu).expect("a sound configuration");
+        let mut adapter = Adapter::init_over(lora, &self.config, &self.weights, seed, &Device::Cpu)
+            .expect("a sound configuration");
         let mut numbers = Numbers(seed);
         let b: Vec<_> = adapter
             .parameters()
             .iter()
-            .filter(|p| !p.is_a())
+            .filter(|p| matches!(p.role, Role::B(..)))
             .map(|p| p.range.clone())
             .collect();
         adapter

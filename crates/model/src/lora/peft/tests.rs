@@ -106,7 +106,7 @@ fn what_would_change_the_result_is_refused() {
         (
             "modules_to_save",
             json!(["lm_head"]),
-            "modules_to_save is not supported",
+            "tensor base_model.model.lm_head.weight is in none",
         ),
         (
             "init_lora_weights",
@@ -158,7 +158,7 @@ fn an_adapter_for_another_base_is_refused() {
         .expect_err("too many layers")
         .to_string();
     assert!(
-        error.contains("layers.1.") && error.contains("belongs to no linear map of the model"),
+        error.contains("layers.1.") && error.contains("belongs to no module of the model"),
         "{error}"
     );
     let mut wider = model();

@@ -1,0 +1,103 @@
+//! Attention over whole sequences and over pages.
+
+use candle_core::Tensor;
+use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
+use updraft_kernels::paged_attention::{self, Pages, Sequences};
+use updraft_kernels::{Float, MatMut, kv_scatter};
+
+use super::Ops;
+use crate::batch::Batch;
+use crate::bridge::{Real, View, edit_slice, read, tensor, typed};
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::kv_pages::{LayerPages, Places};
+
+impl Ops {
+    /// `qkv: [T, (H + 2·H_kv)·D]` → output `[T, H·D]` and log-sum-exp `[T, H]`.
+    pub(crate) fn attention(
+        &self,
+        model: &ModelConfig,
+        seq_starts: &[u32],
+        qkv: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        typed!(qkv, F => {
+            let view = read::<F>(qkv)?;
+            let (rows, width) = (view.mat().num_rows(), model.q_dim());
+            let (mut out, mut lse) = (vec![F::ZERO; rows * width], vec![F::ZERO; rows * model.num_attention_heads]);
+            let out_mat = MatMut::new(&mut out, rows, width);
+            attention::forward(&self.threads, &heads(model), seq_starts, split(model, &view), out_mat, &mut lse);
+            Ok((tensor(out, (rows, width))?, tensor(lse, (rows, model.num_attention_heads))?))
+        })
+    }
+
+    /// The gradient of `qkv`.
+    pub(crate) fn attention_backward(
+        &self,
+        model: &ModelConfig,
+        seq_starts: &[u32],
+        qkv: &Tensor,
+        (out, lse): (&Tensor, &Tensor),
+        dout: &Tensor,
+    ) -> Result<Tensor> {
+        typed!(qkv, F => {
+            let (qkv_view, out, lse, dout) = (read::<F>(qkv)?, read::<F>(out)?, read::<F>(lse)?, read::<F>(dout)?);
+            let (rows, cols) = qkv.dims2()?;
+            let mut dqkv = vec![F::ZERO; qkv.elem_count()];
+            let (dq, rest) = MatMut::new(&mut dqkv, rows, cols).split_cols(model.q_dim());
+            let (dk, dv) = rest.split_cols(model.kv_dim());
+            let saved = attention::Saved { out: out.mat(), lse: lse.slice() };
+            let (inputs, grads) = (split(model, &qkv_view), QkvGrads { dq, dk, dv });
+            attention::backward(&self.threads, &heads(model), seq_starts, inputs, saved, dout.mat(), grads);
+            tensor(dqkv, (rows, cols))
+        })
+    }
+
+    /// Writes the new keys and values to their pages, then attends over the pages.
+    pub(crate) fn paged_attention(
+        &self,
+        model: &ModelConfig,
+        batch: &Batch,
+        places: &Places<'_>,
+        pages: &mut LayerPages,
+        qkv: &Tensor,
+    ) -> Result<Tensor> {
+        typed!(qkv, F => {
+            let view = read::<F>(qkv)?;
+            let Qkv { q, k, v } = split(model, &view);
+            edit_slice(&pages.keys, |keys: &mut [F]| kv_scatter::forward(k, &places.slots, keys))?;
+            edit_slice(&pages.values, |values: &mut [F]| kv_scatter::forward(v, &places.slots, values))?;
+            let (keys, values) = (read::<F>(&pages.keys)?, read::<F>(&pages.values)?);
+            let memory =
+                Pages { keys: keys.slice(), values: values.slice(), block_size: places.tables.block_size };
+            let sequences = Sequences {
+                seq_starts: &batch.seq_starts,
+                context_lens: &places.context_lens,
+                block_tables: &places.tables.tables,
+            };
+            let (rows, width) = (q.num_rows(), model.q_dim());
+            let mut out = vec![F::ZERO; rows * width];
+            let out_mat = MatMut::new(&mut out, rows, width);
+            paged_attention::forward(&self.threads, &heads(model), &sequences, &memory, q, out_mat);
+            tensor(out, (rows, width))
+        })
+    }
+}
+
+fn heads<F: Float>(model: &ModelConfig) -> Heads<F> {
+    Heads {
+        num_heads: model.num_attention_heads,
+        num_kv_heads: model.num_key_value_heads,
+        head_dim: model.head_dim,
+        scale: F::from_f64((model.head_dim as f64).sqrt().recip()),
+    }
+}
+
+fn split<'a, F: Real>(model: &ModelConfig, qkv: &'a View<'_, F>) -> Qkv<'a, F> {
+    let (q, kv) = (model.q_dim(), model.kv_dim());
+    let mat = qkv.mat();
+    Qkv {
+        q: mat.cols(0..q),
+        k: mat.cols(q..q + kv),
+        v: mat.cols(q + kv..q + 2 * kv),
+    }
+}
