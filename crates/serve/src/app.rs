@@ -39,6 +39,9 @@ pub struct ServeOptions {
     pub runtime_adapters: bool,
     /// Web pages of these origins may ask; `*` is any.
     pub allowed_origins: Vec<String>,
+    /// Serve HTTPS with this certificate; plain HTTP without.
+    #[cfg(feature = "tls")]
+    pub tls: Option<crate::tls::Tls>,
     /// How long requests under way may take to end once shutdown begins.
     pub drain_timeout: Duration,
     /// The time in answers.
@@ -57,6 +60,8 @@ impl Default for ServeOptions {
             max_header_bytes: 64 << 10,
             runtime_adapters: false,
             allowed_origins: Vec::new(),
+            #[cfg(feature = "tls")]
+            tls: None,
             drain_timeout: Duration::from_secs(30),
             clock: Clock::system(),
         }

@@ -48,12 +48,15 @@ pub(crate) async fn accept(listener: TcpListener, app: App, routes: Router) {
         };
         // Tokens are small and wanted at once.
         let _ = stream.set_nodelay(true);
-        let io = TokioIo::new(Patient::new(stream, &app.options));
         let service = TowerToHyperService::new(routes.clone());
         let watcher = graceful.watcher();
-        let builder = builder.clone();
+        let (app, builder) = (app.clone(), builder.clone());
         tokio::spawn(async move {
             let _held_until_done = place;
+            let Some(stream) = opened(stream, &app).await else {
+                return;
+            };
+            let io = TokioIo::new(Patient::new(stream, &app.options));
             let connection = builder.serve_connection(io, service);
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(error, "a connection ended early");
@@ -81,14 +84,47 @@ fn builder(app: &App) -> Builder<TokioExecutor> {
     builder
 }
 
+/// The connection as HTTP sees it: itself.
+#[cfg(not(feature = "tls"))]
+async fn opened(stream: TcpStream, _app: &App) -> Option<TcpStream> {
+    Some(stream)
+}
+
+/// The connection as HTTP sees it: itself, or what is inside of its TLS. Nobody waits for a
+/// handshake once the server drains.
+#[cfg(feature = "tls")]
+async fn opened(stream: TcpStream, app: &App) -> Option<Box<dyn Stream>> {
+    let Some(tls) = &app.options.tls else {
+        return Some(Box::new(stream));
+    };
+    let accepted = tokio::select! {
+        accepted = tls.accept(stream, app.options.read_timeout) => accepted,
+        () = app.entered(Phase::Draining) => return None,
+    };
+    match accepted {
+        Ok(stream) => Some(Box::new(stream)),
+        Err(error) => {
+            tracing::debug!(error = &error as &dyn std::error::Error, "no handshake");
+            None
+        }
+    }
+}
+
+/// Bytes in both directions.
+#[cfg(feature = "tls")]
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+#[cfg(feature = "tls")]
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
 /// How a client begins that speaks HTTP/2.
 const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A connection that ends when its peer takes nothing for too long, or does not even say which
 /// protocol it speaks; what comes after that, hyper times itself.
 #[derive(Debug)]
-struct Patient {
-    stream: TcpStream,
+struct Patient<S> {
+    stream: S,
     timeout: Duration,
     /// Counts while a write is waiting.
     waiting: Option<Pin<Box<Sleep>>>,
@@ -98,8 +134,8 @@ struct Patient {
     opened_bytes: usize,
 }
 
-impl Patient {
-    fn new(stream: TcpStream, options: &ServeOptions) -> Self {
+impl<S> Patient<S> {
+    fn new(stream: S, options: &ServeOptions) -> Self {
         Self {
             stream,
             timeout: options.write_timeout,
@@ -136,7 +172,7 @@ impl Patient {
     }
 }
 
-impl AsyncRead for Patient {
+impl<S: AsyncRead + Unpin> AsyncRead for Patient<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -156,7 +192,7 @@ impl AsyncRead for Patient {
     }
 }
 
-impl AsyncWrite for Patient {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Patient<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -172,7 +208,9 @@ impl AsyncWrite for Patient {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        // TLS has last words, and its peer may not take them.
+        let shut = Pin::new(&mut self.stream).poll_shutdown(cx);
+        self.bound(cx, shut)
     }
 
     fn poll_write_vectored(

@@ -75,6 +75,14 @@ pub enum Error {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A certificate or private key cannot be used.
+    #[error("cannot use {path} for TLS; give a certificate chain and its private key in PEM")]
+    Tls {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        source: BoxError,
+    },
     /// A model folder or stage lacks a file that serving needs.
     #[error("{model} has no {file}; {next_step}")]
     MissingFile {

@@ -48,6 +48,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | `constrained` | [`Constraint`]s: answers that follow a JSON schema, through llguidance |
+//! | `tls` | [`Tls`]: HTTPS, through rustls with ring |
 //! | `conformance` | [`conformance_tests!`]: the suite every [`Engine`] passes |
 
 mod constraint;
@@ -77,6 +78,8 @@ mod metrics;
 mod page;
 mod router;
 mod shutdown;
+#[cfg(feature = "tls")]
+mod tls;
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
@@ -103,6 +106,8 @@ pub use sampler::{Past, sample, token_logprobs};
 pub use sampling::{SamplingDefaults, SamplingParams};
 pub use scheduler::{Counts, Scheduler, SchedulerConfig, SequenceId, Slice, Step};
 pub use shutdown::{listen, serve};
+#[cfg(feature = "tls")]
+pub use tls::Tls;
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -8,6 +8,7 @@ mod grammar;
 mod guard;
 mod options;
 mod pace;
+mod sequence;
 mod status;
 mod worker;
 

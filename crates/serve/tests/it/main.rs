@@ -12,4 +12,6 @@ mod load;
 mod models;
 mod responses;
 mod slow;
+#[cfg(feature = "tls")]
+mod tls;
 mod tokenize;

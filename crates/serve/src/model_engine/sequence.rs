@@ -1,0 +1,139 @@
+//! One request under way: what it has so far, and what it needs of the next step.
+
+use tokio::sync::mpsc;
+
+use super::grammar::Grammar;
+use super::registry::Generation;
+use crate::engine::{GenerateRequest, TokenEvent, TokenLogprobs, Usage};
+use crate::error::{BoxError, Result};
+use crate::sampler::{self, Past};
+use crate::scheduler::{SequenceId, Slice};
+
+/// One request under way.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub(super) request: GenerateRequest,
+    pub(super) adapter: Option<Generation>,
+    pub(super) grammar: Option<Grammar>,
+    /// Prompt and completion.
+    pub(super) tokens: Vec<u32>,
+    pub(super) cached_tokens: u32,
+    pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    pub(super) events: mpsc::UnboundedSender<Result<TokenEvent>>,
+}
+
+impl Sequence {
+    pub(super) fn prompt_len(&self) -> usize {
+        self.request.prompt_ids.len()
+    }
+
+    pub(super) fn generated(&self) -> &[u32] {
+        &self.tokens[self.prompt_len()..]
+    }
+
+    pub(super) fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_len() as u32,
+            cached_tokens: self.cached_tokens,
+            completion_tokens: self.generated().len() as u32,
+        }
+    }
+
+    pub(super) fn past(&self) -> Past<'_> {
+        let generated = self.generated();
+        let early = generated.len() < self.request.min_tokens as usize;
+        Past {
+            prompt: &self.request.prompt_ids,
+            generated,
+            forbidden: if early {
+                &self.request.stop_token_ids
+            } else {
+                &[]
+            },
+        }
+    }
+
+    /// The logits with what the grammar forbids at minus infinity; `None` if all is allowed.
+    pub(super) fn allowed(&mut self, logits: &[f32]) -> Result<Option<Vec<f32>>, BoxError> {
+        let stops = &self.request.stop_token_ids;
+        let grammar = self.grammar.as_mut();
+        grammar
+            .map(|grammar| grammar.mask(logits, stops))
+            .transpose()
+    }
+
+    /// Whether the grammar allows nothing after this token.
+    pub(super) fn is_over(&mut self, token: u32) -> Result<bool, BoxError> {
+        let Some(grammar) = &mut self.grammar else {
+            return Ok(false);
+        };
+        grammar.accept(token)?;
+        Ok(grammar.is_over())
+    }
+
+    /// The positions in a slice whose logits are wanted, and what for.
+    pub(super) fn rows(&self, slice: &Slice) -> impl Iterator<Item = (u32, Row)> {
+        let id = slice.id;
+        let last = slice.start + slice.len - 1;
+        // The logits at a position are of the token after it. What was noted before a preemption
+        // is not noted again.
+        let known = (self.prompt_logprobs.len().max(1) - 1) as u32;
+        let wanted = self.request.prompt_logprobs.is_some();
+        let end = if wanted {
+            (last + 1).min(self.prompt_len() as u32 - 1)
+        } else {
+            0
+        };
+        let prompt = slice.start.max(known)..end;
+        let prompt = prompt.map(move |at| (at, Row::Prompt(id, at as usize + 1)));
+        let next = slice.is_last && self.request.max_tokens > 0;
+        let embed = slice.is_last && self.request.embed && self.generated().is_empty();
+        prompt
+            .chain(embed.then_some((last, Row::Embed(id))))
+            .chain(next.then_some((last, Row::Next(id))))
+    }
+
+    pub(super) fn note_prompt(&mut self, position: usize, logits: &[f32]) {
+        if self.prompt_logprobs.is_empty() {
+            self.prompt_logprobs.push(None);
+        }
+        let top = self.request.prompt_logprobs.unwrap_or(0);
+        let logprobs = sampler::token_logprobs(logits, self.tokens[position], top);
+        self.prompt_logprobs.push(Some(logprobs));
+    }
+
+    /// Sends the prompt's log-probabilities before the first token.
+    pub(super) fn tell_prompt(&mut self) {
+        if self.request.prompt_logprobs.take().is_some() {
+            let mut logprobs = std::mem::take(&mut self.prompt_logprobs);
+            if logprobs.is_empty() {
+                logprobs.push(None); // A prompt of one token.
+            }
+            self.tell(Ok(TokenEvent::Prompt(logprobs)));
+        }
+    }
+
+    /// A client that has gone is found by the next sweep.
+    pub(super) fn tell(&self, event: Result<TokenEvent>) {
+        let _ = self.events.send(event);
+    }
+}
+
+/// What a row of logits is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Row {
+    /// The log-probability of the prompt's token at this position.
+    Prompt(SequenceId, usize),
+    /// The next token.
+    Next(SequenceId),
+    /// None: the hidden state itself is wanted.
+    Embed(SequenceId),
+}
+
+impl Row {
+    pub(super) fn id(self) -> SequenceId {
+        match self {
+            Self::Prompt(id, _) | Self::Next(id) | Self::Embed(id) => id,
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Answers that follow a schema.
+
+use serde_json::{Value, json};
+use updraft_chat::TokenizerExt;
+
+use super::*;
+use crate::Constraint;
+
+fn asking(constraint: Constraint, seed: u64) -> GenerateRequest {
+    GenerateRequest {
+        sampling: SamplingParams::seeded(seed),
+        stop_token_ids: vec![256],
+        constraint: Some(constraint),
+        ..GenerateRequest::greedy("tiny", (0..20).collect(), 200)
+    }
+}
+
+async fn answer(engine: &dyn Engine, request: GenerateRequest) -> (String, bool) {
+    let events = run(engine, request).await;
+    let ids: Vec<u32> = events
+        .iter()
+        .filter_map(|event| match event {
+            TokenEvent::Token { id, .. } => Some(*id),
+            _ => None,
+        })
+        .collect();
+    let reason = crate::FinishReason::Stop;
+    let ended =
+        matches!(events.last(), Some(TokenEvent::Finished { reason: r, .. }) if *r == reason);
+    (chat().tokenizer().decode(&ids), ended)
+}
+
+/// A random model, which alone writes noise, writes what the schema says.
+#[tokio::test]
+async fn answers_follow_their_schema() {
+    let engine = engine(&small());
+    let schema = json!({
+        "type": "object", "required": ["n", "ok"], "additionalProperties": false,
+        "properties": {"n": {"$ref": "#/$defs/n"}, "ok": {"enum": ["yes", "no"]}},
+        "$defs": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    });
+    for seed in 0..5 {
+        let constraint = Constraint::json_schema(schema.clone()).expect("small");
+        let (text, ended) = answer(&*engine, asking(constraint, seed)).await;
+        let value: Value = serde_json::from_str(&text).expect(&text);
+        assert!(ended, "{text}");
+        assert!(value["n"].as_u64().is_some_and(|n| n < 100), "{text}");
+        assert!(
+            ["yes", "no"].map(Value::from).contains(&value["ok"]),
+            "{text}"
+        );
+        assert_eq!(value.as_object().map(serde_json::Map::len), Some(2));
+    }
+    let (text, ended) = answer(&*engine, asking(Constraint::JsonObject, 1)).await;
+    assert!(text.starts_with('{'));
+    assert!(
+        !ended || serde_json::from_str::<Value>(&text).is_ok(),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn schemas_that_cannot_be_used_are_refused() {
+    let engine = engine(&small());
+    for schema in [
+        json!({"type": "nonsense"}),
+        json!({"type": "string", "pattern": "("}),
+        json!({"$ref": "http://169.254.169.254/"}),
+        json!({"type": 5}),
+    ] {
+        let constraint = Constraint::json_schema(schema.clone()).expect("small");
+        let refused = engine.generate(asking(constraint, 0)).await;
+        assert!(
+            matches!(refused, Err(Error::InvalidRequest { .. })),
+            "{schema}"
+        );
+    }
+    // A billion repetitions cost no more than the tokens that were asked for.
+    let huge = json!({"type": "string", "pattern": "^((a{1000}){1000}){1000}$"});
+    let constraint = Constraint::json_schema(huge).expect("small");
+    let request = GenerateRequest {
+        max_tokens: 20,
+        ..asking(constraint, 0)
+    };
+    let (text, ended) = answer(&*engine, request).await;
+    assert_eq!((text.as_str(), ended), ("\"aaaaaaaaaaaaaaaaaaa", false));
+    crate::conformance::until_idle(&engine).await;
+}
