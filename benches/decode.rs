@@ -12,7 +12,9 @@
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use updraft::model::{Batch, BlockTables, Decoder, KvPages, ModelConfig, Threads, Weights, tiny};
 
 /// Tokens that each sequence makes.
@@ -66,11 +68,11 @@ fn decode(criterion: &mut Criterion) {
     let config = ModelConfig::from_json(CONFIG).expect("valid configuration");
     let weights = tiny::weights_bf16(&config, 0);
     let mut group = criterion.benchmark_group("decode");
-    group.sample_size(10);
-    for (name, dtype) in [("bf16", DType::BF16)] {
+    group.sample_size(10).sampling_mode(SamplingMode::Flat);
+    for name in ["bf16", "q8_0"] {
         for num_threads in [1, 2] {
             let threads = Threads::new(num_threads).expect("threads");
-            let decoder = load(&config, &weights, dtype, &threads);
+            let decoder = load(&config, &weights, name, &threads);
             for batch in [1, 8] {
                 group.throughput(Throughput::Elements(u64::from(batch * LENGTH)));
                 let id = BenchmarkId::new(format!("{name}/{num_threads}"), batch);
@@ -84,8 +86,15 @@ fn decode(criterion: &mut Criterion) {
     group.finish();
 }
 
-fn load(config: &ModelConfig, weights: &Weights, dtype: DType, threads: &Threads) -> Decoder {
-    Decoder::load(config, weights, dtype, &Device::Cpu, threads).expect("own weights")
+fn load(config: &ModelConfig, weights: &Weights, name: &str, threads: &Threads) -> Decoder {
+    let device = Device::Cpu;
+    let decoder = match name.parse() {
+        Ok(quantization) => {
+            Decoder::load_quantized(config, weights, quantization, &device, threads)
+        }
+        Err(_) => Decoder::load(config, weights, DType::BF16, &device, threads),
+    };
+    decoder.expect("own weights")
 }
 
 criterion_group!(benches, decode);

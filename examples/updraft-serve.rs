@@ -39,6 +39,7 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
   --api-key K             who may ask; repeatable                          UPDRAFT_API_KEY (a,b,…)
   --host H --port P       where to listen; 127.0.0.1 and 8000              UPDRAFT_HOST, UPDRAFT_PORT
   --max-model-len N       the longest prompt and completion together       UPDRAFT_MAX_MODEL_LEN
+  --quantize q8_0         keeps weights in 9 bits a number: half of bf16   UPDRAFT_QUANTIZE
   --kv-cache-mib N        memory for keys and values; 512                  UPDRAFT_KV_CACHE_MIB
   --threads N             threads that compute; all cores                  UPDRAFT_THREADS
   --request-timeout S     seconds a completion may take; unbounded         UPDRAFT_REQUEST_TIMEOUT
@@ -168,6 +169,7 @@ impl Settings {
             log_json: false,
             engine: EngineOptions {
                 max_model_len: env("UPDRAFT_MAX_MODEL_LEN")?,
+                quantization: env("UPDRAFT_QUANTIZE")?,
                 ..EngineOptions::default()
             },
             serve: ServeOptions::default(),
@@ -203,6 +205,9 @@ impl Settings {
                 Arg::Long("port") => settings.port = parser.value()?.parse()?,
                 Arg::Long("max-model-len") => {
                     settings.engine.max_model_len = Some(parser.value()?.parse()?);
+                }
+                Arg::Long("quantize") => {
+                    settings.engine.quantization = Some(parser.value()?.parse()?);
                 }
                 Arg::Long("kv-cache-mib") => {
                     settings.engine.kv_cache_bytes = parser.value()?.parse::<u64>()? << 20;

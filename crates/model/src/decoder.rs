@@ -11,9 +11,12 @@ use crate::bridge::RopeTable;
 use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_pages::{KvPages, Places};
-use crate::layers::{AdapterRows, Block, Embedding, Loader, Pass, RmsNorm, SavedBlock, Stream};
+use crate::layers::{
+    AdapterRows, Block, Embedding, Loader, Matrices, Pass, RmsNorm, SavedBlock, Stream,
+};
 use crate::lora::Adapter;
 use crate::ops::{Ops, Rows, check_device, new_rope_table};
+use crate::quantized::Quantization;
 use crate::weights::Weights;
 
 /// A decoder-only language model, ready to run.
@@ -52,16 +55,46 @@ impl Decoder {
         device: &Device,
         threads: &Threads,
     ) -> Result<Self> {
+        let (dtype, matrices) = match dtype {
+            DType::BF16 => (DType::F32, Matrices::Bf16),
+            other => (other, Matrices::Computed),
+        };
+        Self::load_as(config, weights, dtype, matrices, device, threads)
+    }
+
+    /// Loads a model's weights to serve them, the matrices quantized as they are read; everything
+    /// else is f32. With pages, the bits are those of a decoder in f32 with the matrices that the
+    /// quantized ones stand for. It cannot be trained on. A matrix whose rows cannot be cut into
+    /// whole blocks is kept in bf16.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_quantized(
+        config: &ModelConfig,
+        weights: &Weights,
+        Quantization::Q8_0: Quantization,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self> {
+        Self::load_as(config, weights, DType::F32, Matrices::Q8_0, device, threads)
+    }
+
+    fn load_as(
+        config: &ModelConfig,
+        weights: &Weights,
+        dtype: DType,
+        matrices: Matrices,
+        device: &Device,
+        threads: &Threads,
+    ) -> Result<Self> {
         config.validate()?;
         check_device(device)?;
-        let keeps_bf16 = dtype == DType::BF16;
-        let dtype = if keeps_bf16 { DType::F32 } else { dtype };
         let rope = Arc::new(new_rope_table(config, dtype)?);
         let loader = Loader {
             config,
             weights,
             dtype,
-            keeps_bf16,
+            matrices,
             device,
         };
         let embedding = Embedding::load(loader)?;

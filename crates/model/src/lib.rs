@@ -43,6 +43,8 @@
 mod error;
 
 mod config;
+mod huge_pages;
+mod quantized;
 mod weights;
 
 mod import;
@@ -75,6 +77,7 @@ pub use lora::{
     peft,
 };
 pub use model_files::{ModelFiles, load_model_files};
+pub use quantized::Quantization;
 pub use training::Activations;
 pub use updraft_kernels::Threads;
 pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights};

@@ -7,12 +7,13 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use updraft_kernels::rope::Table;
 use updraft_kernels::{
-    Float, Mat, MatMut, Threads, Weight, embedding, linear, noise, rms_norm, rope, swiglu,
+    Float, Mat, MatMut, Threads, Weight, embedding, linear, noise, q8_0, rms_norm, rope, swiglu,
 };
 
 use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsupported_dtype};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::quantized;
 
 /// What a row's bits may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +38,16 @@ pub(crate) struct Normed {
 }
 
 impl Ops {
-    /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`, in f32 if the table is kept in bf16.
+    /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`, in f32 if the table is kept in bf16 or quantized.
     pub(crate) fn gather(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        if table.dtype() == DType::U8 {
+            let table = read::<u8>(table)?;
+            let table = quantized::blocks(&table)?;
+            let cols = table.num_cols() * q8_0::NUMBERS;
+            let mut out = vec![0.0_f32; ids.len() * cols];
+            embedding::forward(&self.threads, table, ids, &mut out);
+            return tensor(out, (ids.len(), cols));
+        }
         let cols = table.dim(1)?;
         if table.dtype() == DType::BF16 {
             let mut out = vec![0.0_f32; ids.len() * cols];
@@ -144,10 +153,12 @@ impl Ops {
         })
     }
 
-    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`; `w` may be kept in bf16 where `x` is f32.
+    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`; `w` may be kept in bf16 or quantized where `x` is f32.
     pub(crate) fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        if w.dtype() == DType::BF16 {
-            return self.linear_bf16(x, w, bias);
+        match w.dtype() {
+            DType::BF16 => return self.linear_bf16(x, w, bias),
+            DType::U8 => return self.linear_q8_0(x, w, bias),
+            _ => {}
         }
         typed!(x, F => {
             let (x, w) = (read::<F>(x)?, read::<F>(w)?);
@@ -164,6 +175,17 @@ impl Ops {
         let mut y = vec![0.0; rows * cols];
         let out = MatMut::new(&mut y, rows, cols);
         self.product(1.0, x.mat(), w.mat(), 0.0, out);
+        self.with_bias(y, (rows, cols), bias)
+    }
+
+    /// There is one product with a quantized weight, and its rows stand apart.
+    fn linear_q8_0(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (x, w) = (read::<f32>(x)?, read::<u8>(w)?);
+        let (x, w) = (x.mat(), quantized::blocks(&w)?);
+        let (rows, cols) = (x.num_rows(), w.num_rows());
+        let mut y = vec![0.0; rows * cols];
+        let out = MatMut::new(&mut y, rows, cols);
+        linear::forward_invariant(&self.threads, 1.0, x, w, 0.0, out);
         self.with_bias(y, (rows, cols), bias)
     }
 

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::bridge::Real;
 use crate::error::{Error, Result};
+use crate::huge_pages;
 
 /// The file of an unsharded model.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -263,25 +264,34 @@ impl Weights {
             .iter()
             .map(|(_, shape)| shape.iter().product::<usize>())
             .sum();
-        let (mut values, mut stacked) = (Vec::with_capacity(len), Vec::new());
+        let (mut values, mut stacked) = (huge_pages::vec(len), Vec::new());
         for (name, shape) in tensors {
-            let place = self.place(name)?;
-            if place.shape != *shape {
-                let (expected, actual) = (shape.clone(), place.shape.clone());
-                return Err(Error::Shape {
-                    name: name.clone(),
-                    expected,
-                    actual,
-                });
-            }
-            let bytes = &self.shards[place.shard].bytes[place.start..place.end];
-            decode_into(name, place.dtype, bytes, &mut values)?;
+            let (dtype, bytes) = self.stored(name, shape)?;
+            decode_into(name, dtype, bytes, &mut values)?;
             match stacked.first_mut() {
                 Some(rows) => *rows += shape[0],
                 None => stacked.clone_from(shape),
             }
         }
         Ok(Tensor::from_vec(values, stacked, device)?)
+    }
+
+    /// A tensor of a given shape as it is stored: its number type, and its bytes.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] and [`Error::Shape`] name the tensor.
+    pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<(Dtype, &[u8])> {
+        let place = self.place(name)?;
+        if place.shape != *shape {
+            let (expected, actual) = (shape.to_vec(), place.shape.clone());
+            return Err(Error::Shape {
+                name: name.to_owned(),
+                expected,
+                actual,
+            });
+        }
+        let bytes = &self.shards[place.shard].bytes[place.start..place.end];
+        Ok((place.dtype, bytes))
     }
 
     /// Reads a tensor as f32, whatever its shape.
@@ -414,7 +424,12 @@ pub(crate) fn decode<F: Real>(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<
     Ok(values)
 }
 
-fn decode_into<F: Real>(name: &str, dtype: Dtype, bytes: &[u8], values: &mut Vec<F>) -> Result<()> {
+pub(crate) fn decode_into<F: Real>(
+    name: &str,
+    dtype: Dtype,
+    bytes: &[u8],
+    values: &mut Vec<F>,
+) -> Result<()> {
     fn each<const N: usize, F>(bytes: &[u8], values: &mut Vec<F>, read: impl Fn([u8; N]) -> F) {
         let (numbers, _) = bytes.as_chunks::<N>();
         values.extend(numbers.iter().map(|&number| read(number)));

@@ -21,6 +21,7 @@ use crate::error::Result;
 use crate::kv_pages::{LayerPages, Places};
 use crate::lora::{GroupAdapter, Saved};
 use crate::ops::Ops;
+use crate::quantized;
 use crate::weights::Weights;
 
 /// Where weights come from and what they become.
@@ -30,9 +31,18 @@ pub(crate) struct Loader<'a> {
     pub(crate) weights: &'a Weights,
     /// What the decoder computes in.
     pub(crate) dtype: DType,
-    /// Whether matrices are kept in bf16 instead.
-    pub(crate) keeps_bf16: bool,
+    pub(crate) matrices: Matrices,
     pub(crate) device: &'a Device,
+}
+
+/// What frozen matrices are kept as.
+#[derive(Clone, Copy)]
+pub(crate) enum Matrices {
+    /// In the number type that the decoder computes in.
+    Computed,
+    Bf16,
+    /// Quantized; those whose rows are not whole blocks as [`Bf16`](Self::Bf16).
+    Q8_0,
 }
 
 impl Loader<'_> {
@@ -52,10 +62,12 @@ impl Loader<'_> {
 
     /// Matrices one below the other.
     pub(crate) fn matrices(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
-        let dtype = if self.keeps_bf16 {
-            DType::BF16
-        } else {
-            self.dtype
+        let dtype = match self.matrices {
+            Matrices::Computed => self.dtype,
+            Matrices::Q8_0 if quantized::fits(tensors) => {
+                return self.weights.load_q8_0(tensors, self.device);
+            }
+            Matrices::Bf16 | Matrices::Q8_0 => DType::BF16,
         };
         self.weights.load_stacked(tensors, dtype, self.device)
     }

@@ -26,7 +26,8 @@ impl ModelEngine {
     /// Loads a model and its adapters and starts serving them, the model as `name`.
     ///
     /// Weights on this machine are mapped, elsewhere fetched; what is stored in bf16 stays so, and
-    /// other number types are converted once to f32. Everything is computed in f32.
+    /// other number types are converted once to f32, unless
+    /// [quantization](EngineOptions::quantization) is asked for. Everything is computed in f32.
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::NoSuchStage`], [`Error::Read`] and [`Error::Load`] say
@@ -52,7 +53,7 @@ impl ModelEngine {
             // The tokenizer's vocabulary takes about as long as the weights.
             let (chat, decoder) = std::thread::scope(|scope| {
                 let chat = scope.spawn(|| load_chat(&root, &files));
-                let decoder = load_decoder(&files, &threads);
+                let decoder = load_decoder(&files, &options, &threads);
                 (chat.join(), decoder)
             });
             let model = ServedModel {
@@ -89,8 +90,15 @@ async fn model_files(found: &Found) -> Result<ModelFiles> {
     })
 }
 
-fn load_decoder(files: &ModelFiles, threads: &Threads) -> updraft_model::Result<Decoder> {
+fn load_decoder(
+    files: &ModelFiles,
+    options: &EngineOptions,
+    threads: &Threads,
+) -> updraft_model::Result<Decoder> {
     let (config, weights) = (&files.config, &files.weights);
+    if let Some(quantization) = options.quantization {
+        return Decoder::load_quantized(config, weights, quantization, &Device::Cpu, threads);
+    }
     let dtype = match weights.matrices_are_bf16() {
         true => DType::BF16,
         false => DType::F32,

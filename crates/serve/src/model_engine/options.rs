@@ -1,7 +1,7 @@
 //! What an engine may spend, and what that buys.
 
 use candle_core::DType;
-use updraft_model::{KvPages, ModelConfig};
+use updraft_model::{KvPages, ModelConfig, Quantization};
 
 use crate::error::{Error, Result};
 use crate::scheduler::SchedulerConfig;
@@ -12,6 +12,8 @@ pub struct EngineOptions {
     /// The longest prompt and completion together. `None`: what the model was made for, or what
     /// the cache holds if that is less.
     pub max_model_len: Option<u32>,
+    /// How the model's matrices are quantized as they are loaded. `None`: not at all.
+    pub quantization: Option<Quantization>,
     /// Memory for keys and values: more holds more and longer requests at once.
     pub kv_cache_bytes: u64,
     /// Tokens per block of it.
@@ -33,6 +35,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         Self {
             max_model_len: None,
+            quantization: None,
             kv_cache_bytes: 512 << 20,
             block_size: 16,
             prefix_cache: true,
