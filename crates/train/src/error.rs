@@ -96,6 +96,42 @@ pub enum Error {
         /// NaN or an infinity.
         norm: f64,
     },
+    /// A variable that a launcher sets is missing or makes no sense.
+    #[error(
+        "{variable} {problem}: start the workers with torchrun, SkyPilot or Kubernetes, or set it"
+    )]
+    Launch {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The workers of a run did not find each other.
+    #[error(
+        "the workers did not meet at {master}: start all of them, with one network between them"
+    )]
+    Rendezvous {
+        /// Where the first one listens.
+        master: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another worker of the run is gone, or does something else; the last checkpoint is intact.
+    #[error("lost worker {rank}: start the workers again, they continue from the last checkpoint")]
+    Worker {
+        /// Which one.
+        rank: usize,
+        /// What happened to it.
+        source: std::io::Error,
+    },
+    /// The workers of a run were started differently.
+    #[error("{what} of worker {rank} differs from the first worker's: start all of them alike")]
+    WorkersDiffer {
+        /// What differs.
+        what: &'static str,
+        /// The first worker that differs.
+        rank: usize,
+    },
     /// A tensor given to an optimizer has another size than before.
     #[error("{name} has {actual} elements, expected {expected}")]
     Shape {
@@ -196,7 +232,7 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Store(error) => error.is_retryable(),
-            Self::Cancelled { .. } => true,
+            Self::Cancelled { .. } | Self::Worker { .. } | Self::Rendezvous { .. } => true,
             _ => false,
         }
     }

@@ -35,6 +35,7 @@
 //! | --- | --- | --- |
 //! | [`ExampleSource`] | plan and open a resumable stream of examples | [`MemorySource`], the data set reader |
 //! | [`Optimizer`] | apply one step | [`optim::AdamW`], [`optim::Sgd`] |
+//! | [`Collective`] | tell and add up among workers, in the order of ranks | [`Alone`], [`LocalCollective`], [`TcpCollective`] |
 //! | [`Observer`] | be told of each step | [`ProgressObserver`], [`metrics::JsonLines`], [`metrics::TensorBoard`], MLflow, Weights & Biases |
 //!
 //! # Features
@@ -60,6 +61,7 @@ mod schedule;
 
 mod checkpoint;
 mod checkpoints;
+mod collective;
 mod evaluation;
 mod flops;
 mod memory;
@@ -79,6 +81,9 @@ mod testing;
 pub use batch::parts;
 pub use checkpoint::{Checkpoint, Machine, RunState};
 pub use checkpoints::Checkpoints;
+pub use collective::{
+    Alone, Collective, Launch, LocalCollective, MAX_MESSAGE, TcpCollective, local_group,
+};
 pub use config::{OptimizerKind, TrainConfig};
 pub use error::{BoxError, Error, Result};
 pub use evaluation::{EvalRecord, best, evaluate};

@@ -8,11 +8,12 @@ use tokio::runtime::Handle;
 use updraft_kernels::clip;
 use updraft_kernels::noise::derive;
 use updraft_model::{Adapter, Decoder, Gradients, Parameter};
-use updraft_store::CancelToken;
+use updraft_store::{CancelToken, sha256_hex};
 
 use crate::batch::{Noise, noisy_parts};
 use crate::checkpoint::{Checkpoint, Machine, RunState};
 use crate::checkpoints::Checkpoints;
+use crate::collective::{Alone, Collective};
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::flops::Work;
 use crate::loader::{StepExamples, StepReader, read_ahead};
@@ -59,6 +60,7 @@ pub struct Trainer<'a> {
     observers: Vec<Box<dyn Observer + 'a>>,
     checkpoints: Option<(Checkpoints, Handle)>,
     cancels: Vec<CancelToken>,
+    workers: Box<dyn Collective + 'a>,
     /// Work of this process.
     work: Work,
     gemm_ceiling: Option<f64>,
@@ -134,6 +136,7 @@ impl<'a> Trainer<'a> {
             observers: Vec::new(),
             checkpoints: None,
             cancels: Vec::new(),
+            workers: Box::new(Alone),
             work: Work::default(),
             gemm_ceiling: None,
             config,
@@ -151,6 +154,27 @@ impl<'a> Trainer<'a> {
     /// say is then followed.
     pub fn with_evaluation(mut self, held_out: &'a dyn ExampleSource) -> Self {
         self.held_out = Some(held_out);
+        self
+    }
+
+    /// Shares the run with other workers: each is given the same model, data and settings, takes
+    /// its part of every step's micro-batches, and ends with the same bits. A step stays what the
+    /// settings say, so `gradient_accumulation_steps` counts the micro-batches of all workers
+    /// together. The first worker alone evaluates and writes checkpoints.
+    pub fn with_workers(mut self, workers: impl Collective + 'a) -> Self {
+        let (micro_batches, num_workers) = (
+            self.config.gradient_accumulation_steps as usize,
+            workers.num_workers(),
+        );
+        if micro_batches < num_workers {
+            tracing::warn!(
+                micro_batches,
+                num_workers,
+                "some workers have nothing to do: raise gradient_accumulation_steps to a multiple \
+                 of the workers, and lower per_device_train_batch_size for the same step"
+            );
+        }
+        self.workers = Box::new(workers);
         self
     }
 
@@ -266,6 +290,7 @@ impl<'a> Trainer<'a> {
         let began = Instant::now();
         let resumed_from = self.cursor.step;
         self.work = Work::default();
+        self.check_workers()?;
         let reader = StepReader::new(self.source, self.plan, self.cursor.clone());
         std::thread::scope(|scope| {
             let steps = read_ahead(scope, reader);
@@ -295,13 +320,52 @@ impl<'a> Trainer<'a> {
         Ok(report)
     }
 
-    /// Waits for the next step's examples, or for being cancelled.
+    /// Workers that train apart from each other would not notice.
+    fn check_workers(&mut self) -> Result<()> {
+        if self.workers.num_workers() == 1 {
+            return Ok(());
+        }
+        let cursor = format!("{:?}", self.cursor);
+        self.workers
+            .agree("the data or the step", cursor.as_bytes())?;
+        let config = format!("{:?}", self.config.deciding());
+        self.workers.agree("TrainConfig", config.as_bytes())?;
+        self.check_adapters()
+    }
+
+    /// Processors with other instructions may round otherwise.
+    fn check_adapters(&mut self) -> Result<()> {
+        if self.workers.num_workers() == 1 {
+            return Ok(());
+        }
+        let numbers = self.adapter.values()?;
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        self.workers
+            .agree("the adapter", sha256_hex(&bytes).as_bytes())
+    }
+
+    /// The next step's examples, unless some worker is cancelled.
     fn next(
+        &mut self,
+        steps: &Receiver<Result<StepExamples>>,
+    ) -> Result<ControlFlow<(), StepExamples>> {
+        let next = self.wait(steps)?;
+        let cancelled = self.cancels.iter().any(CancelToken::is_cancelled);
+        match (next, self.workers.any(cancelled)?) {
+            (ControlFlow::Continue(examples), false) => Ok(ControlFlow::Continue(examples)),
+            _ => Ok(ControlFlow::Break(())),
+        }
+    }
+
+    /// Waits for the next step's examples, or, if nobody waits for this worker, for being
+    /// cancelled.
+    fn wait(
         &self,
         steps: &Receiver<Result<StepExamples>>,
     ) -> Result<ControlFlow<(), StepExamples>> {
         loop {
-            if self.cancels.iter().any(CancelToken::is_cancelled) {
+            let alone = self.workers.num_workers() == 1;
+            if alone && self.cancels.iter().any(CancelToken::is_cancelled) {
                 return Ok(ControlFlow::Break(()));
             }
             match steps.recv_timeout(CANCEL_CHECK) {
@@ -334,7 +398,11 @@ impl<'a> Trainer<'a> {
             first_example: 0,
             neftune_noise_alpha: self.config.neftune_noise_alpha.unwrap_or(0.0),
         };
-        for micro_batch in &examples.micro_batches {
+        for (place, micro_batch) in examples.micro_batches.iter().enumerate() {
+            if !self.workers.takes(place) {
+                noise.first_example += micro_batch.len() as u64;
+                continue;
+            }
             let num_parts = self.decoder.threads().num_threads();
             let vocab_size = self.decoder.config().vocab_size;
             let parts = noisy_parts(micro_batch, num_parts, vocab_size, noise)?;
@@ -350,7 +418,8 @@ impl<'a> Trainer<'a> {
                 self.config.activations(),
             )?;
         }
-        let loss = loss_sum / trained_tokens as f64;
+        self.gradients.update(|values| self.workers.sum(values))??;
+        let loss = self.workers.sum_f64(loss_sum)? / trained_tokens as f64;
         if !loss.is_finite() {
             return Err(Error::LossNotFinite { step, loss });
         }
@@ -441,8 +510,13 @@ impl<'a> Trainer<'a> {
             return Ok(());
         };
         let batch_size = self.config.per_device_eval_batch_size as usize;
-        let (eval_loss, trained_tokens) =
-            evaluate(self.decoder, Some(&self.adapter), held_out, batch_size)?;
+        let own = match self.workers.leads() {
+            true => evaluate(self.decoder, Some(&self.adapter), held_out, batch_size)?,
+            false => (0.0, 0),
+        };
+        // What follows from it must follow on all workers.
+        let [eval_loss, trained_tokens] = self.workers.of_the_first([own.0, own.1 as f64])?;
+        let trained_tokens = trained_tokens as u64;
         let eval = EvalRecord {
             step,
             epoch: self.log.last().map_or(0.0, |record| record.epoch),
@@ -469,7 +543,9 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let Some((checkpoints, runtime)) = &self.checkpoints else {
+        self.check_adapters()?;
+        let place = self.checkpoints.as_ref().filter(|_| self.workers.leads());
+        let Some((checkpoints, runtime)) = place else {
             return Ok(());
         };
         runtime.block_on(checkpoints.save(&self.checkpoint()?))?;

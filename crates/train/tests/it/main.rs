@@ -14,4 +14,5 @@ mod peft;
 mod refusals;
 mod resume;
 mod stage;
+mod workers;
 mod world;

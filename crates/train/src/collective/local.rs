@@ -1,0 +1,103 @@
+//! Workers that are threads of one process.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::Collective;
+use super::mesh::{Link, Mesh};
+use crate::Result;
+
+/// A worker among threads; see [`local_group`].
+#[derive(Debug)]
+pub struct LocalCollective(Mesh<Pipe>);
+
+/// Workers that talk within this process, one for each thread that trains.
+///
+/// # Panics
+/// For no workers.
+pub fn local_group(num_workers: usize) -> Vec<LocalCollective> {
+    assert!(num_workers > 0, "a group has workers");
+    let mut links: Vec<Vec<Option<Pipe>>> = (0..num_workers)
+        .map(|_| (0..num_workers).map(|_| None).collect())
+        .collect();
+    for a in 0..num_workers {
+        for b in a + 1..num_workers {
+            let (to_b, from_a) = channel();
+            let (to_a, from_b) = channel();
+            links[a][b] = Some(Pipe::new(to_b, from_b));
+            links[b][a] = Some(Pipe::new(to_a, from_a));
+        }
+    }
+    let workers = links.into_iter().enumerate();
+    workers
+        .map(|(rank, links)| LocalCollective(Mesh::new(rank, links)))
+        .collect()
+}
+
+impl Collective for LocalCollective {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+    fn num_workers(&self) -> usize {
+        self.0.num_workers()
+    }
+    fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.0.exchange(mine)
+    }
+    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
+        self.0.sum(values)
+    }
+}
+
+/// One end of two channels.
+#[derive(Debug)]
+struct Pipe {
+    to: Sender<Vec<u8>>,
+    from: Mutex<Incoming>,
+}
+
+#[derive(Debug)]
+struct Incoming {
+    receiver: Receiver<Vec<u8>>,
+    /// What was sent but not asked for yet.
+    left: Vec<u8>,
+}
+
+impl Pipe {
+    fn new(to: Sender<Vec<u8>>, receiver: Receiver<Vec<u8>>) -> Self {
+        let left = Vec::new();
+        Self {
+            to,
+            from: Mutex::new(Incoming { receiver, left }),
+        }
+    }
+}
+
+impl Link for Pipe {
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        self.to.send(bytes.to_vec()).map_err(|_| gone())
+    }
+
+    fn receive(&self, bytes: &mut [u8]) -> io::Result<()> {
+        let mut from = self.from.lock().map_err(|_| gone())?;
+        while from.left.len() < bytes.len() {
+            let more = from.receiver.recv().map_err(|_| gone())?;
+            from.left.extend(more);
+        }
+        bytes.copy_from_slice(&from.left[..bytes.len()]);
+        from.left.drain(..bytes.len());
+        Ok(())
+    }
+
+    fn close(&self) {} // Sending never waits, and dropping one end tells the other.
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the worker has ended")
+}
+
+#[cfg(test)]
+mod tests {
+    crate::collective_tests!(|num_workers: usize| { crate::collective::local_group(num_workers) });
+}
