@@ -13,6 +13,7 @@ use updraft::provision::{Engine, ExecOptions, Task};
 use crate::arguments::TaskOptions;
 use crate::launch::{here, read_tasks};
 use crate::screen::Screen;
+use crate::show::said;
 use crate::{Outcome, world};
 
 /// Where services listen from, as SkyPilot has it.
@@ -170,6 +171,7 @@ async fn wait_ready(
     screen: &Screen,
 ) -> Outcome {
     let started = Instant::now();
+    let mut seen = String::new();
     loop {
         tokio::time::sleep(LOOK).await;
         if row(engine, name)?.is_none() {
@@ -189,6 +191,11 @@ async fn wait_ready(
         let Some(report) = report(name).filter(|report| report.version == version) else {
             continue;
         };
+        let now = phases(&report);
+        if now != seen {
+            screen.note(&now);
+            seen = now;
+        }
         if let Some(failure) = &report.failure {
             return Err(format!("replicas of `{name}` fail: {failure}").into());
         }
@@ -203,6 +210,23 @@ async fn wait_ready(
             return Ok(ExitCode::SUCCESS);
         }
     }
+}
+
+/// Every replica with its version and phase, in words.
+fn phases(report: &ServiceReport) -> String {
+    let words: Vec<_> = report
+        .replicas
+        .iter()
+        .map(|replica| {
+            let phase = serde_json::to_value(&replica.phase).unwrap_or_default();
+            let phase = phase.as_str().unwrap_or_default().to_owned();
+            format!(
+                "replica {} (version {}): {phase}",
+                replica.id, replica.version
+            )
+        })
+        .collect();
+    words.join(", ")
 }
 
 pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
@@ -248,7 +272,12 @@ pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
     Ok(())
 }
 
-pub(crate) async fn down(names: &[String], yes: bool, screen: &Screen) -> Result<(), Error> {
+pub(crate) async fn down(
+    names: &[String],
+    yes: bool,
+    json: bool,
+    screen: &Screen,
+) -> Result<(), Error> {
     if !yes && !screen.agrees(&format!("end {} and all replicas?", names.join(", "))) {
         return Err("nothing was ended".into());
     }
@@ -265,7 +294,7 @@ pub(crate) async fn down(names: &[String], yes: bool, screen: &Screen) -> Result
             }
             tokio::time::sleep(LOOK / 5).await;
         }
-        screen.note(&format!("service `{name}` is gone"));
+        said(name, "GONE", json, screen);
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ const FOLLOW: Duration = Duration::from_millis(50);
 /// Runs one command of the agent; answers go to `out`.
 ///
 /// `run DIR`, `set DIR NAME VALUE`, `submit DIR` (the job as JSON in `UPDRAFT_JOB`), `queue DIR`,
-/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`.
+/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`, `hold DIR SECONDS`.
 ///
 /// # Errors
 /// [`Error::InvalidTask`] for a command that is none; else the queue's.
@@ -51,14 +51,15 @@ pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
         }
         ["logs", dir, id, rest @ ..] => {
             let queue = Queue::open(dir)?;
-            let id = match *id {
-                "last" => queue
-                    .jobs()?
-                    .last()
-                    .map(|job| job.id)
-                    .ok_or_else(none_yet)?,
-                id => number(id)?,
+            let jobs = queue.jobs()?;
+            let wanted = match *id {
+                "last" => jobs.last(),
+                id => {
+                    let id = number(id)?;
+                    jobs.iter().find(|job| job.head == id)
+                }
             };
+            let id = wanted.map(|job| job.id).ok_or_else(no_such_job)?;
             logs(&queue, id, rest.contains(&"follow"), out)
         }
         ["lease", dir, text] => {
@@ -67,6 +68,7 @@ pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
             })?;
             Queue::open(dir)?.set_lease(&lease, now())
         }
+        ["hold", dir, seconds] => Queue::open(dir)?.hold(now() + number(seconds)?),
         _ => Err(Error::InvalidTask {
             what: "unknown command of the agent; client and node may be of different versions"
                 .to_owned(),
@@ -106,8 +108,8 @@ fn number(text: &str) -> Result<i64> {
     })
 }
 
-fn none_yet() -> Error {
+fn no_such_job() -> Error {
     Error::InvalidTask {
-        what: "no job was submitted yet".to_owned(),
+        what: "there is no such job; `queue` lists those there are".to_owned(),
     }
 }

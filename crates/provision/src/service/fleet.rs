@@ -45,6 +45,8 @@ pub enum FleetEvent {
     Probed(u32, ProbeVerdict),
     /// It could not be launched, or its commands or its machine ended.
     Lost(u32, String),
+    /// Its provider took its machine back, which is no failure of the version.
+    Preempted(u32),
     /// No request is under way any more.
     Drained(u32),
     /// It is gone.
@@ -115,6 +117,7 @@ impl Fleet {
             FleetEvent::Started(id)
             | FleetEvent::Probed(id, _)
             | FleetEvent::Lost(id, _)
+            | FleetEvent::Preempted(id)
             | FleetEvent::Drained(id)
             | FleetEvent::Ended(id) => *id,
         };
@@ -139,6 +142,7 @@ impl Fleet {
             FleetEvent::Lost(_, reason) if phase != ReplicaPhase::ShuttingDown => {
                 self.failed(index, reason)
             }
+            FleetEvent::Preempted(_) => ReplicaPhase::ShuttingDown,
             FleetEvent::Drained(_) if phase == ReplicaPhase::Draining => ReplicaPhase::ShuttingDown,
             FleetEvent::Ended(_) => {
                 self.replicas.remove(index);
@@ -293,6 +297,17 @@ mod tests {
         assert_eq!(launched, 3);
         assert_eq!(fleet.failure(), Some("no model"));
         assert_eq!(fleet.replicas()[0].phase, ReplicaPhase::Ready);
+    }
+
+    #[test]
+    fn machines_taken_back_are_replaced_without_counting() {
+        let mut fleet = Fleet::new(1, 1);
+        for id in 1..=10 {
+            assert!(fleet.step().contains(&Launch(id, 1)), "{id}");
+            fleet.apply(FleetEvent::Preempted(id));
+            fleet.apply(Ended(id));
+        }
+        assert_eq!(fleet.failure(), None);
     }
 
     #[test]

@@ -18,6 +18,23 @@ pub(crate) struct Machines {
     _dir: tempfile::TempDir,
 }
 
+impl Machines {
+    /// Switches a machine off.
+    pub(crate) fn stop(&mut self, number: usize) {
+        let _ = self.servers[number].kill(); // it may have ended
+        let _ = self.servers[number].wait();
+    }
+
+    /// Ends the connections of a machine, which goes on listening.
+    pub(crate) fn cut(&mut self, number: usize) {
+        let parent = self.servers[number].id().to_string();
+        let done = Command::new("pkill")
+            .args(["-KILL", "-P", &parent])
+            .status();
+        assert!(done.expect("pkill").success(), "there was no connection");
+    }
+}
+
 impl Drop for Machines {
     fn drop(&mut self) {
         for server in &mut self.servers {

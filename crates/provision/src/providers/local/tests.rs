@@ -87,13 +87,13 @@ async fn another_client_finds_and_ends_what_was_started() {
     assert_eq!(job.next_line().await.expect("line").expect("up").text, "up");
     // As after a crash: the first client's handles are unused, another reads the folder.
     let other = LocalProvider::new(guard.path()).expect("absolute");
-    let owned = other.list_owned().await.expect("list");
+    let owned = other.list_owned(None).await.expect("list");
     other.terminate(&owned[0].id).await.expect("terminate");
     assert!(matches!(
         job.wait().await.expect("ended"),
         JobStatus::Failed(Phase::Run, _)
     ));
-    assert!(other.list_owned().await.expect("list").is_empty());
+    assert!(other.list_owned(None).await.expect("list").is_empty());
 }
 
 #[tokio::test]
@@ -101,7 +101,7 @@ async fn files_and_folders_of_others_are_no_instances() {
     let (provider, guard) = provider();
     std::fs::write(guard.path().join("a.lock"), "").expect("file");
     std::fs::create_dir(guard.path().join("folder")).expect("folder");
-    assert!(provider.list_owned().await.expect("list").is_empty());
+    assert!(provider.list_owned(None).await.expect("list").is_empty());
 }
 
 #[tokio::test]
