@@ -241,7 +241,10 @@ pub(crate) async fn follow(
             }
         }
     }
-    let row = engine.wait(cluster, agent, job).await?;
+    let row = match logs.ended() {
+        Some(row) => row.clone(),
+        None => engine.wait(cluster, agent, job).await?,
+    };
     screen.note(&format!(
         "job {} on `{cluster}`: {}",
         job.0,

@@ -38,7 +38,11 @@ fn main() -> ExitCode {
     };
     // The agent is its own world: no runtime, no state of the client.
     if let Command::Agent(words) = &command {
-        return match updraft::provision::agent::command(words, &mut std::io::stdout()) {
+        return match updraft::provision::agent::command(
+            words,
+            &mut std::io::stdout(),
+            &mut std::io::stderr(),
+        ) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => screen.fail(&error),
         };

@@ -34,6 +34,11 @@ struct Row {
     env_file: Option<PathBuf>,
     secret_file: Option<PathBuf>,
     workdir: Option<String>,
+    infra: Option<String>,
+    gpus: Option<String>,
+    cpus: Option<String>,
+    memory: Option<String>,
+    use_spot: bool,
     base: PathBuf,
     version: u32,
     port: u16,
@@ -54,6 +59,11 @@ impl Row {
             env_file: self.env_file.clone(),
             secret_file: self.secret_file.clone(),
             workdir: self.workdir.clone(),
+            infra: self.infra.clone(),
+            gpus: self.gpus.clone(),
+            cpus: self.cpus.clone(),
+            memory: self.memory.clone(),
+            use_spot: self.use_spot,
             envs: values.envs.clone(),
             secrets: values.secrets.clone(),
             ..TaskOptions::default()
@@ -121,6 +131,11 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
         env_file: absolute(&options.env_file)?,
         secret_file: absolute(&options.secret_file)?,
         workdir: options.workdir.clone(),
+        infra: options.infra.clone(),
+        gpus: options.gpus.clone(),
+        cpus: options.cpus.clone(),
+        memory: options.memory.clone(),
+        use_spot: options.use_spot,
         base: here()?,
         version: 1,
         port: free_port(options.port)?,
@@ -241,6 +256,10 @@ pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
             .filter_map(|(_, report)| report.as_ref())
             .collect();
         screen.say(&serde_json::to_string(&known)?);
+        return Ok(());
+    }
+    if reports.is_empty() {
+        screen.note("no services");
         return Ok(());
     }
     let mut rows = Vec::new();

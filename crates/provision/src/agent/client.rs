@@ -209,6 +209,7 @@ impl AgentClient {
             process,
             host: self.transport.host(),
             said: None,
+            ended: None,
         })
     }
 
@@ -255,9 +256,15 @@ pub struct JobLogs {
     process: Process,
     host: String,
     said: Option<String>,
+    ended: Option<JobRow>,
 }
 
 impl JobLogs {
+    /// What has become of the job, once a log that was followed is at its end.
+    pub fn ended(&self) -> Option<&JobRow> {
+        self.ended.as_ref()
+    }
+
     /// The next line; `None` at the end.
     ///
     /// # Errors
@@ -266,7 +273,11 @@ impl JobLogs {
         while let Some(line) = self.process.lines.recv().await {
             match line.stream {
                 LogStream::Stdout => return Ok(Some(line.text)),
-                LogStream::Stderr => self.said = Some(line.text), // the agent's, not the job's
+                // The agent's, not the job's.
+                LogStream::Stderr => match serde_json::from_str(&line.text) {
+                    Ok(row) => self.ended = Some(row),
+                    Err(_) => self.said = Some(line.text),
+                },
             }
         }
         match self.process.control.wait().await?.success() {

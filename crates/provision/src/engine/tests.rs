@@ -146,7 +146,9 @@ async fn killed_at_any_call_of_autostop_nothing_leaks() {
             for kill in [Kill::Before(number), Kill::After(number)] {
                 let what = format!("autostop, {manner:?}, {kill:?}");
                 let dir = tempfile::tempdir().expect("folder");
-                let world = Arc::new(Fake::new().with_dir(dir.path().join("node")));
+                let node = dir.path().join("node");
+                std::fs::create_dir(&node).expect("folder");
+                let world = Arc::new(Fake::new().with_dir(node));
                 let calm = engine(&dir, world.clone());
                 calm.launch(&task(), &request()).await.expect("launch");
                 let trap = Trap::new(world.clone(), manner, kill);

@@ -30,6 +30,9 @@ const STARTING: Duration = Duration::from_millis(500);
 /// How often a replica's commands are asked after.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How long a launch that found no machine waits before it may be tried again.
+const NO_ROOM: Duration = Duration::from_secs(1);
+
 /// How long requests of a replica that is replaced may take to end.
 const DRAIN: Duration = Duration::from_secs(600);
 
@@ -274,6 +277,12 @@ impl Controller {
                 Ok(server) => {
                     let tell = |way| sender.send(Told::Reached(id, way)).is_ok();
                     until_ended(&engine, &agent, &cluster, &server, tell).await
+                }
+                Err(error @ (Error::Exhausted { .. } | Error::NoOffer { .. })) => {
+                    tokio::time::sleep(NO_ROOM).await; // a machine may be given back by then
+                    let event = FleetEvent::NoRoom(id, error.to_string());
+                    let _ = sender.send(Told::Event(event)); // as below
+                    return;
                 }
                 Err(error) => Some(error.to_string()),
             };

@@ -241,6 +241,7 @@ async fn tar_copies_what_rsync_copies() {
     let story =
         Story::new(|dir| Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute")));
     let home = story.dir.path().join("node");
+    std::fs::create_dir(&home).expect("folder");
     let transport = Arc::new(LocalTransport::new(&home));
     let syncer = Syncer::new(None, transport).without_rsync();
     syncer

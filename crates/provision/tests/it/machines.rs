@@ -153,10 +153,11 @@ mod inside {
         assert_eq!(client.log(alone).await, ["alone on 1"]);
         let all =
             "num_nodes: 3\nrun: |\n  [ $SKYPILOT_NODE_RANK = 1 ] && exit 7\n  exec sleep 600\n";
+        // The others, which wait for the one that failed, are cancelled: followed or waited for.
         let broken = client.exec(all).await;
+        assert_eq!(client.log(broken).await, Vec::<String>::new());
         let row = client.wait(broken).await;
         assert_eq!((row.status, row.exit_code), (QueueStatus::Failed, Some(7)));
-        // The others, which wait for the one that failed, are cancelled.
         let forever = client.exec("num_nodes: 3\nrun: exec sleep 600\n").await;
         let queue = client
             .engine

@@ -80,7 +80,7 @@ fn start(count: usize) -> Machines {
     let (mut hosts, mut servers) = (Vec::new(), Vec::new());
     for number in 0..count {
         let home = root.join(format!("home{number}"));
-        std::fs::create_dir(&home).expect("home");
+        std::fs::create_dir_all(home.join("instance")).expect("home");
         // Each machine has its own home: the login runs in it.
         let login = root.join(format!("login{number}"));
         let script = format!(

@@ -28,7 +28,7 @@ pub struct LocalTransport {
 }
 
 impl LocalTransport {
-    /// Commands belong to the instance whose folder is `dir`.
+    /// Commands belong to the instance whose folder is `dir`, which must be there.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
@@ -53,7 +53,13 @@ impl HostTransport for LocalTransport {
 
     async fn start(&self, command: &ShellCommand) -> Result<Process> {
         let files = self.files();
-        std::fs::create_dir_all(&files).map_err(Error::io(&files))?;
+        // Not the folder above it: an instance that is gone must not come back as an empty one.
+        match std::fs::create_dir(&files) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(self.error(error));
+            }
+            _ => {}
+        }
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(&command.script);
         bash.current_dir(command.workdir.as_deref().map_or(files, PathBuf::from));
@@ -108,6 +114,9 @@ impl HostTransport for LocalTransport {
     }
 
     async fn put(&self, local: &Path, remote: &Path) -> Result<()> {
+        if !self.dir.is_dir() {
+            return Err(self.error(std::io::ErrorKind::NotFound.into()));
+        }
         copy(local, &self.files().join(remote))
     }
 

@@ -148,10 +148,13 @@ async fn read(
     }))
 }
 
-/// What a machine is, if it can be reached.
-async fn offer(host: &SshHost, transport: &SshTransport) -> Option<Offer> {
-    let script = "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; true";
-    let said = transport.ask(script).await;
+/// Whether somebody has a machine, and what it is, if it can be reached.
+async fn offer(host: &SshHost, transport: &SshTransport) -> Option<(bool, Offer)> {
+    let script = format!(
+        "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; \
+         [ -e {DIR}/instance.json ] && echo taken; true"
+    );
+    let said = transport.ask(&script).await;
     let said = said
         .inspect_err(|error| warn_unreachable(host, error))
         .ok()?;
@@ -159,7 +162,7 @@ async fn offer(host: &SshHost, transport: &SshTransport) -> Option<Offer> {
         .lines()
         .filter_map(|line| line.trim().parse().ok())
         .collect();
-    Some(Offer {
+    let offer = Offer {
         provider: "ssh".to_owned(),
         instance_type: name_of(host),
         region: host.pool.clone(),
@@ -169,7 +172,8 @@ async fn offer(host: &SshHost, transport: &SshTransport) -> Option<Offer> {
         accelerator: host.accelerator.clone(),
         spot: false,
         usd_per_hour: 0.0,
-    })
+    };
+    Some((said.ends_with("taken\n"), offer))
 }
 
 /// What machines that were asked at the same time have said, in their order.
@@ -207,13 +211,16 @@ impl Provider for SshProvider {
         }
     }
 
-    /// Asks every machine; one that cannot be reached is left out with a warning.
+    /// Asks every machine; one that cannot be reached is left out with a warning, and those that
+    /// somebody has come last.
     async fn offers(&self) -> Result<Vec<Offer>> {
         let mut asked = Vec::new();
         for (host, transport) in self.machines.clone() {
             asked.push(tokio::spawn(async move { offer(&host, &transport).await }));
         }
-        Ok(answers(asked).await.into_iter().flatten().collect())
+        let mut offers: Vec<_> = answers(asked).await.into_iter().flatten().collect();
+        offers.sort_by_key(|(is_taken, _)| *is_taken);
+        Ok(offers.into_iter().map(|(_, offer)| offer).collect())
     }
 
     async fn create(&self, request: &CreateRequest) -> Result<Instance> {
@@ -277,12 +284,14 @@ impl Provider for SshProvider {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        let Some((transport, _)) = self.find(id).await? else {
+        let Some((transport, instance)) = self.find(id).await? else {
             return Ok(());
         };
-        // The record goes last: an interrupted end still lists the instance.
+        let record = quote(&format!("\"{}\"", instance.token));
+        // The record goes last: an interrupted end still lists the instance. Whoever has taken the
+        // machine since it was asked keeps it.
         let script = format!(
-            "{END_GROUPS} cd {DIR} || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
+            "{END_GROUPS} cd {DIR} || exit 0; grep -qF {record} instance.json || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
         );
         transport
             .ask(&script)

@@ -39,8 +39,8 @@ pub struct SshTransport {
 }
 
 impl SshTransport {
-    /// Commands belong to the instance whose folder on the machine is `dir`. Connects when the first
-    /// is run.
+    /// Commands belong to the instance whose folder on the machine is `dir`, which must be there.
+    /// Connects when the first is run.
     pub fn new(target: SshTarget, dir: impl Into<String>) -> Self {
         Self {
             target,
@@ -176,8 +176,10 @@ impl HostTransport for SshTransport {
         let bytes = std::fs::read(local).map_err(Error::io(local))?;
         let to = self.path(remote);
         let session = self.session().await?;
-        let script =
-            format!("set -e; mkdir -p \"$(dirname {to})\"; cat > {to}.tmp-$$; mv {to}.tmp-$$ {to}");
+        let script = format!(
+            "set -e; test -d {}; mkdir -p \"$(dirname {to})\"; cat > {to}.tmp-$$; mv {to}.tmp-$$ {to}",
+            quote(&self.dir)
+        );
         let mut child = session
             .arc_raw_command(format!("exec bash -c {}", quote(&script)))
             .stdin(Stdio::piped())
@@ -277,7 +279,8 @@ impl SshTransport {
     fn script(&self, command: &ShellCommand) -> String {
         let dir = quote(&self.dir);
         let mut script = format!(
-            "cd ~ && mkdir -p {dir}/files {dir}/groups && cd {dir} || exit 1\n\
+            "cd ~ && cd {dir} 2>/dev/null || {{ echo 'the instance is gone' >&2; exit 1; }}\n\
+             mkdir -p files groups\n\
              export UPDRAFT_GROUPS=\"$PWD/groups\"\n\
              for old in groups/[0-9]*; do kill -0 -- \"-${{old##*/}}\" 2>/dev/null || rm -f \"$old\"; done\n\
              read -r -a stat < /proc/$$/stat; group=${{stat[4]}}\n\
