@@ -50,7 +50,7 @@ impl Launcher {
         }
         let provider = Arc::new(LocalProvider::new(root)?);
         for left in provider
-            .list_owned()
+            .list_owned(None)
             .await?
             .iter()
             .filter(|instance| instance.cluster.ends_with(&id))

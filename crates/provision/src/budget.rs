@@ -2,9 +2,10 @@
 
 use async_trait::async_trait;
 
+use crate::capability::{Deadline, Ports, SpotMarket, StopStart};
 use crate::error::{Error, Result};
 use crate::offer::Offer;
-use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider, StopStart};
+use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
 
 /// Refuses to create what would bring the sum of all owned instances over a limit.
 ///
@@ -41,7 +42,7 @@ impl<P: Provider> Provider for Budget<P> {
     }
 
     async fn create(&self, request: &CreateRequest) -> Result<Instance> {
-        let owned = self.inner.list_owned().await?;
+        let owned = self.inner.list_owned(None).await?;
         let running: f64 = owned.iter().map(|instance| instance.usd_per_hour).sum();
         let total_usd_per_hour = running + request.offer.usd_per_hour;
         if total_usd_per_hour > self.limit_usd_per_hour {
@@ -57,8 +58,8 @@ impl<P: Provider> Provider for Budget<P> {
         self.inner.describe(id).await
     }
 
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
-        self.inner.list_owned().await
+    async fn list_owned(&self, near: Option<&Offer>) -> Result<Vec<Instance>> {
+        self.inner.list_owned(near).await
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
@@ -67,6 +68,18 @@ impl<P: Provider> Provider for Budget<P> {
 
     fn stop_start(&self) -> Option<&dyn StopStart> {
         self.inner.stop_start()
+    }
+
+    fn spot_market(&self) -> Option<&dyn SpotMarket> {
+        self.inner.spot_market()
+    }
+
+    fn ports(&self) -> Option<&dyn Ports> {
+        self.inner.ports()
+    }
+
+    fn deadline(&self) -> Option<&dyn Deadline> {
+        self.inner.deadline()
     }
 }
 
@@ -88,6 +101,6 @@ mod tests {
             .await
             .expect_err("0.20");
         assert!(matches!(error, Error::OverBudget { .. }));
-        assert_eq!(provider.list_owned().await.expect("list").len(), 1);
+        assert_eq!(provider.list_owned(None).await.expect("list").len(), 1);
     }
 }

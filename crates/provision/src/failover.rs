@@ -197,7 +197,7 @@ impl Failover {
             _ => return Err(error),
         };
         let Some(block) = block else { return Ok(()) };
-        self.attempts.push(Attempt {
+        let attempt = Attempt {
             provider: offer.provider.clone(),
             instance_type: offer.instance_type.clone(),
             region: offer.region.clone(),
@@ -205,7 +205,9 @@ impl Failover {
             spot: offer.spot,
             error: error.to_string(),
             blocked: block.to_string(),
-        });
+        };
+        tracing::warn!("{}", attempt.to_string().trim_start());
+        self.attempts.push(attempt);
         self.blocks.push(block);
         Ok(())
     }

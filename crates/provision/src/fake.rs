@@ -1,21 +1,24 @@
 //! A provider in memory, for tests of everything above it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 
+use crate::capability::{Deadline, Ports, SpotMarket, StopStart};
 use crate::error::{Error, Result};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
 };
 
 /// A provider in memory. Its next answers can be scripted with [`Fake::fail_next`].
 #[derive(Debug, Default)]
 pub struct Fake {
     offers: Vec<Offer>,
+    dir: Option<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -23,6 +26,9 @@ pub struct Fake {
 struct State {
     by_token: BTreeMap<String, Instance>,
     faults: VecDeque<Fault>,
+    preempted: BTreeSet<InstanceId>,
+    exposed: BTreeSet<(InstanceId, u16)>,
+    deadlines: BTreeMap<InstanceId, SystemTime>,
 }
 
 /// What goes wrong with the next `create`.
@@ -55,13 +61,51 @@ impl Fake {
     pub fn with_offers(offers: Vec<Offer>) -> Self {
         Self {
             offers,
+            dir: None,
             state: Mutex::default(),
+        }
+    }
+
+    /// Lets instances be reached as processes of this machine, all in the one folder `dir`.
+    pub fn with_dir(self, dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: Some(dir.into()),
+            ..self
         }
     }
 
     /// Makes the next `create` that has no fault yet fail like this.
     pub fn fail_next(&self, fault: Fault) {
         self.state().faults.push_back(fault);
+    }
+
+    /// Takes an instance back, as a spot market does.
+    pub fn preempt(&self, id: &InstanceId) {
+        let mut state = self.state();
+        if state.end(id) {
+            state.preempted.insert(id.clone());
+        }
+    }
+
+    /// Lets the time of the deadlines come.
+    pub fn pass(&self, now: SystemTime) {
+        let mut state = self.state();
+        let due: Vec<_> = state
+            .deadlines
+            .iter()
+            .filter(|(_, at)| **at <= now)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in due {
+            state.end(&id);
+        }
+    }
+
+    /// The ports of an instance that were opened.
+    pub fn exposed(&self, id: &InstanceId) -> Vec<u16> {
+        let state = self.state();
+        let own = state.exposed.iter().filter(|(of, _)| of == id);
+        own.map(|(_, port)| *port).collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,9 +142,7 @@ impl Provider for Fake {
             token: request.token.clone(),
             cluster: request.cluster.clone(),
             state: InstanceState::Running,
-            endpoint: Some(Endpoint::Local {
-                dir: PathBuf::from("/nonexistent"),
-            }),
+            endpoint: self.dir.clone().map(|dir| Endpoint::Local { dir }),
             usd_per_hour: request.offer.usd_per_hour,
         };
         let instance = state
@@ -126,30 +168,53 @@ impl Provider for Fake {
             .ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
     }
 
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
+    async fn list_owned(&self, _near: Option<&Offer>) -> Result<Vec<Instance>> {
         Ok(self.state().by_token.values().cloned().collect())
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        self.state()
-            .by_token
-            .retain(|_, instance| instance.id != *id);
+        self.state().end(id);
         Ok(())
     }
 
     fn stop_start(&self) -> Option<&dyn StopStart> {
         Some(self)
     }
+
+    fn spot_market(&self) -> Option<&dyn SpotMarket> {
+        Some(self)
+    }
+
+    fn ports(&self) -> Option<&dyn Ports> {
+        Some(self)
+    }
+
+    fn deadline(&self) -> Option<&dyn Deadline> {
+        Some(self)
+    }
+}
+
+impl State {
+    fn find(&mut self, id: &InstanceId) -> Result<&mut Instance> {
+        let mut all = self.by_token.values_mut();
+        let found = all.find(|instance| instance.id == *id);
+        found.ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
+    }
+
+    /// Ends an instance; says whether there was one.
+    fn end(&mut self, id: &InstanceId) -> bool {
+        let before = self.by_token.len();
+        self.by_token.retain(|_, instance| instance.id != *id);
+        self.exposed.retain(|(of, _)| of != id);
+        self.deadlines.remove(id);
+        self.by_token.len() < before
+    }
 }
 
 impl Fake {
     fn set(&self, id: &InstanceId, to: InstanceState) -> Result<Instance> {
         let mut state = self.state();
-        let found = state
-            .by_token
-            .values_mut()
-            .find(|instance| instance.id == *id);
-        let instance = found.ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })?;
+        let instance = state.find(id)?;
         instance.state = to;
         Ok(instance.clone())
     }
@@ -163,6 +228,36 @@ impl StopStart for Fake {
 
     async fn start(&self, id: &InstanceId) -> Result<Instance> {
         self.set(id, InstanceState::Running)
+    }
+}
+
+#[async_trait]
+impl SpotMarket for Fake {
+    async fn was_preempted(&self, id: &InstanceId) -> Result<bool> {
+        Ok(self.state().preempted.contains(id))
+    }
+}
+
+#[async_trait]
+impl Ports for Fake {
+    async fn expose(&self, id: &InstanceId, port: u16) -> Result<String> {
+        let mut state = self.state();
+        state.find(id)?;
+        state.exposed.insert((id.clone(), port));
+        Ok(format!("{id}.fake:{port}"))
+    }
+}
+
+#[async_trait]
+impl Deadline for Fake {
+    async fn set_deadline(&self, id: &InstanceId, at: Option<SystemTime>) -> Result<()> {
+        let mut state = self.state();
+        state.find(id)?;
+        match at {
+            Some(at) => state.deadlines.insert(id.clone(), at),
+            None => state.deadlines.remove(id),
+        };
+        Ok(())
     }
 }
 

@@ -19,7 +19,12 @@ const POLL: Duration = Duration::from_millis(20);
 /// since then does not match it.
 pub(crate) fn record(dir: &Path, pid: i32) -> Result<PathBuf> {
     let groups = dir.join("groups");
-    std::fs::create_dir_all(&groups).map_err(Error::io(&groups))?;
+    match std::fs::create_dir(&groups) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(Error::io(groups)(error));
+        }
+        _ => {}
+    }
     let path = groups.join(pid.to_string());
     replace(&path, start_time(pid).unwrap_or_default().as_bytes())?;
     Ok(path)

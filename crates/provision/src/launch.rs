@@ -48,7 +48,7 @@ pub async fn launch(
         );
         return Err(Error::InvalidTask { what });
     }
-    let owned = provider.list_owned().await?;
+    let owned = provider.list_owned(None).await?;
     let instance = match owned
         .into_iter()
         .find(|instance| instance.cluster == options.cluster)

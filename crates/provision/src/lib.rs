@@ -3,6 +3,7 @@
 #[cfg(feature = "agent")]
 pub mod agent;
 mod budget;
+mod capability;
 mod catalog;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
@@ -39,11 +40,12 @@ mod task;
 mod transport;
 
 pub use budget::Budget;
+pub use capability::{Deadline, Ports, SpotMarket, StopStart};
 pub use catalog::Catalog;
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+pub use engine::{ClusterLogs, ExecOptions, JobId};
 #[cfg(feature = "state")]
 pub use engine::{ClusterReport, CostLine, Engine, LaunchRequest};
-#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
-pub use engine::{ExecOptions, JobId};
 pub use error::{BoxError, Error, Result};
 pub use failover::{Attempt, Failover, FailoverPolicy, Step};
 pub use fake::{Fake, Fault};
@@ -52,7 +54,7 @@ pub use offer::Offer;
 pub use planner::{Plan, Skipped, plan};
 pub use provider::{
     CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Lease, Provider,
-    SshTarget, StopStart,
+    SshTarget,
 };
 pub use resources::{
     Accelerator, Accelerators, Alternatives, Amount, Autostop, Resources, WaitFor,
@@ -70,5 +72,5 @@ pub use state::{ClusterRow, ClusterStatus, NodeRow, NodeState, State};
 pub use sync::{Syncer, mount_files};
 pub use task::{EnvOverrides, FileMount, MountSource, Pipeline, Task, TaskBuilder, Warning};
 pub use transport::{
-    ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
+    ExitStatus, Forward, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
 };

@@ -6,8 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use serde::{Deserialize, Serialize};
+
+use crate::capability::{Deadline, Ports, SpotMarket, StopStart};
 use crate::error::Result;
 use crate::offer::Offer;
+use crate::resources::WaitFor;
 
 /// A place that rents out instances.
 ///
@@ -16,6 +20,8 @@ use crate::offer::Offer;
 ///   when the first call's answer was lost.
 /// - What `create` made is in `list_owned` until the provider confirms that it is gone, and nothing
 ///   else is: instances of other owners are never listed, nor terminated.
+/// - `list_owned` near an offer has every instance that was created from it, or fails: what it
+///   leaves out is gone. Without an offer it may leave out places that cannot be reached now.
 /// - `terminate` is idempotent, also for instances that never were: absent is success.
 /// - `describe` of an absent instance is [`Error::NoSuchInstance`](crate::Error::NoSuchInstance).
 /// - Errors say what the caller can do; see [`Error::is_retryable`](crate::Error::is_retryable).
@@ -36,8 +42,9 @@ pub trait Provider: fmt::Debug + Send + Sync {
     /// The instance as it is now.
     async fn describe(&self, id: &InstanceId) -> Result<Instance>;
 
-    /// Every instance that this owner created and that is not gone.
-    async fn list_owned(&self) -> Result<Vec<Instance>>;
+    /// Every instance that this owner created and that is not gone: all of them, or those where the
+    /// offer `near` is.
+    async fn list_owned(&self, near: Option<&Offer>) -> Result<Vec<Instance>>;
 
     /// Ends the instance and everything that runs on it.
     async fn terminate(&self, id: &InstanceId) -> Result<()>;
@@ -46,21 +53,21 @@ pub trait Provider: fmt::Debug + Send + Sync {
     fn stop_start(&self) -> Option<&dyn StopStart> {
         None
     }
-}
 
-/// Stopping an instance without losing its files.
-///
-/// # Contract
-/// - Both verbs are idempotent, and [`Error::NoSuchInstance`](crate::Error::NoSuchInstance) for an
-///   instance that is gone.
-/// - A stopped instance runs nothing, is still listed, and is [`InstanceState::Stopped`].
-#[async_trait]
-pub trait StopStart: Send + Sync {
-    /// Ends everything that runs on the instance and keeps its files.
-    async fn stop(&self, id: &InstanceId) -> Result<()>;
+    /// The power to tell a machine that was taken back from one that ended, where there is spot.
+    fn spot_market(&self) -> Option<&dyn SpotMarket> {
+        None
+    }
 
-    /// Lets it run again.
-    async fn start(&self, id: &InstanceId) -> Result<Instance>;
+    /// The power to open ports, where the provider keeps them shut.
+    fn ports(&self) -> Option<&dyn Ports> {
+        None
+    }
+
+    /// The power to end an instance at a time, where the provider itself can.
+    fn deadline(&self) -> Option<&dyn Deadline> {
+        None
+    }
 }
 
 /// Which guards end an instance that its owner has forgotten.
@@ -95,12 +102,14 @@ pub struct CreateRequest {
 }
 
 /// When an instance ends by itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// How long it may be idle; for ever when `None`.
     pub idle: Option<Duration>,
     /// Whether it is terminated then, not stopped.
     pub down: bool,
+    /// What keeps it from being idle.
+    pub wait_for: WaitFor,
 }
 
 /// The provider's identifier of an instance.

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::capability::{Deadline, Ports, SpotMarket, StopStart};
 use crate::error::Result;
 use crate::offer::Offer;
-use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider, StopStart};
+use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
 
 /// How often, and how far apart, calls are tried.
 #[derive(Debug, Clone, Copy)]
@@ -95,8 +96,8 @@ impl<P: Provider> Provider for Retry<P> {
         self.attempt(|| self.inner.describe(id)).await
     }
 
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
-        self.attempt(|| self.inner.list_owned()).await
+    async fn list_owned(&self, near: Option<&Offer>) -> Result<Vec<Instance>> {
+        self.attempt(|| self.inner.list_owned(near)).await
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
@@ -105,6 +106,18 @@ impl<P: Provider> Provider for Retry<P> {
 
     fn stop_start(&self) -> Option<&dyn StopStart> {
         self.inner.stop_start()
+    }
+
+    fn spot_market(&self) -> Option<&dyn SpotMarket> {
+        self.inner.spot_market()
+    }
+
+    fn ports(&self) -> Option<&dyn Ports> {
+        self.inner.ports()
+    }
+
+    fn deadline(&self) -> Option<&dyn Deadline> {
+        self.inner.deadline()
     }
 }
 
@@ -122,7 +135,7 @@ mod tests {
         let provider = Retry::new(fake, Backoff::default());
         let request = smallest(&provider, "lost").await;
         provider.create(&request).await.expect("third try");
-        assert_eq!(provider.list_owned().await.expect("list").len(), 1);
+        assert_eq!(provider.list_owned(None).await.expect("list").len(), 1);
     }
 
     #[tokio::test(start_paused = true)]

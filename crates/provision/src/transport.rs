@@ -1,7 +1,9 @@
 //! Running commands on a node, whatever lies between.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,6 +20,8 @@ use crate::secret::Secret;
 ///   is lost, and the channel closes when the process and its output have ended.
 /// - Ending a process ends everything it started.
 /// - `put` and `get` copy one file, replace atomically, and make missing folders.
+/// - What connects to a [`Forward`] reaches the port on the node's own loopback address, until the
+///   forward is dropped; nobody needs to listen there yet.
 #[async_trait]
 pub trait HostTransport: fmt::Debug + Send + Sync {
     /// The node's name, for messages.
@@ -31,6 +35,31 @@ pub trait HostTransport: fmt::Debug + Send + Sync {
 
     /// Copies a file from the node.
     async fn get(&self, remote: &Path, local: &Path) -> Result<()>;
+
+    /// Leads a port of this machine to one of the node.
+    async fn forward(&self, port: u16) -> Result<Forward>;
+}
+
+/// A port of this machine that leads to a port of a node, until it is dropped.
+#[derive(Debug)]
+pub struct Forward {
+    address: SocketAddr,
+    _open: Box<dyn Any + Send + Sync>,
+}
+
+impl Forward {
+    /// A forward that is open for as long as `open` lives.
+    pub fn new(address: SocketAddr, open: impl Any + Send + Sync) -> Self {
+        Self {
+            address,
+            _open: Box::new(open),
+        }
+    }
+
+    /// Where to connect to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
 }
 
 /// A command for the node's `bash`.
@@ -104,4 +133,27 @@ pub enum LogStream {
     Stdout,
     /// Standard error.
     Stderr,
+}
+
+/// Sends each line that `reader` has until it ends; bytes that are not UTF-8 are replaced.
+#[cfg(any(feature = "local", feature = "ssh"))]
+pub(crate) async fn send_lines(
+    mut reader: impl tokio::io::AsyncBufRead + Unpin,
+    stream: LogStream,
+    sender: mpsc::Sender<LogLine>,
+) {
+    use tokio::io::AsyncBufReadExt;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match reader.read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&line)
+            .trim_end_matches(['\n', '\r'])
+            .to_owned();
+        // A reader that has gone away must not stop the command: its output is read and dropped.
+        let _ = sender.send(LogLine { stream, text }).await;
+    }
 }

@@ -2,15 +2,16 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lexopt::prelude::*;
-use updraft::provision::WaitFor;
+use updraft::provision::{Lease, WaitFor};
 
 pub(crate) const USAGE: &str = "\
 usage: updraft VERB [OPTIONS]
 
 clusters and jobs
-  launch [-c NAME] [-n NAME] [-d] [-i MIN] [--down] [-y] [-r] [--dryrun] TASK.yaml
+  launch [-c NAME] [-n NAME] [-d] [-i MIN] [--down] [--wait-for WHAT] [-y] [-r] [--dryrun] TASK.yaml
   exec CLUSTER TASK.yaml [-n NAME] [-d]    queue a task on a cluster
   queue CLUSTER                            its jobs
   logs CLUSTER [JOB] [--no-follow]         a job's output, the newest's without a number
@@ -48,6 +49,7 @@ pub(crate) struct TaskOptions {
     pub(crate) name: Option<String>,
     pub(crate) detach: bool,
     pub(crate) idle_minutes: Option<u64>,
+    pub(crate) wait_for: Option<WaitFor>,
     pub(crate) down: bool,
     pub(crate) yes: bool,
     pub(crate) dryrun: bool,
@@ -82,26 +84,28 @@ pub(crate) enum Command {
         cluster: String,
         job: Option<i64>,
         follow: bool,
+        json: bool,
     },
     Cancel {
         cluster: String,
         job: Option<i64>,
+        json: bool,
     },
     Autostop {
         cluster: String,
-        idle: Option<u64>,
-        down: bool,
-        wait_for: WaitFor,
+        lease: Lease,
+        json: bool,
     },
     Status {
         refresh: bool,
         json: bool,
     },
-    Stop(Vec<String>),
-    Start(Vec<String>),
+    Stop(Vec<String>, bool),
+    Start(Vec<String>, bool),
     Down {
         clusters: Vec<String>,
         yes: bool,
+        json: bool,
     },
     Check {
         json: bool,
@@ -123,6 +127,7 @@ pub(crate) enum Command {
     ServeDown {
         names: Vec<String>,
         yes: bool,
+        json: bool,
     },
     /// The process behind a service; `serve up` starts it.
     ServeRun(String),
@@ -139,7 +144,6 @@ struct Rest {
     cancel: bool,
     follow: bool,
     refresh: bool,
-    wait_for: Option<String>,
 }
 
 impl Command {
@@ -219,7 +223,9 @@ impl Rest {
                 Long("cancel") => rest.cancel = true,
                 Short('f') | Long("follow") => rest.follow = true,
                 Long("no-follow") => rest.follow = false,
-                Long("wait-for") => rest.wait_for = Some(parser.value()?.string()?),
+                Long("wait-for") => {
+                    task.wait_for = Some(wait_for(&parser.value()?.string()?)?);
+                }
                 Value(value) => rest.values.push(value.string()?),
                 other => return Err(other.unexpected()),
             }
@@ -249,6 +255,7 @@ impl Rest {
                 cluster: self.value("a cluster")?,
                 job: self.job()?,
                 follow: self.follow,
+                json,
             },
             "cancel" => {
                 let cluster = self.value("a cluster")?;
@@ -256,36 +263,30 @@ impl Rest {
                 if job.is_none() != self.all {
                     return Err("cancel needs the number of a job, or --all".into());
                 }
-                Command::Cancel { cluster, job }
+                Command::Cancel { cluster, job, json }
             }
             "autostop" => Command::Autostop {
                 cluster: self.value("a cluster")?,
-                idle: match self.cancel {
-                    true => None,
-                    false => Some(self.task.idle_minutes.unwrap_or(5)),
+                lease: Lease {
+                    idle: match self.cancel {
+                        true => None,
+                        false => Some(minutes(self.task.idle_minutes.unwrap_or(5))),
+                    },
+                    down: self.task.down,
+                    wait_for: self.task.wait_for.unwrap_or_default(),
                 },
-                down: self.task.down,
-                wait_for: match self.wait_for.as_deref() {
-                    None | Some("jobs_and_ssh") => WaitFor::JobsAndSsh,
-                    Some("jobs") => WaitFor::Jobs,
-                    Some("none") => WaitFor::None,
-                    Some(other) => {
-                        return Err(format!(
-                            "--wait-for knows jobs_and_ssh, jobs and none, not {other}"
-                        )
-                        .into());
-                    }
-                },
+                json,
             },
             "status" => Command::Status {
                 refresh: self.refresh,
                 json,
             },
-            "stop" => Command::Stop(self.many("a cluster")?),
-            "start" => Command::Start(self.many("a cluster")?),
+            "stop" => Command::Stop(self.many("a cluster")?, json),
+            "start" => Command::Start(self.many("a cluster")?, json),
             "down" => Command::Down {
                 clusters: self.many("a cluster")?,
                 yes,
+                json,
             },
             "check" => Command::Check { json },
             "gpus" | "show-gpus" => {
@@ -310,6 +311,7 @@ impl Rest {
             "serve down" => Command::ServeDown {
                 names: self.many("a service's name")?,
                 yes,
+                json,
             },
             "serve run" => Command::ServeRun(self.value("a service's name")?),
             other => return Err(format!("unknown verb `{other}`").into()),
@@ -345,6 +347,19 @@ impl Rest {
                 Ok(Some(number))
             }
         }
+    }
+}
+
+pub(crate) fn minutes(number: u64) -> Duration {
+    Duration::from_secs(number.saturating_mul(60))
+}
+
+fn wait_for(word: &str) -> Result<WaitFor, lexopt::Error> {
+    match word {
+        "jobs_and_ssh" => Ok(WaitFor::JobsAndSsh),
+        "jobs" => Ok(WaitFor::Jobs),
+        "none" => Ok(WaitFor::None),
+        other => Err(format!("--wait-for knows jobs_and_ssh, jobs and none, not {other}").into()),
     }
 }
 

@@ -1,9 +1,8 @@
 //! Verbs about the jobs of a cluster.
 
 use std::process::ExitCode;
-use std::time::Duration;
 
-use updraft::provision::{JobId, Lease, WaitFor};
+use updraft::provision::{JobId, Lease};
 
 use crate::launch::follow;
 use crate::screen::Screen;
@@ -59,40 +58,51 @@ pub(crate) async fn logs(
         .logs(cluster, &agent, Some(JobId(job)), false)
         .await?;
     while let Some(line) = logs.next_line().await? {
-        screen.say(&line);
+        screen.line(&line);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-pub(crate) async fn cancel(cluster: &str, job: Option<i64>, screen: &Screen) -> Result<(), Error> {
+pub(crate) async fn cancel(
+    cluster: &str,
+    job: Option<i64>,
+    json: bool,
+    screen: &Screen,
+) -> Result<(), Error> {
     let count = world::engine()?
         .cancel(cluster, &world::agent()?, job.map(JobId))
         .await?;
     if count == 0 && job.is_some() {
         return Err("there is no such job, or it has ended".into());
     }
-    screen.note(&format!("{count} to cancel on `{cluster}`"));
+    let told = serde_json::json!({"cluster": cluster, "cancelled": count});
+    screen.done(json, &told, &format!("{count} to cancel on `{cluster}`"));
     Ok(())
 }
 
 pub(crate) async fn autostop(
     cluster: &str,
-    idle: Option<u64>,
-    down: bool,
-    wait_for: WaitFor,
+    lease: Lease,
+    json: bool,
     screen: &Screen,
 ) -> Result<(), Error> {
-    let lease = Lease {
-        idle: idle.map(|minutes| Duration::from_secs(60 * minutes)),
-        down,
-    };
     world::engine()?
-        .autostop(cluster, &world::agent()?, lease, wait_for)
+        .autostop(cluster, &world::agent()?, lease)
         .await?;
-    screen.note(&match idle {
-        Some(minutes) if down => format!("`{cluster}` goes down after {minutes} idle minutes"),
+    let minutes = lease.idle.map(|idle| idle.as_secs() / 60);
+    let words = match minutes {
+        Some(minutes) if lease.down => {
+            format!("`{cluster}` goes down after {minutes} idle minutes")
+        }
         Some(minutes) => format!("`{cluster}` stops after {minutes} idle minutes"),
         None => format!("`{cluster}` stays until it is stopped or taken down"),
+    };
+    let told = serde_json::json!({
+        "cluster": cluster,
+        "autostop_minutes": minutes,
+        "down": lease.down,
+        "wait_for": lease.wait_for,
     });
+    screen.done(json, &told, &words);
     Ok(())
 }

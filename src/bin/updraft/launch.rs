@@ -12,7 +12,7 @@ use updraft::provision::{
     agent::AgentBinary,
 };
 
-use crate::arguments::TaskOptions;
+use crate::arguments::{TaskOptions, minutes};
 use crate::screen::Screen;
 use crate::{JOB_CANCELLED, JOB_FAILED, Outcome, world};
 
@@ -115,7 +115,10 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
         let mut offers = world::catalog()?;
         offers = offers.merged(engine.offers().await);
         let plan = Plan::for_task(first, offers.into_offers());
-        screen.say(&plan.to_string());
+        screen.say(&match options.json {
+            true => plan_json(&plan).to_string(),
+            false => plan.to_string(),
+        });
         return Ok(if plan.candidates.is_empty() {
             ExitCode::FAILURE
         } else {
@@ -147,10 +150,14 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
         cluster: cluster.clone(),
         lease: Lease {
             idle: match options.idle_minutes {
-                Some(minutes) => Some(Duration::from_secs(60 * minutes)),
+                Some(number) => Some(minutes(number)),
                 None => autostop.and_then(|autostop| autostop.idle),
             },
             down: options.down || autostop.is_some_and(|autostop| autostop.down),
+            wait_for: options
+                .wait_for
+                .or(autostop.map(|autostop| autostop.wait_for))
+                .unwrap_or_default(),
         },
         policy: FailoverPolicy {
             retry_until_up: options.retry_until_up.then_some(RETRY_GAP),
@@ -158,6 +165,8 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
     };
     screen.note(&format!("launching `{cluster}`"));
     let instances = engine.launch(first, &request).await?;
+    // From here on it ends by itself, whatever becomes of this process.
+    engine.guard(&cluster, &agent).await?;
     alias(&cluster, &instances, screen)?;
     let options_of_run = ExecOptions {
         setup: true,
@@ -221,10 +230,21 @@ pub(crate) async fn follow(
     screen: &Screen,
 ) -> Outcome {
     let mut logs = engine.logs(cluster, agent, Some(job), true).await?;
-    while let Some(line) = logs.next_line().await? {
-        screen.say(&line);
+    loop {
+        match logs.next_line().await {
+            Ok(Some(line)) => screen.line(&line),
+            Ok(None) => break,
+            // The job is the node's: it goes on without anybody who reads.
+            Err(error) => {
+                screen.note(&format!("warning: its output is cut off: {error}"));
+                break;
+            }
+        }
     }
-    let row = engine.wait(cluster, agent, job).await?;
+    let row = match logs.ended() {
+        Some(row) => row.clone(),
+        None => engine.wait(cluster, agent, job).await?,
+    };
     screen.note(&format!(
         "job {} on `{cluster}`: {}",
         job.0,
@@ -234,6 +254,26 @@ pub(crate) async fn follow(
         QueueStatus::Succeeded => ExitCode::SUCCESS,
         QueueStatus::Cancelled => ExitCode::from(JOB_CANCELLED),
         _ => ExitCode::from(JOB_FAILED),
+    })
+}
+
+/// A plan for programs: candidates with their first hour's price, and what was skipped.
+fn plan_json(plan: &Plan) -> serde_json::Value {
+    let candidates: Vec<_> = plan
+        .candidates
+        .iter()
+        .map(|offer| serde_json::json!({"offer": offer, "first_hour_usd": plan.first_hour_usd(offer)}))
+        .collect();
+    let skipped: Vec<_> = plan
+        .skipped
+        .iter()
+        .map(|skipped| serde_json::json!({"offer": skipped.offer, "reason": skipped.reason}))
+        .collect();
+    serde_json::json!({
+        "num_nodes": plan.num_nodes,
+        "candidates": candidates,
+        "skipped": skipped,
+        "hints": plan.hints,
     })
 }
 

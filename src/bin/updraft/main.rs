@@ -6,6 +6,7 @@ mod arguments;
 mod completions;
 mod jobs;
 mod launch;
+mod progress;
 mod screen;
 mod serve;
 mod show;
@@ -37,11 +38,17 @@ fn main() -> ExitCode {
     };
     // The agent is its own world: no runtime, no state of the client.
     if let Command::Agent(words) = &command {
-        return match updraft::provision::agent::command(words, &mut std::io::stdout()) {
+        return match updraft::provision::agent::command(
+            words,
+            &mut std::io::stdout(),
+            &mut std::io::stderr(),
+        ) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => screen.fail(&error),
         };
     }
+    // Nobody has set another: this is the first thing the program does.
+    let _ = tracing::subscriber::set_global_default(progress::Progress);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => return screen.fail(&error),
@@ -64,18 +71,24 @@ async fn run(command: Command, screen: &Screen) -> Outcome {
             cluster,
             job,
             follow,
-        } => return jobs::logs(&cluster, job, follow, screen).await,
-        Command::Cancel { cluster, job } => jobs::cancel(&cluster, job, screen).await?,
+            json,
+        } => return jobs::logs(&cluster, job, follow, &screen.for_lines(json)).await,
+        Command::Cancel { cluster, job, json } => {
+            jobs::cancel(&cluster, job, json, screen).await?;
+        }
         Command::Autostop {
             cluster,
-            idle,
-            down,
-            wait_for,
-        } => jobs::autostop(&cluster, idle, down, wait_for, screen).await?,
+            lease,
+            json,
+        } => jobs::autostop(&cluster, lease, json, screen).await?,
         Command::Status { refresh, json } => show::status(refresh, json, screen).await?,
-        Command::Stop(clusters) => show::stop(&clusters, screen).await?,
-        Command::Start(clusters) => show::start(&clusters, screen).await?,
-        Command::Down { clusters, yes } => show::down(&clusters, yes, screen).await?,
+        Command::Stop(clusters, json) => show::stop(&clusters, json, screen).await?,
+        Command::Start(clusters, json) => show::start(&clusters, json, screen).await?,
+        Command::Down {
+            clusters,
+            yes,
+            json,
+        } => show::down(&clusters, yes, json, screen).await?,
         Command::Check { json } => return show::check(json, screen).await,
         Command::Gpus { json } => show::gpus(json, screen).await?,
         Command::CostReport { json } => show::cost_report(json, screen)?,
@@ -83,7 +96,9 @@ async fn run(command: Command, screen: &Screen) -> Outcome {
         Command::ServeUp(options) => return serve::up(*options, screen).await,
         Command::ServeUpdate(options) => return serve::update(*options, screen).await,
         Command::ServeStatus { json } => serve::status(json, screen)?,
-        Command::ServeDown { names, yes } => serve::down(&names, yes, screen).await?,
+        Command::ServeDown { names, yes, json } => {
+            serve::down(&names, yes, json, screen).await?;
+        }
         Command::ServeRun(name) => serve::run(&name).await?,
         Command::Agent(_) => {}
     }

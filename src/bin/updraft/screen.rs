@@ -6,12 +6,39 @@ use std::process::ExitCode;
 
 pub(crate) struct Screen {
     terminal: bool,
+    /// Whether lines of output are wrapped for programs.
+    wraps: bool,
 }
 
 impl Screen {
     pub(crate) fn new() -> Self {
         Self {
             terminal: std::io::stdin().is_terminal() && std::io::stderr().is_terminal(),
+            wraps: false,
+        }
+    }
+
+    /// The same screen, whose [`Screen::line`]s are JSON if `json`.
+    pub(crate) fn for_lines(&self, json: bool) -> Screen {
+        Screen {
+            wraps: json,
+            ..*self
+        }
+    }
+
+    /// A line of a job's output.
+    pub(crate) fn line(&self, text: &str) {
+        match self.wraps {
+            true => self.say(&serde_json::json!({"line": text}).to_string()),
+            false => self.say(text),
+        }
+    }
+
+    /// That something was done: for programs as an answer, for people in passing.
+    pub(crate) fn done(&self, json: bool, told: &serde_json::Value, words: &str) {
+        match json {
+            true => self.say(&told.to_string()),
+            false => self.note(words),
         }
     }
 

@@ -13,6 +13,7 @@ use updraft::provision::{Engine, ExecOptions, Task};
 use crate::arguments::TaskOptions;
 use crate::launch::{here, read_tasks};
 use crate::screen::Screen;
+use crate::show::said;
 use crate::{Outcome, world};
 
 /// Where services listen from, as SkyPilot has it.
@@ -33,6 +34,11 @@ struct Row {
     env_file: Option<PathBuf>,
     secret_file: Option<PathBuf>,
     workdir: Option<String>,
+    infra: Option<String>,
+    gpus: Option<String>,
+    cpus: Option<String>,
+    memory: Option<String>,
+    use_spot: bool,
     base: PathBuf,
     version: u32,
     port: u16,
@@ -53,6 +59,11 @@ impl Row {
             env_file: self.env_file.clone(),
             secret_file: self.secret_file.clone(),
             workdir: self.workdir.clone(),
+            infra: self.infra.clone(),
+            gpus: self.gpus.clone(),
+            cpus: self.cpus.clone(),
+            memory: self.memory.clone(),
+            use_spot: self.use_spot,
             envs: values.envs.clone(),
             secrets: values.secrets.clone(),
             ..TaskOptions::default()
@@ -120,6 +131,11 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
         env_file: absolute(&options.env_file)?,
         secret_file: absolute(&options.secret_file)?,
         workdir: options.workdir.clone(),
+        infra: options.infra.clone(),
+        gpus: options.gpus.clone(),
+        cpus: options.cpus.clone(),
+        memory: options.memory.clone(),
+        use_spot: options.use_spot,
         base: here()?,
         version: 1,
         port: free_port(options.port)?,
@@ -170,6 +186,7 @@ async fn wait_ready(
     screen: &Screen,
 ) -> Outcome {
     let started = Instant::now();
+    let mut seen = String::new();
     loop {
         tokio::time::sleep(LOOK).await;
         if row(engine, name)?.is_none() {
@@ -189,6 +206,11 @@ async fn wait_ready(
         let Some(report) = report(name).filter(|report| report.version == version) else {
             continue;
         };
+        let now = phases(&report);
+        if now != seen {
+            screen.note(&now);
+            seen = now;
+        }
         if let Some(failure) = &report.failure {
             return Err(format!("replicas of `{name}` fail: {failure}").into());
         }
@@ -205,6 +227,23 @@ async fn wait_ready(
     }
 }
 
+/// Every replica with its version and phase, in words.
+fn phases(report: &ServiceReport) -> String {
+    let words: Vec<_> = report
+        .replicas
+        .iter()
+        .map(|replica| {
+            let phase = serde_json::to_value(&replica.phase).unwrap_or_default();
+            let phase = phase.as_str().unwrap_or_default().to_owned();
+            format!(
+                "replica {} (version {}): {phase}",
+                replica.id, replica.version
+            )
+        })
+        .collect();
+    words.join(", ")
+}
+
 pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
     let services = world::engine()?.state().services()?;
     let reports: Vec<_> = services
@@ -217,6 +256,10 @@ pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
             .filter_map(|(_, report)| report.as_ref())
             .collect();
         screen.say(&serde_json::to_string(&known)?);
+        return Ok(());
+    }
+    if reports.is_empty() {
+        screen.note("no services");
         return Ok(());
     }
     let mut rows = Vec::new();
@@ -248,7 +291,12 @@ pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
     Ok(())
 }
 
-pub(crate) async fn down(names: &[String], yes: bool, screen: &Screen) -> Result<(), Error> {
+pub(crate) async fn down(
+    names: &[String],
+    yes: bool,
+    json: bool,
+    screen: &Screen,
+) -> Result<(), Error> {
     if !yes && !screen.agrees(&format!("end {} and all replicas?", names.join(", "))) {
         return Err("nothing was ended".into());
     }
@@ -265,7 +313,7 @@ pub(crate) async fn down(names: &[String], yes: bool, screen: &Screen) -> Result
             }
             tokio::time::sleep(LOOK / 5).await;
         }
-        screen.note(&format!("service `{name}` is gone"));
+        said(name, "GONE", json, screen);
     }
     Ok(())
 }

@@ -88,40 +88,49 @@ fn as_json(report: &ClusterReport) -> serde_json::Value {
     })
 }
 
-pub(crate) async fn stop(clusters: &[String], screen: &Screen) -> Result<(), Error> {
+pub(crate) async fn stop(clusters: &[String], json: bool, screen: &Screen) -> Result<(), Error> {
     let engine = world::engine()?;
     for cluster in clusters {
         engine.stop(cluster).await?;
-        screen.note(&format!("`{cluster}` is stopped"));
+        said(cluster, "STOPPED", json, screen);
     }
     Ok(())
 }
 
-pub(crate) async fn start(clusters: &[String], screen: &Screen) -> Result<(), Error> {
-    let engine = world::engine()?;
+pub(crate) async fn start(clusters: &[String], json: bool, screen: &Screen) -> Result<(), Error> {
+    let (engine, agent) = (world::engine()?, world::agent()?);
     for cluster in clusters {
         engine.start(cluster).await?;
-        screen.note(&format!("`{cluster}` is up"));
+        engine.guard(cluster, &agent).await?;
+        said(cluster, "UP", json, screen);
     }
     Ok(())
 }
 
-pub(crate) async fn down(clusters: &[String], yes: bool, screen: &Screen) -> Result<(), Error> {
-    if !yes
-        && !screen.agrees(&format!(
-            "end {} and everything on it?",
-            clusters.join(", ")
-        ))
-    {
+pub(crate) async fn down(
+    clusters: &[String],
+    yes: bool,
+    json: bool,
+    screen: &Screen,
+) -> Result<(), Error> {
+    let question = format!("end {} and everything on it?", clusters.join(", "));
+    if !yes && !screen.agrees(&question) {
         return Err("nothing was ended".into());
     }
     let engine = world::engine()?;
     for cluster in clusters {
         engine.down(cluster).await?;
         forget_alias(&world::home().join("ssh"), cluster)?;
-        screen.note(&format!("`{cluster}` is gone"));
+        said(cluster, "GONE", json, screen);
     }
     Ok(())
+}
+
+/// What a cluster is now: an object a line for programs.
+pub(crate) fn said(name: &str, status: &str, json: bool, screen: &Screen) {
+    let told = serde_json::json!({"name": name, "status": status});
+    let words = format!("`{name}` is {}", status.to_lowercase());
+    screen.done(json, &told, &words);
 }
 
 pub(crate) async fn check(json: bool, screen: &Screen) -> Outcome {

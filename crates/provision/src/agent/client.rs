@@ -5,10 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::binary::AgentBinary;
-use super::idle::AgentLease;
 use super::queue::{JobRow, JobSpec};
 use crate::error::{Error, Result};
-use crate::provider::Endpoint;
+use crate::provider::{Endpoint, Lease};
 use crate::secret::Secret;
 use crate::shell::quote;
 use crate::transport::{HostTransport, LogStream, Process, ShellCommand};
@@ -173,7 +172,7 @@ impl AgentClient {
     ///
     /// # Errors
     /// [`Error::Transport`].
-    pub async fn set_lease(&self, lease: &AgentLease) -> Result<()> {
+    pub async fn set_lease(&self, lease: &Lease) -> Result<()> {
         let text = serde_json::to_string(lease).unwrap_or_default();
         let script = format!(
             "{} lease {DIR} {} && {{ {} }}",
@@ -181,6 +180,16 @@ impl AgentClient {
             quote(&text),
             self.ensure()
         );
+        self.ask(&script, None).await.map(drop)
+    }
+
+    /// Keeps the node from ending itself while files are brought to it, for `for_seconds` or until a
+    /// job is submitted.
+    ///
+    /// # Errors
+    /// [`Error::Transport`].
+    pub async fn hold(&self, for_seconds: u64) -> Result<()> {
+        let script = format!("{} hold {DIR} {for_seconds}", self.program);
         self.ask(&script, None).await.map(drop)
     }
 
@@ -200,6 +209,7 @@ impl AgentClient {
             process,
             host: self.transport.host(),
             said: None,
+            ended: None,
         })
     }
 
@@ -246,9 +256,15 @@ pub struct JobLogs {
     process: Process,
     host: String,
     said: Option<String>,
+    ended: Option<JobRow>,
 }
 
 impl JobLogs {
+    /// What has become of the job, once a log that was followed is at its end.
+    pub fn ended(&self) -> Option<&JobRow> {
+        self.ended.as_ref()
+    }
+
     /// The next line; `None` at the end.
     ///
     /// # Errors
@@ -257,7 +273,11 @@ impl JobLogs {
         while let Some(line) = self.process.lines.recv().await {
             match line.stream {
                 LogStream::Stdout => return Ok(Some(line.text)),
-                LogStream::Stderr => self.said = Some(line.text), // the agent's, not the job's
+                // The agent's, not the job's.
+                LogStream::Stderr => match serde_json::from_str(&line.text) {
+                    Ok(row) => self.ended = Some(row),
+                    Err(_) => self.said = Some(line.text),
+                },
             }
         }
         match self.process.control.wait().await?.success() {

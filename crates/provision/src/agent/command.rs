@@ -12,14 +12,15 @@ use crate::error::{Error, Result};
 /// How often a followed log is looked at.
 const FOLLOW: Duration = Duration::from_millis(50);
 
-/// Runs one command of the agent; answers go to `out`.
+/// Runs one command of the agent; answers go to `out`, and what is said about a job beside its output
+/// to `about`.
 ///
 /// `run DIR`, `set DIR NAME VALUE`, `submit DIR` (the job as JSON in `UPDRAFT_JOB`), `queue DIR`,
-/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`.
+/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`, `hold DIR SECONDS`.
 ///
 /// # Errors
 /// [`Error::InvalidTask`] for a command that is none; else the queue's.
-pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
+pub fn command(args: &[String], out: &mut dyn Write, about: &mut dyn Write) -> Result<()> {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["run", dir] => match Agent::take(dir)? {
@@ -51,15 +52,16 @@ pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
         }
         ["logs", dir, id, rest @ ..] => {
             let queue = Queue::open(dir)?;
-            let id = match *id {
-                "last" => queue
-                    .jobs()?
-                    .last()
-                    .map(|job| job.id)
-                    .ok_or_else(none_yet)?,
-                id => number(id)?,
+            let jobs = queue.jobs()?;
+            let wanted = match *id {
+                "last" => jobs.last(),
+                id => {
+                    let id = number(id)?;
+                    jobs.iter().find(|job| job.head == id)
+                }
             };
-            logs(&queue, id, rest.contains(&"follow"), out)
+            let id = wanted.map(|job| job.id).ok_or_else(no_such_job)?;
+            logs(&queue, id, rest.contains(&"follow"), out, about)
         }
         ["lease", dir, text] => {
             let lease = serde_json::from_str(text).map_err(|_| Error::InvalidTask {
@@ -67,6 +69,7 @@ pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
             })?;
             Queue::open(dir)?.set_lease(&lease, now())
         }
+        ["hold", dir, seconds] => Queue::open(dir)?.hold(now() + number(seconds)?),
         _ => Err(Error::InvalidTask {
             what: "unknown command of the agent; client and node may be of different versions"
                 .to_owned(),
@@ -74,14 +77,21 @@ pub fn command(args: &[String], out: &mut dyn Write) -> Result<()> {
     }
 }
 
-/// Copies a job's log; following it ends with the job.
-fn logs(queue: &Queue, id: i64, follow: bool, out: &mut dyn Write) -> Result<()> {
+/// Copies a job's log; following it ends with the job, and tells `about` what has become of it: the
+/// node may be gone when it is asked.
+fn logs(
+    queue: &Queue,
+    id: i64,
+    follow: bool,
+    out: &mut dyn Write,
+    about: &mut dyn Write,
+) -> Result<()> {
     let path = queue.log(id);
     let mut file = File::open(&path).map_err(Error::io(&path))?;
     let mut at = 0;
     loop {
         // Asked before reading: what is written until the end is read after it.
-        let over = queue.job(id)?.is_none_or(|job| job.status.is_final());
+        let over = queue.job(id)?.filter(|job| job.status.is_final());
         file.seek(SeekFrom::Start(at)).map_err(Error::io(&path))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(Error::io(&path))?;
@@ -89,8 +99,11 @@ fn logs(queue: &Queue, id: i64, follow: bool, out: &mut dyn Write) -> Result<()>
         out.write_all(&bytes)
             .and_then(|()| out.flush())
             .map_err(Error::io(PathBuf::from("output")))?;
-        if over || !follow {
-            return Ok(());
+        if over.is_some() || !follow {
+            return match over {
+                Some(job) if follow => say(about, &serde_json::to_string(&job).unwrap_or_default()),
+                _ => Ok(()),
+            };
         }
         std::thread::sleep(FOLLOW);
     }
@@ -106,8 +119,8 @@ fn number(text: &str) -> Result<i64> {
     })
 }
 
-fn none_yet() -> Error {
+fn no_such_job() -> Error {
     Error::InvalidTask {
-        what: "no job was submitted yet".to_owned(),
+        what: "there is no such job; `queue` lists those there are".to_owned(),
     }
 }

@@ -1,31 +1,9 @@
 //! When a node has been idle long enough to end itself: a pure decision.
 
-use serde::{Deserialize, Serialize};
-
 use crate::provider::Lease;
 use crate::resources::WaitFor;
 
-/// When the node ends by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AgentLease {
-    /// How long it may be idle; for ever when `None`.
-    pub idle_seconds: Option<u64>,
-    /// Whether it is terminated then, not stopped.
-    pub down: bool,
-    /// What keeps it from being idle.
-    pub wait_for: WaitFor,
-}
-
-impl AgentLease {
-    /// The lease of a cluster, on its node.
-    pub fn new(lease: Lease, wait_for: WaitFor) -> Self {
-        Self {
-            idle_seconds: lease.idle.map(|idle| idle.as_secs()),
-            down: lease.down,
-            wait_for,
-        }
-    }
-
+impl Lease {
     /// Whether what goes on now keeps the node alive.
     pub(super) fn is_busy(&self, unfinished_jobs: bool, sessions: bool) -> bool {
         match self.wait_for {
@@ -40,7 +18,7 @@ impl AgentLease {
     /// A clock that was set back is no idleness.
     pub(super) fn is_over(&self, last_active: i64, now: i64) -> bool {
         let idle = u64::try_from(now - last_active).unwrap_or(0);
-        self.idle_seconds.is_some_and(|limit| idle >= limit)
+        self.idle.is_some_and(|limit| idle >= limit.as_secs())
     }
 }
 
@@ -58,11 +36,13 @@ pub(super) fn has_sessions() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    fn lease(wait_for: WaitFor) -> AgentLease {
-        AgentLease {
-            idle_seconds: Some(600),
+    fn lease(wait_for: WaitFor) -> Lease {
+        Lease {
+            idle: Some(Duration::from_secs(600)),
             down: true,
             wait_for,
         }
@@ -92,8 +72,8 @@ mod tests {
         assert!(!lease.is_over(1000, 1599));
         assert!(lease.is_over(1000, 1600));
         assert!(!lease.is_over(1000, 10), "a clock set back");
-        let never = AgentLease {
-            idle_seconds: None,
+        let never = Lease {
+            idle: None,
             ..lease
         };
         assert!(!never.is_over(0, i64::MAX));

@@ -18,6 +18,5 @@ mod wrapper;
 pub use binary::AgentBinary;
 pub use client::{AgentClient, JobLogs, NodeSetup};
 pub use command::command;
-pub use idle::AgentLease;
 pub use queue::{JobRow, JobSpec, Queue, QueueStatus};
 pub use runner::Agent;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 
-use super::idle::AgentLease;
 use crate::error::{Error, Result};
+use crate::provider::Lease;
 
 /// A job as it is submitted.
 #[derive(Clone, Default, Serialize, Deserialize)]
@@ -26,6 +26,8 @@ pub struct JobSpec {
     pub workdir: Option<String>,
     /// The accelerators it needs of the node's.
     pub gpus: u32,
+    /// The job's number on the cluster's head, where this node is not the head.
+    pub head: Option<i64>,
 }
 
 impl fmt::Debug for JobSpec {
@@ -93,6 +95,8 @@ impl QueueStatus {
 pub struct JobRow {
     /// Its number, from 1, in the order of submission.
     pub id: i64,
+    /// Its number on the cluster's head: its own, where this node is the head.
+    pub head: i64,
     /// Its name.
     pub name: Option<String>,
     /// Where it is.
@@ -107,6 +111,33 @@ pub struct JobRow {
     pub ended: Option<i64>,
     /// The code it ended with.
     pub exit_code: Option<i32>,
+}
+
+impl JobRow {
+    /// Takes in what the same job is on another node: it is over when it is over on all of them, and
+    /// has failed as soon as it has on one.
+    pub(crate) fn join(&mut self, other: &JobRow) {
+        let has_failed =
+            |job: &JobRow| job.status.is_final() && job.status != QueueStatus::Succeeded;
+        if has_failed(self) {
+            return;
+        }
+        if has_failed(other) {
+            (self.status, self.exit_code, self.ended) =
+                (other.status, other.exit_code, other.ended);
+        } else if !other.status.is_final() {
+            self.status = match self.status.is_final() {
+                true => other.status,
+                false => self.status,
+            };
+            (self.exit_code, self.ended) = (None, None);
+        } else {
+            self.ended = self
+                .ended
+                .max(other.ended)
+                .filter(|_| self.status.is_final());
+        }
+    }
 }
 
 /// A started job that may still run, for the runner.
@@ -129,7 +160,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     exit_code INTEGER,
     boot TEXT,
     attempt INTEGER NOT NULL DEFAULT 0,
-    cancel INTEGER NOT NULL DEFAULT 0
+    cancel INTEGER NOT NULL DEFAULT 0,
+    head INTEGER
 );
 CREATE INDEX IF NOT EXISTS unfinished ON jobs (id) WHERE ended IS NULL;
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -175,12 +207,13 @@ impl Queue {
             .map_err(|e| self.failed(e))?;
         self.db
             .execute(
-                "INSERT INTO jobs (name, status, gpus, submitted) VALUES (?1, 'PENDING', ?2, ?3)",
-                params![spec.name, spec.gpus, now],
+                "INSERT INTO jobs (name, status, gpus, submitted, head) VALUES (?1, 'PENDING', ?2, ?3, ?4)",
+                params![spec.name, spec.gpus, now, spec.head],
             )
             .map_err(|e| self.failed(e))?;
         let id = self.db.last_insert_rowid();
         super::wrapper::write(&self.job_dir(id), spec, id)?;
+        self.hold(0)?; // the files are there; from here on the job keeps the node
         transaction.commit().map_err(|e| self.failed(e))?;
         Ok(id)
     }
@@ -204,18 +237,18 @@ impl Queue {
         row.optional().map_err(|e| self.failed(e))
     }
 
-    /// Cancels one job, or all; a waiting one at once, a running one as soon as the agent has seen
+    /// Cancels one job, by its number on the head, or all; a waiting one at once, a running one as soon as the agent has seen
     /// it. Returns how many there were to cancel.
     ///
     /// # Errors
     /// [`Error::State`].
     pub fn cancel(&self, id: Option<i64>, now: i64) -> Result<usize> {
         let waiting = self.db.execute(
-            "UPDATE jobs SET status = 'CANCELLED', ended = ?2 WHERE status = 'PENDING' AND (?1 IS NULL OR id = ?1)",
+            "UPDATE jobs SET status = 'CANCELLED', ended = ?2 WHERE status = 'PENDING' AND (?1 IS NULL OR coalesce(head, id) = ?1)",
             params![id, now],
         );
         let running = self.db.execute(
-            "UPDATE jobs SET cancel = 1 WHERE ended IS NULL AND (?1 IS NULL OR id = ?1)",
+            "UPDATE jobs SET cancel = 1 WHERE ended IS NULL AND (?1 IS NULL OR coalesce(head, id) = ?1)",
             params![id],
         );
         Ok(waiting.map_err(|e| self.failed(e))? + running.map_err(|e| self.failed(e))?)
@@ -230,7 +263,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`Error::State`].
-    pub fn lease(&self) -> Result<Option<AgentLease>> {
+    pub fn lease(&self) -> Result<Option<Lease>> {
         let text = self.setting("lease")?;
         Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
     }
@@ -239,7 +272,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`Error::State`].
-    pub fn set_lease(&self, lease: &AgentLease, now: i64) -> Result<()> {
+    pub fn set_lease(&self, lease: &Lease, now: i64) -> Result<()> {
         let text = serde_json::to_string(lease).unwrap_or_default();
         self.set("lease", &text)?;
         self.touch(now)
@@ -253,6 +286,21 @@ impl Queue {
 
     pub(super) fn touch(&self, now: i64) -> Result<()> {
         self.set("last_active", &now.to_string())
+    }
+
+    /// Keeps the node from being idle for so long: its client brings files, and says so again.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub fn hold(&self, until: i64) -> Result<()> {
+        self.set("held_until", &until.to_string())
+    }
+
+    pub(super) fn is_held(&self, now: i64) -> Result<bool> {
+        let until = self
+            .setting("held_until")?
+            .and_then(|text| text.parse().ok());
+        Ok(until.is_some_and(|until: i64| now < until))
     }
 
     /// The oldest waiting job.
@@ -365,6 +413,7 @@ fn read_job(row: &Row<'_>) -> rusqlite::Result<JobRow> {
     let status: String = row.get("status")?;
     Ok(JobRow {
         id: row.get("id")?,
+        head: row.get::<_, Option<i64>>("head")?.unwrap_or(row.get("id")?),
         name: row.get("name")?,
         status: QueueStatus::of(&status).unwrap_or(QueueStatus::FailedDriver),
         gpus: row.get("gpus")?,
@@ -373,4 +422,41 @@ fn read_job(row: &Row<'_>) -> rusqlite::Result<JobRow> {
         ended: row.get("ended")?,
         exit_code: row.get("exit_code")?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_of_several_nodes_is_over_with_the_last_and_failed_with_the_first() {
+        use QueueStatus::{Cancelled, Failed, Pending, Running, Succeeded};
+        for (head, other, both) in [
+            (Succeeded, Succeeded, Succeeded),
+            (Succeeded, Running, Running),
+            (Succeeded, Pending, Pending),
+            (Running, Succeeded, Running),
+            (Running, Failed, Failed),
+            (Succeeded, Failed, Failed),
+            (Failed, Running, Failed),
+            (Cancelled, Succeeded, Cancelled),
+        ] {
+            let row = |status: QueueStatus, ended: i64| JobRow {
+                id: 1,
+                head: 1,
+                name: None,
+                status,
+                gpus: 0,
+                submitted: 0,
+                started: None,
+                ended: status.is_final().then_some(ended),
+                exit_code: status.is_final().then_some(i32::from(status == Failed)),
+            };
+            let mut joined = row(head, 5);
+            joined.join(&row(other, 7));
+            assert_eq!(joined.status, both, "{head:?} and {other:?}");
+            assert_eq!(joined.ended.is_some(), both.is_final());
+            assert_eq!(joined.exit_code == Some(1), both == Failed);
+        }
+    }
 }

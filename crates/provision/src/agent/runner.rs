@@ -259,8 +259,12 @@ impl Agent {
         };
         let unfinished = self.queue.next()?.is_some() || !self.queue.started()?.is_empty();
         let now = now();
-        if lease.is_busy(unfinished, has_sessions()) {
+        let held = self.queue.is_held(now)?;
+        if lease.is_busy(unfinished || held, has_sessions()) {
             self.queue.touch(now)?;
+            return Ok(false);
+        }
+        if held {
             return Ok(false);
         }
         // A node whose agent was down has not been seen idle: the time is taken from its record.
@@ -270,17 +274,48 @@ impl Agent {
         }
     }
 
+    /// Ends the jobs that still run, then the node: what runs on a node that is gone is forgotten.
     fn end_node(&self) -> Result<()> {
         let down = self.queue.lease()?.is_some_and(|lease| lease.down);
         let name = if down { "end_down" } else { "end_stop" };
         let script = self.queue.setting(name)?.unwrap_or_default();
         tracing::info!(down, "idle for as long as it may be; this node ends itself");
+        self.end_jobs()?;
         let mut command = Command::new("bash");
         let status = command.arg("-c").arg(&script).current_dir("/").status();
         status.map(drop).map_err(|source| Error::Transport {
             host: "this node".to_owned(),
             source: source.into(),
         })
+    }
+
+    fn end_jobs(&self) -> Result<()> {
+        let asked = Instant::now();
+        let mut signal = Signal::TERM;
+        loop {
+            let mut left = false;
+            for job in self.queue.started()? {
+                let dir = self.queue.job_dir(job.id);
+                match wrapper::claim(&dir, job.attempt) {
+                    // A wrapper that comes later finds its claim taken.
+                    Claim::None => drop(wrapper::void(&dir, job.attempt)),
+                    Claim::Unnamed => left |= asked.elapsed() < NAMING,
+                    Claim::By(pid, _)
+                        if wrapper::outcome(&dir).is_some() || groups::is_empty(pid) => {}
+                    Claim::By(pid, _) => {
+                        groups::signal(pid, signal);
+                        left = true;
+                    }
+                }
+            }
+            if !left || asked.elapsed() >= 2 * GRACE {
+                return Ok(());
+            }
+            if asked.elapsed() >= GRACE {
+                signal = Signal::KILL;
+            }
+            std::thread::sleep(TICK);
+        }
     }
 }
 

@@ -68,6 +68,7 @@ pub(super) fn write(dir: &Path, spec: &JobSpec, id: i64) -> Result<()> {
     for (name, value) in &spec.environment {
         env.push_str(&format!("export {name}={}\n", quote(value)));
     }
+    let id = spec.head.unwrap_or(id); // one number on all nodes
     env.push_str(&format!(
         "export UPDRAFT_JOB_ID={id} SKYPILOT_INTERNAL_JOB_ID={id}\n"
     ));

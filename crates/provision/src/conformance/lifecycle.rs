@@ -15,12 +15,14 @@ pub async fn offers_name_their_provider(provider: &dyn Provider) {
 pub async fn created_instances_are_listed(provider: &dyn Provider) {
     let request = smallest(provider, "listed").await;
     let created = provider.create(&request).await.expect("create");
-    let listed = provider.list_owned().await.expect("list");
-    assert!(
-        listed
-            .iter()
-            .any(|instance| instance.id == created.id && instance.cluster == request.cluster)
-    );
+    for near in [None, Some(&request.offer)] {
+        let listed = provider.list_owned(near).await.expect("list");
+        assert!(
+            listed
+                .iter()
+                .any(|instance| instance.id == created.id && instance.cluster == request.cluster)
+        );
+    }
 }
 
 /// The same token twice is one instance.
@@ -29,7 +31,7 @@ pub async fn create_is_idempotent_in_its_token(provider: &dyn Provider) {
     let first = provider.create(&request).await.expect("first");
     let second = provider.create(&request).await.expect("second");
     assert_eq!(first.id, second.id);
-    assert_eq!(provider.list_owned().await.expect("list").len(), 1);
+    assert_eq!(provider.list_owned(None).await.expect("list").len(), 1);
 }
 
 /// `describe` answers for what `create` made.
@@ -63,7 +65,7 @@ pub async fn terminate_removes_from_the_list(provider: &dyn Provider) {
         .await
         .expect("ended");
     provider.terminate(&ended.id).await.expect("terminate");
-    let listed = provider.list_owned().await.expect("list");
+    let listed = provider.list_owned(None).await.expect("list");
     assert_eq!(
         listed
             .iter()
@@ -104,7 +106,7 @@ pub async fn stopped_instances_are_listed_and_start_again(provider: &dyn Provide
     for _ in 0..2 {
         power.stop(&created.id).await.expect("stop");
     }
-    let listed = provider.list_owned().await.expect("list");
+    let listed = provider.list_owned(None).await.expect("list");
     assert_eq!(
         listed
             .first()

@@ -3,8 +3,12 @@
 //! A provider's tests contain one line, with an expression that makes it and a guard:
 //! `provider_conformance_tests!((MyProvider::new(), ()));`
 
+pub mod capabilities;
 pub mod lifecycle;
 pub mod transport;
+mod trap;
+
+pub use trap::{Kill, Manner, Trap};
 
 use crate::provider::{CreateRequest, Lease, Provider};
 
@@ -43,6 +47,11 @@ macro_rules! provider_conformance_tests {
             terminate_of_an_absent_instance_succeeds,
             stopped_instances_are_listed_and_start_again,
         );
+        $crate::__conformance!($make, capabilities:
+            a_port_has_one_address,
+            a_deadline_is_set_moved_and_taken_away,
+            what_the_owner_ended_was_not_preempted,
+        );
     };
 }
 
@@ -56,6 +65,7 @@ macro_rules! transport_conformance_tests {
             the_environment_and_workdir_are_set,
             ending_a_process_ends_its_children,
             files_arrive_whole_and_come_back,
+            a_forward_leads_to_the_nodes_port,
         );
     };
 }

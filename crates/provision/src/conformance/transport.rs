@@ -98,3 +98,37 @@ pub async fn files_arrive_whole_and_come_back(transport: &dyn HostTransport) {
     assert!(std::fs::read(&back).expect("read") == bytes);
     std::fs::remove_dir_all(&dir).expect("clean up");
 }
+
+/// A connection made here arrives at what listens on the node's loopback address, also where the
+/// listener came later.
+pub async fn a_forward_leads_to_the_nodes_port(transport: &dyn HostTransport) {
+    // The node may be this machine: a port that is free here and now will do for both.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|bound| bound.local_addr());
+    let port = free.expect("a free port").port();
+    let forward = transport.forward(port).await.expect("forward");
+    let server = format!(
+        "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalAddr => \"127.0.0.1\", LocalPort => {port}, Listen => 5, ReuseAddr => 1) or die $!; $| = 1; print \"up\\n\"; while ($c = $s->accept) {{ print $c \"hello\\n\"; close $c }}'"
+    );
+    let mut process = transport.start(&script(&server)).await.expect("start");
+    let up = process.lines.recv().await.expect("the server listens");
+    assert_eq!(up.text, "up");
+    let said = read_all(forward.address()).await;
+    process.control.end(Duration::ZERO).await.expect("end");
+    assert_eq!(said, "hello\n");
+}
+
+async fn read_all(address: std::net::SocketAddr) -> String {
+    let connected = tokio::net::TcpStream::connect(address).await;
+    let stream = connected.expect("the forward accepts");
+    let mut said = Vec::new();
+    loop {
+        stream.readable().await.expect("readable");
+        let mut buffer = [0; 64];
+        match stream.try_read(&mut buffer) {
+            Ok(0) => return String::from_utf8_lossy(&said).into_owned(),
+            Ok(read) => said.extend_from_slice(&buffer[..read]),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

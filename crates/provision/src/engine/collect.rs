@@ -44,14 +44,23 @@ impl Engine {
         let is_its = |instance: &Instance| {
             instance.token == node.token || node.instance.as_ref() == Some(&instance.id)
         };
-        for instance in provider.list_owned().await?.iter().filter(|i| is_its(i)) {
+        let near = Some(&node.offer);
+        for instance in provider
+            .list_owned(near)
+            .await?
+            .iter()
+            .filter(|i| is_its(i))
+        {
             provider.terminate(&instance.id).await?;
         }
         if let Some(id) = &node.instance {
             provider.terminate(id).await?;
         }
-        let gone = !provider.list_owned().await?.iter().any(is_its);
+        let gone = !provider.list_owned(near).await?.iter().any(is_its);
         if gone {
+            if let Some(id) = &node.instance {
+                self.forget_way(id);
+            }
             match node.created {
                 Some(_) => self.state.ended(&node.token, SystemTime::now())?,
                 None => self.state.never_was(&node.token)?,
@@ -64,7 +73,8 @@ impl Engine {
     pub(super) async fn reconcile(&self, cluster: &str) -> Result<()> {
         let mut states = Vec::new();
         for node in self.open(cluster)? {
-            let owned = self.provider(&node.provider)?.list_owned().await?;
+            let provider = self.provider(&node.provider)?;
+            let owned = provider.list_owned(Some(&node.offer)).await?;
             let mut own = owned
                 .into_iter()
                 .filter(|instance| instance.token == node.token);
@@ -115,7 +125,7 @@ impl Engine {
         let mut ended = Vec::new();
         for provider in &self.providers {
             let ours = format!("{}-", self.state.owner());
-            let owned = provider.list_owned().await?;
+            let owned = provider.list_owned(None).await?;
             for instance in owned
                 .into_iter()
                 .filter(|instance| instance.token.starts_with(&ours))
@@ -144,13 +154,13 @@ impl Engine {
                 // The provider may show an instance long after the call; the row says whose it is.
                 NodeState::Abandoned | NodeState::Ending if !is_stale(&node) => {}
                 NodeState::Abandoned | NodeState::Ending => {
-                    self.end(&node).await?;
+                    reached(&node.cluster, self.end(&node).await)?;
                 }
             }
         }
         for cluster in self.state.clusters()? {
             if let Ok(_lock) = self.state.lock(&cluster.name) {
-                self.reconcile(&cluster.name).await?;
+                reached(&cluster.name, self.reconcile(&cluster.name).await)?;
                 let open = self.open(&cluster.name)?;
                 if open.iter().all(|node| node.state != NodeState::Live) {
                     self.state.forget_cluster(&cluster.name)?;
@@ -158,6 +168,17 @@ impl Engine {
             }
         }
         Ok(ended)
+    }
+}
+
+/// `None`, with a warning, for what cannot be asked now: it stays in the books for the next time.
+pub(super) fn reached<T>(cluster: &str, result: Result<T>) -> Result<Option<T>> {
+    match result {
+        Err(error @ Error::Unavailable { .. }) => {
+            tracing::warn!(cluster, %error, "left as it was");
+            Ok(None)
+        }
+        result => result.map(Some),
     }
 }
 

@@ -2,18 +2,24 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
 
 use super::Engine;
-use crate::agent::{AgentBinary, AgentClient, AgentLease, JobLogs, JobRow, JobSpec, NodeSetup};
+use crate::agent::{AgentBinary, AgentClient, JobRow, JobSpec, NodeSetup, QueueStatus};
 use crate::error::{Error, Result};
 use crate::provider::{Endpoint, Instance, Lease};
-use crate::resources::WaitFor;
 use crate::sync::{Syncer, WORKDIR, mount_files};
 use crate::task::Task;
 use crate::transport::HostTransport;
 
-/// How a task becomes
+/// How long a node is kept from ending itself by a client that has died while bringing files.
+const HOLD: Duration = Duration::from_secs(60);
+
+/// How long a cluster may be out of reach before nobody waits for its job any more.
+const SILENCE: Duration = Duration::from_secs(600);
+
 /// How a task becomes a job.
 #[derive(Debug, Clone)]
 pub struct ExecOptions {
@@ -23,7 +29,7 @@ pub struct ExecOptions {
     pub base: PathBuf,
 }
 
-/// A job as the whole cluster sees it: the head node's, and how many nodes have it.
+/// A job as the whole cluster sees it: its number on the head node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JobId(pub i64);
 
@@ -40,7 +46,7 @@ impl Engine {
         options: &ExecOptions,
     ) -> Result<JobId> {
         let row = self.row(cluster)?;
-        let ways = self.connect(cluster).await?;
+        let mut ways = self.connect(cluster).await?;
         let wanted = task.num_nodes.max(1) as usize;
         if wanted > ways.len() {
             return Err(Error::InvalidTask {
@@ -50,69 +56,64 @@ impl Engine {
                 ),
             });
         }
+        ways.truncate(wanted);
         let gpus = self.gpus(cluster)?;
         let addresses: Vec<_> = ways.iter().map(|(instance, _)| address(instance)).collect();
-        let autostop = task.resources.autostop;
-        let wait_for = autostop.map_or(WaitFor::default(), |autostop| autostop.wait_for);
-        let mut head = None;
-        for (rank, (instance, transport)) in ways.into_iter().enumerate().take(wanted) {
-            let syncer = Syncer::new(instance.endpoint.clone(), transport.clone());
-            if let Some(workdir) = &task.workdir {
-                syncer
-                    .folder(&folder(workdir, &options.base), WORKDIR)
-                    .await?;
-            }
-            if options.setup {
-                mount_files(&syncer, &options.base, &task.file_mounts).await?;
-            }
-            let client = client(&instance, transport, agent).await?;
-            client
-                .start(&NodeSetup::of(instance.endpoint.as_ref(), gpus))
-                .await?;
-            if options.setup {
-                client
-                    .set_lease(&AgentLease::new(row.lease, wait_for))
-                    .await?;
-            }
-            let spec = spec(task, options.setup, &row.name, rank, &addresses, gpus);
-            let id = client.submit(&spec).await?;
-            head.get_or_insert(JobId(id));
+        let mut preparing = JoinSet::new();
+        for (rank, (instance, transport)) in ways.into_iter().enumerate() {
+            let (task, agent, options) = (task.clone(), agent.clone(), options.clone());
+            preparing.spawn(async move {
+                let node = Node {
+                    instance,
+                    transport,
+                    gpus,
+                };
+                let client = node.prepare(&task, &agent, &options, &row.lease).await?;
+                Ok::<_, Error>((rank, client))
+            });
         }
-        head.ok_or_else(|| Error::NoSuchCluster {
+        let mut clients = Vec::new();
+        while let Some(prepared) = preparing.join_next().await {
+            let prepared = prepared.map_err(|error| Error::Transport {
+                host: cluster.to_owned(),
+                source: error.into(),
+            })?;
+            clients.push(prepared?);
+        }
+        clients.sort_by_key(|(rank, _)| *rank);
+        let mut head = None;
+        for (rank, client) in clients {
+            let spec = JobSpec {
+                head,
+                ..spec(task, options.setup, &row.name, rank, &addresses, gpus)
+            };
+            let id = client.submit(&spec).await?;
+            head.get_or_insert(id);
+        }
+        head.map(JobId).ok_or_else(|| Error::NoSuchCluster {
             name: cluster.to_owned(),
         })
     }
 
-    /// The head node's agent, which knows every job.
-    async fn head(&self, cluster: &str, agent: &AgentBinary) -> Result<AgentClient> {
-        let way = self.connect(cluster).await?.into_iter().next();
-        let (instance, transport) = way.ok_or_else(|| Error::NoSuchCluster {
-            name: cluster.to_owned(),
-        })?;
-        client(&instance, transport, agent).await
-    }
-
-    /// The jobs of a cluster, by number.
+    /// The jobs of a cluster, by number; one of several nodes is what it is on all of them.
     ///
     /// # Errors
     /// As [`Engine::exec`].
     pub async fn queue(&self, cluster: &str, agent: &AgentBinary) -> Result<Vec<JobRow>> {
-        self.head(cluster, agent).await?.queue().await
-    }
-
-    /// The log of a job, of the newest when `None`; with `follow` until it ends.
-    ///
-    /// # Errors
-    /// As [`Engine::exec`].
-    pub async fn logs(
-        &self,
-        cluster: &str,
-        agent: &AgentBinary,
-        job: Option<JobId>,
-        follow: bool,
-    ) -> Result<JobLogs> {
-        let head = self.head(cluster, agent).await?;
-        head.logs(job.map(|job| job.0), follow).await
+        let mut jobs: Vec<JobRow> = Vec::new();
+        for (rank, (instance, transport)) in self.connect(cluster).await?.into_iter().enumerate() {
+            let rows = agent_of(&instance, transport, agent).await?.queue().await?;
+            if rank == 0 {
+                jobs = rows;
+                continue;
+            }
+            for row in &rows {
+                if let Some(job) = jobs.iter_mut().find(|job| job.id == row.head) {
+                    job.join(row);
+                }
+            }
+        }
+        Ok(jobs)
     }
 
     /// Cancels a job, or all of them, on every node; returns how many there were on the head.
@@ -127,51 +128,46 @@ impl Engine {
     ) -> Result<u64> {
         let mut count = None;
         for (instance, transport) in self.connect(cluster).await? {
-            let client = client(&instance, transport, agent).await?;
+            let client = agent_of(&instance, transport, agent).await?;
             let cancelled = client.cancel(job.map(|job| job.0)).await?;
             count.get_or_insert(cancelled);
         }
         Ok(count.unwrap_or_default())
     }
 
-    /// Waits until a job has its final status.
+    /// Waits until a job has its final status. One that has failed on a node is cancelled on the
+    /// others, which may wait for it.
     ///
     /// # Errors
     /// As [`Engine::exec`]; [`Error::InvalidTask`] if there is no such job.
     pub async fn wait(&self, cluster: &str, agent: &AgentBinary, job: JobId) -> Result<JobRow> {
-        let head = self.head(cluster, agent).await?;
+        let mut heard = Instant::now();
         loop {
-            let row = head.queue().await?.into_iter().find(|row| row.id == job.0);
+            let row = match self.queue(cluster, agent).await {
+                Err(error) if is_passing(&error) && heard.elapsed() < SILENCE => {
+                    tracing::warn!(cluster, %error, "not heard of; the job may go on");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+                answer => answer?,
+            };
+            heard = Instant::now();
+            let row = row.into_iter().find(|row| row.id == job.0);
             let row = row.ok_or_else(|| Error::InvalidTask {
                 what: format!("cluster `{cluster}` has no job {}", job.0),
             })?;
             if row.status.is_final() {
+                if row.status != QueueStatus::Succeeded && self.row(cluster)?.num_nodes > 1 {
+                    self.cancel(cluster, agent, Some(job)).await?;
+                }
                 return Ok(row);
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
-    /// Changes when a cluster's nodes end by themselves, in the books and on the nodes.
-    ///
-    /// # Errors
-    /// As [`Engine::exec`].
-    pub async fn autostop(
-        &self,
-        cluster: &str,
-        agent: &AgentBinary,
-        lease: Lease,
-        wait_for: WaitFor,
-    ) -> Result<()> {
-        for (instance, transport) in self.connect(cluster).await? {
-            let client = client(&instance, transport, agent).await?;
-            client.set_lease(&AgentLease::new(lease, wait_for)).await?;
-        }
-        self.set_lease(cluster, lease)
-    }
-
     /// The accelerators of a cluster's nodes.
-    fn gpus(&self, cluster: &str) -> Result<u32> {
+    pub(super) fn gpus(&self, cluster: &str) -> Result<u32> {
         let live = self.live(cluster)?;
         let accelerator = live
             .first()
@@ -180,8 +176,59 @@ impl Engine {
     }
 }
 
+/// Whether a node may answer again: its connection was lost, or it is starting anew.
+fn is_passing(error: &Error) -> bool {
+    matches!(error, Error::Unavailable { .. } | Error::Transport { .. })
+}
+
+/// A node that is to run a job.
+struct Node {
+    instance: Instance,
+    transport: Arc<dyn HostTransport>,
+    gpus: u32,
+}
+
+impl Node {
+    /// Starts the agent under the cluster's lease, then brings the task's files.
+    async fn prepare(
+        &self,
+        task: &Task,
+        agent: &AgentBinary,
+        options: &ExecOptions,
+        lease: &Lease,
+    ) -> Result<AgentClient> {
+        let client = agent_of(&self.instance, self.transport.clone(), agent).await?;
+        client.hold(HOLD.as_secs()).await?;
+        let setup = NodeSetup::of(self.instance.endpoint.as_ref(), self.gpus);
+        client.start(&setup).await?;
+        client.set_lease(lease).await?;
+        let bringing = self.bring(task, options);
+        tokio::pin!(bringing);
+        loop {
+            tokio::select! {
+                brought = &mut bringing => return brought.map(|()| client),
+                () = tokio::time::sleep(HOLD / 3) => client.hold(HOLD.as_secs()).await?,
+            }
+        }
+    }
+
+    async fn bring(&self, task: &Task, options: &ExecOptions) -> Result<()> {
+        let syncer = Syncer::new(self.instance.endpoint.clone(), self.transport.clone());
+        if let Some(workdir) = &task.workdir {
+            let from = folder(workdir, &options.base);
+            tracing::info!(host = self.transport.host(), "copying {}", from.display());
+            syncer.folder(&from, WORKDIR).await?;
+        }
+        if options.setup && !task.file_mounts.is_empty() {
+            tracing::info!(host = self.transport.host(), "copying file mounts");
+            mount_files(&syncer, &options.base, &task.file_mounts).await?;
+        }
+        Ok(())
+    }
+}
+
 /// The agent of a node: in place on this machine, copied to any other.
-async fn client(
+pub(super) async fn agent_of(
     instance: &Instance,
     transport: Arc<dyn HostTransport>,
     agent: &AgentBinary,
@@ -251,5 +298,6 @@ fn spec(
         environment,
         workdir: task.workdir.is_some().then(|| WORKDIR.to_owned()),
         gpus: asked.max().unwrap_or(0).min(gpus),
+        head: None,
     }
 }

@@ -7,6 +7,7 @@ use super::{Engine, LaunchRequest, fresh_row, is_up};
 use crate::error::{Error, Result};
 use crate::failover::{Failover, Step};
 use crate::launch::no_offer;
+use crate::offer::Offer;
 use crate::planner::Plan;
 use crate::provider::{CreateRequest, Instance, InstanceState, Provider};
 use crate::state::{ClusterStatus, NodeRow, NodeState};
@@ -64,6 +65,7 @@ impl Engine {
         }
         for instance in &mut instances {
             self.wait_running(instance).await?;
+            self.expose(instance, task).await?;
         }
         self.state.set_status(&request.cluster, ClusterStatus::Up)?;
         Ok(instances)
@@ -101,6 +103,7 @@ impl Engine {
             let offer = match failover.step() {
                 Step::Try(offer) => offer,
                 Step::Wait(pause) => {
+                    tracing::info!(seconds = pause.as_secs(), "trying again after a pause");
                     tokio::time::sleep(pause).await;
                     continue;
                 }
@@ -123,10 +126,16 @@ impl Engine {
                 Ok(instance) => {
                     self.state
                         .created(&token, &instance.id, SystemTime::now())?;
+                    tracing::info!(
+                        node = node_rank,
+                        instance = %instance.id,
+                        "taken from {}",
+                        offer.provider
+                    );
                     return Ok(instance);
                 }
                 Err(error) if is_ambiguous(&error) => {
-                    if let Some(instance) = self.adopt(provider, &token, &error).await? {
+                    if let Some(instance) = self.adopt(provider, &offer, &token, &error).await? {
                         return Ok(instance);
                     }
                     // It may still appear: the row stays until `gc` has seen to it.
@@ -148,10 +157,11 @@ impl Engine {
     async fn adopt(
         &self,
         provider: &Arc<dyn Provider>,
+        offer: &Offer,
         token: &str,
         error: &Error,
     ) -> Result<Option<Instance>> {
-        let owned = provider.list_owned().await.inspect_err(|_| {
+        let owned = provider.list_owned(Some(offer)).await.inspect_err(|_| {
             tracing::warn!(%error, token, "unknown whether an instance was created; gc will tell");
         })?;
         let Some(instance) = owned.into_iter().find(|instance| instance.token == token) else {
@@ -159,6 +169,21 @@ impl Engine {
         };
         self.state.created(token, &instance.id, SystemTime::now())?;
         Ok(Some(instance))
+    }
+
+    /// Opens the task's ports, where the provider keeps them shut.
+    async fn expose(&self, instance: &Instance, task: &Task) -> Result<()> {
+        let nodes = self.state.open_nodes()?;
+        let Some(node) = nodes.iter().find(|node| node.token == instance.token) else {
+            return Ok(());
+        };
+        if let Some(power) = self.provider(&node.provider)?.ports() {
+            for port in &task.resources.ports {
+                let address = power.expose(&instance.id, *port).await?;
+                tracing::info!(port, address, "open to the net");
+            }
+        }
+        Ok(())
     }
 
     async fn wait_running(&self, instance: &mut Instance) -> Result<()> {

@@ -4,22 +4,30 @@ mod collect;
 #[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
 mod jobs;
 mod launch;
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+mod lease;
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+mod logs;
 #[cfg(test)]
 mod tests;
 
 #[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
 pub use jobs::{ExecOptions, JobId};
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+pub use logs::ClusterLogs;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
+use crate::capability::StopStart;
 use crate::error::{Error, Result};
 use crate::failover::FailoverPolicy;
 use crate::launch::connect;
 use crate::offer::Offer;
-use crate::provider::{Instance, InstanceState, Lease, Provider};
+use crate::provider::{Instance, InstanceId, InstanceState, Lease, Provider};
 use crate::state::{ClusterRow, ClusterStatus, NodeRow, NodeState, State};
 use crate::task::Task;
 use crate::transport::HostTransport;
@@ -33,7 +41,11 @@ const CONFIRM_PAUSE: Duration = Duration::from_secs(1);
 pub struct Engine {
     state: Arc<State>,
     providers: Vec<Arc<dyn Provider>>,
+    ways: Ways,
 }
+
+/// The ways to nodes that are open, so that none is opened twice.
+type Ways = Arc<Mutex<BTreeMap<InstanceId, Arc<dyn HostTransport>>>>;
 
 /// What to launch.
 #[derive(Debug, Clone)]
@@ -75,7 +87,11 @@ pub struct CostLine {
 impl Engine {
     /// Keeps books in `state` about instances of `providers`.
     pub fn new(state: Arc<State>, providers: Vec<Arc<dyn Provider>>) -> Self {
-        Self { state, providers }
+        Self {
+            state,
+            providers,
+            ways: Ways::default(),
+        }
     }
 
     /// The books.
@@ -139,7 +155,7 @@ impl Engine {
             for cluster in self.state.clusters()? {
                 // One that another process works on is left to it.
                 if let Ok(_lock) = self.state.lock(&cluster.name) {
-                    self.reconcile(&cluster.name).await?;
+                    collect::reached(&cluster.name, self.reconcile(&cluster.name).await)?;
                 }
             }
         }
@@ -176,11 +192,32 @@ impl Engine {
             let provider = self.provider(&node.provider)?;
             if let Some(id) = &node.instance {
                 let instance = provider.describe(id).await?;
-                let transport = connect(&instance)?;
+                if instance.state == InstanceState::Stopped {
+                    return Err(Error::InvalidTask {
+                        what: format!("cluster `{cluster}` has stopped itself; start it"),
+                    });
+                }
+                let transport = self.way(&instance)?;
                 ways.push((instance, transport));
             }
         }
         Ok(ways)
+    }
+
+    /// The way to an instance: the one that is open, or a new one.
+    fn way(&self, instance: &Instance) -> Result<Arc<dyn HostTransport>> {
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(way) = ways.get(&instance.id) {
+            return Ok(way.clone());
+        }
+        let way = connect(instance)?;
+        ways.insert(instance.id.clone(), way.clone());
+        Ok(way)
+    }
+
+    fn forget_way(&self, id: &InstanceId) {
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        ways.remove(id);
     }
 
     /// Stops a cluster's instances; their files stay.
@@ -191,12 +228,8 @@ impl Engine {
         let _lock = self.state.lock(cluster)?;
         self.row(cluster)?;
         for node in self.live(cluster)? {
-            let provider = self.provider(&node.provider)?;
-            let power = provider
-                .stop_start()
-                .ok_or_else(|| not_capable(&node, "stop"))?;
             if let Some(id) = &node.instance {
-                power.stop(id).await?;
+                self.power(&node, "stop")?.stop(id).await?;
             }
         }
         self.state.set_status(cluster, ClusterStatus::Stopped)
@@ -210,24 +243,36 @@ impl Engine {
         let _lock = self.state.lock(cluster)?;
         self.row(cluster)?;
         for node in self.live(cluster)? {
-            let provider = self.provider(&node.provider)?;
-            let power = provider
-                .stop_start()
-                .ok_or_else(|| not_capable(&node, "start"))?;
             if let Some(id) = &node.instance {
-                power.start(id).await?;
+                self.power(&node, "start")?.start(id).await?;
             }
         }
         self.state.set_status(cluster, ClusterStatus::Up)
     }
 
-    /// Records when a cluster's instances end by themselves.
+    fn power(&self, node: &NodeRow, verb: &'static str) -> Result<&dyn StopStart> {
+        let power = self.provider(&node.provider)?.stop_start();
+        power.ok_or_else(|| Error::NotCapable {
+            provider: node.provider.clone(),
+            verb,
+        })
+    }
+
+    /// Whether a provider has taken an instance of the cluster back, now or before.
     ///
     /// # Errors
-    /// [`Error::NoSuchCluster`].
-    pub fn set_lease(&self, cluster: &str, lease: Lease) -> Result<()> {
-        let row = self.row(cluster)?;
-        self.state.put_cluster(&ClusterRow { lease, ..row })
+    /// [`Error::State`], or a provider's.
+    pub async fn was_preempted(&self, cluster: &str) -> Result<bool> {
+        for node in self.state.all_nodes()? {
+            let is_spot = node.cluster == cluster && node.offer.spot;
+            if let (true, Some(id)) = (is_spot, &node.instance)
+                && let Some(market) = self.provider(&node.provider)?.spot_market()
+                && market.was_preempted(id).await?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What every cluster has cost until `now`, by name.
@@ -291,13 +336,6 @@ impl Engine {
             .into_iter()
             .filter(|node| node.state == NodeState::Live)
             .collect())
-    }
-}
-
-fn not_capable(node: &NodeRow, verb: &'static str) -> Error {
-    Error::NotCapable {
-        provider: node.provider.clone(),
-        verb,
     }
 }
 

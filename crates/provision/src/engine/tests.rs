@@ -1,154 +1,11 @@
 //! The leak test: killed before and after every call, with a provider at its worst.
 
-use std::collections::BTreeMap;
-use std::future::pending;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-
-use async_trait::async_trait;
-use tokio::sync::Notify;
+use std::sync::Arc;
 
 use super::*;
-use crate::fake::{Fake, Fault};
-use crate::provider::{CreateRequest, Guards, InstanceId, StopStart};
+use crate::conformance::{Kill, Manner, Trap};
+use crate::fake::Fake;
 use crate::task::EnvOverrides;
-
-/// When the client dies.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Kill {
-    Before(u32),
-    After(u32),
-    Never,
-}
-
-/// How the provider misbehaves.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Manner {
-    Well,
-    /// The first create succeeds and its answer is lost.
-    AnswerLost,
-    /// What a create made shows in lists only after two of them.
-    Late,
-    /// Every create makes a second instance that nobody asked for, as where tokens mean nothing.
-    Twice,
-    /// An instance is still listed once after its end.
-    Lingers,
-}
-
-/// A provider with scripted manners, whose client dies at one of its calls.
-#[derive(Debug)]
-struct Trap {
-    world: Arc<Fake>,
-    manner: Manner,
-    kill: Kill,
-    calls: AtomicU32,
-    dead: Notify,
-    hidden: Mutex<BTreeMap<InstanceId, u32>>,
-    lingering: Mutex<Vec<Instance>>,
-}
-
-impl Trap {
-    fn new(world: &Arc<Fake>, manner: Manner, kill: Kill) -> Arc<Self> {
-        if manner == Manner::AnswerLost {
-            world.fail_next(Fault::AnswerLost);
-        }
-        Arc::new(Self {
-            world: world.clone(),
-            manner,
-            kill,
-            calls: AtomicU32::new(0),
-            dead: Notify::new(),
-            hidden: Mutex::default(),
-            lingering: Mutex::default(),
-        })
-    }
-
-    async fn call<T>(&self, call: impl Future<Output = T>) -> T {
-        let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        if self.kill == Kill::Before(number) {
-            self.dead.notify_one();
-            return pending().await;
-        }
-        let value = call.await;
-        if self.kill == Kill::After(number) {
-            self.dead.notify_one();
-            return pending().await;
-        }
-        value
-    }
-}
-
-#[async_trait]
-impl Provider for Trap {
-    fn name(&self) -> &'static str {
-        "fake"
-    }
-
-    fn guards(&self) -> Guards {
-        self.world.guards()
-    }
-
-    async fn offers(&self) -> Result<Vec<Offer>> {
-        self.call(self.world.offers()).await
-    }
-
-    async fn create(&self, request: &CreateRequest) -> Result<Instance> {
-        self.call(async {
-            let made = self.world.create(request).await;
-            if self.manner == Manner::Twice {
-                let again = CreateRequest {
-                    token: format!("{}-again", request.token),
-                    ..request.clone()
-                };
-                self.world.create(&again).await?;
-            }
-            if self.manner == Manner::Late {
-                let id = made?.id;
-                self.hidden.lock().expect("hidden").insert(id, 2);
-                return Err(Error::Unavailable {
-                    provider: "fake",
-                    operation: "create",
-                    source: "timed out".into(),
-                });
-            }
-            made
-        })
-        .await
-    }
-
-    async fn describe(&self, id: &InstanceId) -> Result<Instance> {
-        self.call(self.world.describe(id)).await
-    }
-
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
-        self.call(async {
-            let mut listed = self.world.list_owned().await?;
-            let mut hidden = self.hidden.lock().expect("hidden");
-            listed.retain(|instance| !hidden.contains_key(&instance.id));
-            hidden.retain(|_, lists| {
-                *lists -= 1;
-                *lists > 0
-            });
-            listed.append(&mut self.lingering.lock().expect("lingering"));
-            Ok(listed)
-        })
-        .await
-    }
-
-    async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        self.call(async {
-            if let (Manner::Lingers, Ok(instance)) = (self.manner, self.world.describe(id).await) {
-                self.lingering.lock().expect("lingering").push(instance);
-            }
-            self.world.terminate(id).await
-        })
-        .await
-    }
-
-    fn stop_start(&self) -> Option<&dyn StopStart> {
-        self.world.stop_start()
-    }
-}
 
 fn task() -> Task {
     Task::from_yaml("num_nodes: 2\nrun: 'true'\n", &EnvOverrides::new()).expect("task")
@@ -167,21 +24,12 @@ fn engine(dir: &tempfile::TempDir, provider: Arc<dyn Provider>) -> Engine {
     Engine::new(state, vec![provider])
 }
 
-/// Runs `work` until it ends or its client dies; the future is dropped there, as by `kill -9`.
-async fn until_death(trap: &Trap, work: impl Future<Output = Result<()>>) -> bool {
-    tokio::select! {
-        biased;
-        () = trap.dead.notified() => true,
-        _ = work => false,
-    }
-}
-
 /// After a death: one `gc`, and everything that runs is in the books.
 async fn nothing_runs_unknown(dir: &tempfile::TempDir, world: &Arc<Fake>, what: &str) {
     let engine = engine(dir, world.clone());
     engine.gc().await.expect("gc");
     let rows = engine.state().open_nodes().expect("rows");
-    for instance in world.list_owned().await.expect("list") {
+    for instance in world.list_owned(None).await.expect("list") {
         let known = rows
             .iter()
             .any(|row| row.state == NodeState::Live && row.instance.as_ref() == Some(&instance.id));
@@ -193,36 +41,32 @@ async fn nothing_runs_unknown(dir: &tempfile::TempDir, world: &Arc<Fake>, what: 
 async fn nothing_is_left_after_down(dir: &tempfile::TempDir, world: &Arc<Fake>, what: &str) {
     let engine = engine(dir, world.clone());
     engine.launch(&task(), &request()).await.expect(what);
-    assert_eq!(world.list_owned().await.expect("list").len(), 2, "{what}");
+    assert_eq!(
+        world.list_owned(None).await.expect("list").len(),
+        2,
+        "{what}"
+    );
     engine.down("c").await.expect(what);
     engine.gc().await.expect(what);
-    assert_eq!(world.list_owned().await.expect("list"), [], "{what}");
+    assert_eq!(world.list_owned(None).await.expect("list"), [], "{what}");
     assert_eq!(engine.state().open_nodes().expect("rows"), [], "{what}");
     assert_eq!(engine.state().clusters().expect("rows"), [], "{what}");
 }
 
-const MANNERS: [Manner; 5] = [
-    Manner::Well,
-    Manner::AnswerLost,
-    Manner::Late,
-    Manner::Twice,
-    Manner::Lingers,
-];
-
 #[tokio::test(start_paused = true)]
 async fn killed_at_any_call_of_launch_nothing_leaks() {
     let mut deaths = 0;
-    for manner in MANNERS {
+    for manner in Manner::ALL {
         for number in 0.. {
             let mut died = false;
             for kill in [Kill::Before(number), Kill::After(number)] {
                 let what = format!("launch, {manner:?}, {kill:?}");
                 let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
-                let trap = Trap::new(&world, manner, kill);
+                let trap = Trap::new(world.clone(), manner, kill);
                 let first = engine(&dir, trap.clone());
                 let (task, request) = (task(), request());
                 let work = async { first.launch(&task, &request).await.map(drop) };
-                died |= until_death(&trap, work).await;
+                died |= trap.until_death(work).await;
                 drop(first);
                 nothing_runs_unknown(&dir, &world, &what).await;
                 nothing_is_left_after_down(&dir, &world, &what).await;
@@ -239,18 +83,18 @@ async fn killed_at_any_call_of_launch_nothing_leaks() {
 #[tokio::test(start_paused = true)]
 async fn killed_at_any_call_of_down_nothing_leaks() {
     let mut deaths = 0;
-    for manner in MANNERS {
+    for manner in Manner::ALL {
         for number in 0.. {
             let mut died = false;
             for kill in [Kill::Before(number), Kill::After(number)] {
                 let what = format!("down, {manner:?}, {kill:?}");
                 let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
-                let calm = engine(&dir, Trap::new(&world, manner, Kill::Never));
+                let calm = engine(&dir, Trap::new(world.clone(), manner, Kill::Never));
                 let launched = calm.launch(&task(), &request()).await;
                 drop(calm);
-                let trap = Trap::new(&world, manner, kill);
+                let trap = Trap::new(world.clone(), manner, kill);
                 let second = engine(&dir, trap.clone());
-                died |= until_death(&trap, second.down("c")).await;
+                died |= trap.until_death(second.down("c")).await;
                 drop(second);
                 nothing_runs_unknown(&dir, &world, &what).await;
                 let again = engine(&dir, world.clone());
@@ -260,7 +104,7 @@ async fn killed_at_any_call_of_down_nothing_leaks() {
                 }
                 again.gc().await.expect("gc");
                 assert_eq!(
-                    world.list_owned().await.expect("list"),
+                    world.list_owned(None).await.expect("list"),
                     [],
                     "{what}: {launched:?}"
                 );
@@ -275,21 +119,161 @@ async fn killed_at_any_call_of_down_nothing_leaks() {
     assert!(deaths > 30, "the trap closed only {deaths} times");
 }
 
+/// A lease that the provider itself can keep, so that the test sees it kept.
+#[cfg(all(feature = "agent", feature = "local"))]
+fn blind_lease() -> Lease {
+    Lease {
+        idle: Some(Duration::from_secs(600)),
+        down: true,
+        wait_for: crate::WaitFor::None,
+    }
+}
+
+/// An agent that agrees to everything: what nodes do is told in the integration tests.
+#[cfg(all(feature = "agent", feature = "local"))]
+fn agreeable() -> crate::agent::AgentBinary {
+    crate::agent::AgentBinary::new("/bin/true", "").expect("/bin/true")
+}
+
+#[cfg(all(feature = "agent", feature = "local"))]
+#[tokio::test]
+async fn killed_at_any_call_of_autostop_nothing_leaks() {
+    let mut deaths = 0;
+    let over = SystemTime::now() + Duration::from_secs(3600);
+    for manner in Manner::ALL {
+        for number in 0.. {
+            let mut died = false;
+            for kill in [Kill::Before(number), Kill::After(number)] {
+                let what = format!("autostop, {manner:?}, {kill:?}");
+                let dir = tempfile::tempdir().expect("folder");
+                let node = dir.path().join("node");
+                std::fs::create_dir(&node).expect("folder");
+                let world = Arc::new(Fake::new().with_dir(node));
+                let calm = engine(&dir, world.clone());
+                calm.launch(&task(), &request()).await.expect("launch");
+                let trap = Trap::new(world.clone(), manner, kill);
+                let second = engine(&dir, trap.clone());
+                died |= trap
+                    .until_death(second.autostop("c", &agreeable(), blind_lease()))
+                    .await;
+                drop(second);
+                // What was asked for is in the books before anybody is told.
+                let row = calm.state().cluster("c").expect("row").expect("there");
+                assert_eq!(row.lease, blind_lease(), "{what}");
+                nothing_runs_unknown(&dir, &world, &what).await;
+                // Run again, all of it ends by itself, and nothing is left to be done.
+                let again = engine(&dir, Trap::new(world.clone(), manner, Kill::Never));
+                again
+                    .autostop("c", &agreeable(), blind_lease())
+                    .await
+                    .expect(&what);
+                world.pass(over);
+                assert_eq!(world.list_owned(None).await.expect("list"), [], "{what}");
+                engine(&dir, world.clone()).gc().await.expect("gc");
+                assert_eq!(calm.state().open_nodes().expect("rows"), [], "{what}");
+                assert_eq!(calm.state().clusters().expect("rows"), [], "{what}");
+                deaths += u32::from(died);
+            }
+            if !died {
+                break;
+            }
+        }
+    }
+    assert!(deaths > 30, "the trap closed only {deaths} times");
+}
+
+/// Nodes that end by themselves, one or all, at any call of their client: what runs is known, and
+/// after down nothing is left.
+#[cfg(all(feature = "agent", feature = "local"))]
+#[tokio::test(start_paused = true)]
+async fn ended_by_itself_at_any_call_nothing_leaks() {
+    let mut ends = 0;
+    for manner in Manner::ALL {
+        for verb in ["launch", "status", "down"] {
+            for number in 0.. {
+                let what = format!("{verb}, {manner:?}, ended at call {number}");
+                let dir = tempfile::tempdir().expect("folder");
+                let world = Arc::new(Fake::new());
+                let calm = engine(&dir, world.clone());
+                let launched = calm.launch(&task(), &request()).await.expect("launch");
+                let trap = Trap::new(world.clone(), manner, Kill::Before(number));
+                let second = engine(&dir, trap.clone());
+                let (task, request) = (task(), request());
+                let work = async {
+                    match verb {
+                        "launch" => second.launch(&task, &request).await.map(drop),
+                        "status" => second.status(true).await.map(drop),
+                        _ => second.down("c").await,
+                    }
+                };
+                // One node goes with the client, the other with the next.
+                let died = trap.until_death(work).await;
+                world.terminate(&launched[0].id).await.expect("ends");
+                nothing_runs_unknown(&dir, &world, &what).await;
+                world.terminate(&launched[1].id).await.expect("ends");
+                nothing_runs_unknown(&dir, &world, &what).await;
+                nothing_is_left_after_down(&dir, &world, &what).await;
+                ends += u32::from(died);
+                if !died {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(ends > 30, "nodes ended only {ends} times");
+}
+
+#[tokio::test]
+async fn a_machine_that_was_taken_back_is_told_from_one_that_ended() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(spot_world()));
+    let engine = engine(&dir, world.clone());
+    let spot = Task::from_yaml("resources: {use_spot: true}\n", &EnvOverrides::new());
+    let spot = spot.expect("task");
+    let first = engine.launch(&spot, &request()).await.expect("launch");
+    world.terminate(&first[0].id).await.expect("ended");
+    assert!(!engine.was_preempted("c").await.expect("asked"));
+    let second = engine.launch(&spot, &request()).await.expect("launch");
+    world.preempt(&second[0].id);
+    assert!(engine.was_preempted("c").await.expect("asked"));
+}
+
+fn spot_world() -> Fake {
+    Fake::with_offers(vec![Offer {
+        provider: "fake".into(),
+        instance_type: "s".into(),
+        region: "fake-1".into(),
+        zone: None,
+        cpus: 4.0,
+        memory_gib: 16.0,
+        accelerator: None,
+        spot: true,
+        usd_per_hour: 0.1,
+    }])
+}
+
+#[tokio::test]
+async fn a_tasks_ports_are_opened_where_they_are_shut() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let engine = engine(&dir, world.clone());
+    let yaml = "resources: {ports: [8080, 9000-9001]}\n";
+    let task = Task::from_yaml(yaml, &EnvOverrides::new()).expect("task");
+    let launched = engine.launch(&task, &request()).await.expect("launch");
+    assert_eq!(world.exposed(&launched[0].id), [8080, 9000, 9001]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_launch_goes_on_where_it_was_killed() {
     let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
     // Calls: offers, create of node 0, offers, then create of node 1: killed after it.
-    let trap = Trap::new(&world, Manner::Well, Kill::After(3));
+    let trap = Trap::new(world.clone(), Manner::Well, Kill::After(3));
     let first = engine(&dir, trap.clone());
     let (task, request) = (task(), request());
     assert!(
-        until_death(&trap, async {
-            first.launch(&task, &request).await.map(drop)
-        })
-        .await
+        trap.until_death(async { first.launch(&task, &request).await.map(drop) })
+            .await
     );
     drop(first);
-    let before = world.list_owned().await.expect("list");
+    let before = world.list_owned(None).await.expect("list");
     let second = engine(&dir, world.clone());
     let launched = second.launch(&task, &request).await.expect("goes on");
     assert_eq!(launched, before);
@@ -333,7 +317,7 @@ async fn another_owners_instances_are_left_alone() {
         .await
         .expect("theirs");
     assert_eq!(engine(&mine, world.clone()).gc().await.expect("gc"), []);
-    assert_eq!(world.list_owned().await.expect("list").len(), 2);
+    assert_eq!(world.list_owned(None).await.expect("list").len(), 2);
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 //! Keeping a service up: replicas as clusters, probes, the gateway, updates.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -17,12 +19,19 @@ use crate::error::{Error, Result};
 use crate::failover::FailoverPolicy;
 use crate::provider::{Endpoint, Lease};
 use crate::task::Task;
+use crate::transport::{Forward, HostTransport};
 
 /// How often the fleet is looked at.
 const STEP: Duration = Duration::from_millis(100);
 
 /// The longest pause between probes of a replica that is not ready yet.
 const STARTING: Duration = Duration::from_millis(500);
+
+/// How often a replica's commands are asked after.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a launch that found no machine waits before it may be tried again.
+const NO_ROOM: Duration = Duration::from_secs(1);
 
 /// How long requests of a replica that is replaced may take to end.
 const DRAIN: Duration = Duration::from_secs(600);
@@ -71,14 +80,15 @@ pub struct Controller {
 /// A replica whose commands run.
 #[derive(Debug)]
 struct Running {
-    address: SocketAddr,
+    way: Forward,
     probing: JoinHandle<()>,
 }
 
 /// What a task of the controller has to say.
 #[derive(Debug)]
 enum Told {
-    Started(u32, SocketAddr),
+    /// Its commands run, and it is reached like this: at first, or after the connection was lost.
+    Reached(u32, Forward),
     Event(FleetEvent),
 }
 
@@ -173,7 +183,7 @@ impl Controller {
             .replicas()
             .iter()
             .filter(is_ready)
-            .filter_map(|replica| Some((replica.id, self.running.get(&replica.id)?.address)))
+            .filter_map(|replica| Some((replica.id, self.running.get(&replica.id)?.way.address())))
             .collect();
         self.gateway.route(&routes);
     }
@@ -194,7 +204,7 @@ impl Controller {
 
     fn take_in(&mut self, told: Told) {
         match told {
-            Told::Started(id, address) => {
+            Told::Reached(id, way) => {
                 let version = self
                     .fleet
                     .replicas()
@@ -204,13 +214,16 @@ impl Controller {
                 let Some(spec) = order.and_then(|order| order.task.service.as_ref()) else {
                     return;
                 };
+                if let Some(before) = self.running.remove(&id) {
+                    before.probing.abort();
+                }
                 let probing = tokio::spawn(watch(
                     id,
-                    address,
+                    way.address(),
                     spec.readiness_probe.clone(),
                     self.events.0.clone(),
                 ));
-                self.running.insert(id, Running { address, probing });
+                self.running.insert(id, Running { way, probing });
                 self.fleet.apply(FleetEvent::Started(id));
             }
             Told::Event(event) => {
@@ -259,16 +272,28 @@ impl Controller {
         );
         let (cluster, sender) = (cluster(&self.name, id), self.events.0.clone());
         tokio::spawn(async move {
-            let told = match bring_up(&engine, &agent, &options, &cluster, id, order.task).await {
-                Ok(address) => Told::Started(id, address),
-                Err(error) => Told::Event(FleetEvent::Lost(id, error.to_string())),
+            let up = bring_up(&engine, &agent, &options, &cluster, id, order.task).await;
+            let lost = match up {
+                Ok(server) => {
+                    let tell = |way| sender.send(Told::Reached(id, way)).is_ok();
+                    until_ended(&engine, &agent, &cluster, &server, tell).await
+                }
+                Err(error @ (Error::Exhausted { .. } | Error::NoOffer { .. })) => {
+                    tokio::time::sleep(NO_ROOM).await; // a machine may be given back by then
+                    let event = FleetEvent::NoRoom(id, error.to_string());
+                    let _ = sender.send(Told::Event(event)); // as below
+                    return;
+                }
+                Err(error) => Some(error.to_string()),
             };
-            let is_up = matches!(told, Told::Started(..));
-            let _ = sender.send(told); // the controller may be on its way out
-            if is_up {
-                let reason = until_ended(&engine, &agent, &cluster).await;
-                let _ = sender.send(Told::Event(FleetEvent::Lost(id, reason)));
-            }
+            let event = match lost {
+                _ if engine.was_preempted(&cluster).await.unwrap_or(false) => {
+                    FleetEvent::Preempted(id)
+                }
+                Some(reason) => FleetEvent::Lost(id, reason),
+                None => return,
+            };
+            let _ = sender.send(Told::Event(event)); // the controller may be on its way out
         });
     }
 
@@ -338,6 +363,12 @@ fn spec_of(order: &ServiceOrder) -> Result<&super::ServiceSpec> {
         })
 }
 
+/// Where a replica listens, and the way to its machine.
+struct Server {
+    transport: Arc<dyn HostTransport>,
+    port: u16,
+}
+
 /// Launches a replica and starts its commands; says where it will listen.
 ///
 /// On this machine every replica gets a free port, in `PORT`; elsewhere each has its own machine and
@@ -349,7 +380,7 @@ async fn bring_up(
     cluster: &str,
     id: u32,
     mut task: Task,
-) -> Result<SocketAddr> {
+) -> Result<Server> {
     let asked = task.service.as_ref().and_then(|service| service.port);
     let port = asked
         .or_else(|| task.resources.ports.first().copied())
@@ -359,26 +390,20 @@ async fn bring_up(
         lease: Lease::default(),
         policy: FailoverPolicy::default(),
     };
-    let instances = engine.launch(&task, &request).await?;
-    let endpoint = instances
-        .first()
-        .and_then(|instance| instance.endpoint.clone());
-    let address = match endpoint {
-        Some(Endpoint::Local { .. }) => SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?)),
-        Some(Endpoint::Ssh { target, .. }) => resolve(&target.host, port)?,
-        None => {
-            return Err(Error::Transport {
-                host: cluster.to_owned(),
-                source: "the replica has no address".into(),
-            });
-        }
+    engine.launch(&task, &request).await?;
+    let way = engine.connect(cluster).await?.into_iter().next();
+    let (instance, transport) = way.ok_or_else(|| Error::NoSuchCluster {
+        name: cluster.to_owned(),
+    })?;
+    let port = match instance.endpoint {
+        Some(Endpoint::Local { .. }) => free_port()?,
+        _ => port,
     };
-    task.envs
-        .insert("PORT".to_owned(), address.port().to_string());
+    task.envs.insert("PORT".to_owned(), port.to_string());
     task.envs
         .insert("SKYPILOT_SERVE_REPLICA_ID".to_owned(), id.to_string());
     engine.exec(cluster, &task, agent, options).await?;
-    Ok(address)
+    Ok(Server { transport, port })
 }
 
 /// A port of this machine that nobody has now.
@@ -390,34 +415,45 @@ fn free_port() -> Result<u16> {
         .map_err(Error::io("a free port"))
 }
 
-fn resolve(host: &str, port: u16) -> Result<SocketAddr> {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Ok(SocketAddr::from((address, port)));
-    }
-    let found = (host, port)
-        .to_socket_addrs()
-        .map(|mut addresses| addresses.next());
-    found.ok().flatten().ok_or_else(|| Error::Transport {
-        host: host.to_owned(),
-        source: "the name has no address; an ssh alias needs the machine's address in the list"
-            .into(),
-    })
-}
-
-/// Waits until the replica's newest job has ended; says how.
-async fn until_ended(engine: &Engine, agent: &AgentBinary, cluster: &str) -> String {
+/// Keeps the way to a replica open until its newest job has ended; says how. `None` when nobody wants
+/// to know any more.
+async fn until_ended(
+    engine: &Engine,
+    agent: &AgentBinary,
+    cluster: &str,
+    server: &Server,
+    tell: impl Fn(Forward) -> bool,
+) -> Option<String> {
+    let mut reached: Option<SocketAddr> = None;
     loop {
+        let is_open = match reached {
+            // Ours accepts as long as the connection to the machine stands.
+            Some(address) => TcpStream::connect(address).await.is_ok(),
+            None => false,
+        };
+        if !is_open {
+            match server.transport.forward(server.port).await {
+                Ok(way) if reached == Some(way.address()) => {} // the replica's own port
+                Ok(way) => {
+                    reached = Some(way.address());
+                    if !tell(way) {
+                        return None;
+                    }
+                }
+                Err(error) => tracing::warn!(cluster, %error, "no way to the replica"),
+            }
+        }
         let queue = engine.queue(cluster, agent).await;
         match queue.as_ref().map(|jobs| jobs.last()) {
             Ok(Some(job)) if job.status.is_final() => {
-                return format!("its commands ended: {}", job.status.word());
+                return Some(format!("its commands ended: {}", job.status.word()));
             }
             Err(Error::NoSuchCluster { .. } | Error::NoSuchInstance { .. }) => {
-                return "its machine is gone".to_owned();
+                return Some("its machine is gone".to_owned());
             }
             _ => {}
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(LOOK).await;
     }
 }
 

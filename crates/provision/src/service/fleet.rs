@@ -45,6 +45,10 @@ pub enum FleetEvent {
     Probed(u32, ProbeVerdict),
     /// It could not be launched, or its commands or its machine ended.
     Lost(u32, String),
+    /// Its provider took its machine back, which is no failure of the version.
+    Preempted(u32),
+    /// There was no machine for it. While one of another version has one, it may be given up soon.
+    NoRoom(u32, String),
     /// No request is under way any more.
     Drained(u32),
     /// It is gone.
@@ -115,6 +119,8 @@ impl Fleet {
             FleetEvent::Started(id)
             | FleetEvent::Probed(id, _)
             | FleetEvent::Lost(id, _)
+            | FleetEvent::Preempted(id)
+            | FleetEvent::NoRoom(id, _)
             | FleetEvent::Drained(id)
             | FleetEvent::Ended(id) => *id,
         };
@@ -139,6 +145,11 @@ impl Fleet {
             FleetEvent::Lost(_, reason) if phase != ReplicaPhase::ShuttingDown => {
                 self.failed(index, reason)
             }
+            FleetEvent::Preempted(_) => ReplicaPhase::ShuttingDown,
+            FleetEvent::NoRoom(_, reason) => match self.is_rolling() {
+                true => ReplicaPhase::ShuttingDown,
+                false => self.failed(index, reason),
+            },
             FleetEvent::Drained(_) if phase == ReplicaPhase::Draining => ReplicaPhase::ShuttingDown,
             FleetEvent::Ended(_) => {
                 self.replicas.remove(index);
@@ -147,6 +158,12 @@ impl Fleet {
             _ => return,
         };
         self.replicas[index].phase = next;
+    }
+
+    /// Whether replicas of another version still have machines.
+    fn is_rolling(&self) -> bool {
+        let mut replicas = self.replicas.iter();
+        replicas.any(|replica| replica.version != self.version)
     }
 
     fn failed(&mut self, index: usize, reason: String) -> ReplicaPhase {
@@ -293,6 +310,54 @@ mod tests {
         assert_eq!(launched, 3);
         assert_eq!(fleet.failure(), Some("no model"));
         assert_eq!(fleet.replicas()[0].phase, ReplicaPhase::Ready);
+    }
+
+    #[test]
+    fn machines_taken_back_are_replaced_without_counting() {
+        let mut fleet = Fleet::new(1, 1);
+        for id in 1..=10 {
+            assert!(fleet.step().contains(&Launch(id, 1)), "{id}");
+            fleet.apply(FleetEvent::Preempted(id));
+            fleet.apply(Ended(id));
+        }
+        assert_eq!(fleet.failure(), None);
+    }
+
+    #[test]
+    fn a_rolling_update_goes_on_with_one_machine_to_spare() {
+        let mut fleet = Fleet::new(2, 1);
+        fleet.step();
+        ready(&mut fleet, 1);
+        ready(&mut fleet, 2);
+        fleet.update(2, 2);
+        assert_eq!(fleet.step(), [Launch(3, 2), Launch(4, 2)]);
+        for _ in 0..5 {
+            let id = fleet.next - 1;
+            fleet.apply(FleetEvent::NoRoom(id, "all are taken".into()));
+            assert_eq!(fleet.step(), [Launch(id + 1, 2), End(id)]);
+            fleet.apply(Ended(id));
+        }
+        ready(&mut fleet, 3);
+        assert_eq!(fleet.step(), [Drain(1)], "its machine is the next one's");
+        fleet.apply(Drained(1));
+        fleet.apply(Ended(1));
+        let last = fleet.next - 1;
+        ready(&mut fleet, last);
+        assert_eq!(fleet.step(), [Drain(2)]);
+        fleet.apply(Drained(2));
+        fleet.apply(Ended(2));
+        assert_eq!((fleet.failure(), fleet.replicas().len()), (None, 2));
+    }
+
+    #[test]
+    fn a_service_without_machines_is_given_up() {
+        let mut fleet = Fleet::new(1, 1);
+        for id in 1..=3 {
+            assert!(fleet.step().contains(&Launch(id, 1)), "{id}");
+            fleet.apply(FleetEvent::NoRoom(id, "all are taken".into()));
+            fleet.apply(Ended(id));
+        }
+        assert_eq!(fleet.failure(), Some("all are taken"));
     }
 
     #[test]

@@ -158,9 +158,10 @@ async fn tell(story: Story) {
     let lease = Lease {
         idle: Some(Duration::from_secs(1)),
         down: true,
+        wait_for: WaitFor::Jobs,
     };
     engine
-        .autostop("mycluster", agent, lease, WaitFor::Jobs)
+        .autostop("mycluster", agent, lease)
         .await
         .expect("autostop");
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -179,7 +180,6 @@ async fn the_story_on_this_machine() {
     .await;
 }
 
-#[cfg(feature = "ssh")]
 #[tokio::test]
 async fn the_story_over_ssh() {
     use updraft_provision::providers::ssh::SshProvider;
@@ -241,6 +241,7 @@ async fn tar_copies_what_rsync_copies() {
     let story =
         Story::new(|dir| Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute")));
     let home = story.dir.path().join("node");
+    std::fs::create_dir(&home).expect("folder");
     let transport = Arc::new(LocalTransport::new(&home));
     let syncer = Syncer::new(None, transport).without_rsync();
     syncer
@@ -253,4 +254,66 @@ async fn tar_copies_what_rsync_copies() {
         .collect();
     names.sort();
     assert_eq!(names, [".gitignore", "train.sh"]);
+}
+
+/// Killed at any of its provider calls, then run again: the nodes end themselves with everything that
+/// runs on them, and the books are empty.
+#[tokio::test]
+async fn killed_at_any_call_of_autostop_the_nodes_still_end() {
+    use updraft_provision::conformance::{Kill, Manner, Trap};
+    let lease = Lease {
+        idle: Some(Duration::ZERO),
+        down: true,
+        wait_for: WaitFor::None, // the job that runs does not count
+    };
+    for kill in [Kill::Before(0), Kill::After(0), Kill::After(1)] {
+        let mut root = None;
+        let story = Story::new(|dir| {
+            let instances = dir.join("instances");
+            root = Some(instances.clone());
+            Arc::new(LocalProvider::new(instances).expect("absolute"))
+        });
+        let (root, engine) = (root.expect("made"), &story.engine);
+        let two = task("num_nodes: 2\nrun: 'echo $$; exec sleep 600'\n");
+        engine.launch(&two, &story.request()).await.expect("launch");
+        let job = engine
+            .exec("mycluster", &two, &story.agent, &story.options)
+            .await
+            .expect("exec");
+        let mut logs = engine
+            .logs("mycluster", &story.agent, Some(job), true)
+            .await
+            .expect("logs");
+        let mut pids = Vec::new();
+        while pids.len() < 2 {
+            let line = logs.next_line().await.expect("line").expect("runs");
+            pids.push(line.rsplit(' ').next().expect("a pid").to_owned());
+        }
+        let world = Arc::new(LocalProvider::new(&root).expect("absolute"));
+        let trap = Trap::new(world, Manner::Well, kill);
+        let second = Engine::new(engine.state().clone(), vec![trap.clone()]);
+        let work = second.autostop("mycluster", &story.agent, lease);
+        assert!(trap.until_death(work).await, "{kill:?}");
+        drop(second);
+        // What the first call had reached may have ended; the rest is known, and ends when run again.
+        assert_eq!(engine.gc().await.expect("gc"), [], "{kill:?}");
+        match engine.autostop("mycluster", &story.agent, lease).await {
+            Ok(()) => {}
+            Err(_) if std::fs::read_dir(&root).expect("root").count() < 2 => {}
+            Err(error) => panic!("{kill:?}: {error}"),
+        }
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while std::fs::read_dir(&root).expect("root").count() > 0 {
+            assert!(Instant::now() < deadline, "{kill:?}: a node did not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        for pid in pids {
+            let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let is_gone = state.is_empty() || state.contains(") Z ");
+            assert!(is_gone, "{kill:?}: a job outlives its node: {state}");
+        }
+        engine.gc().await.expect("gc");
+        assert_eq!(engine.state().open_nodes().expect("rows"), [], "{kill:?}");
+        assert_eq!(engine.state().clusters().expect("rows"), [], "{kill:?}");
+    }
 }

@@ -18,6 +18,23 @@ pub(crate) struct Machines {
     _dir: tempfile::TempDir,
 }
 
+impl Machines {
+    /// Switches a machine off.
+    pub(crate) fn stop(&mut self, number: usize) {
+        let _ = self.servers[number].kill(); // it may have ended
+        let _ = self.servers[number].wait();
+    }
+
+    /// Ends the connections of a machine, which goes on listening.
+    pub(crate) fn cut(&mut self, number: usize) {
+        let parent = self.servers[number].id().to_string();
+        let done = Command::new("pkill")
+            .args(["-KILL", "-P", &parent])
+            .status();
+        assert!(done.expect("pkill").success(), "there was no connection");
+    }
+}
+
 impl Drop for Machines {
     fn drop(&mut self) {
         for server in &mut self.servers {
@@ -63,7 +80,7 @@ fn start(count: usize) -> Machines {
     let (mut hosts, mut servers) = (Vec::new(), Vec::new());
     for number in 0..count {
         let home = root.join(format!("home{number}"));
-        std::fs::create_dir(&home).expect("home");
+        std::fs::create_dir_all(home.join("instance")).expect("home");
         // Each machine has its own home: the login runs in it.
         let login = root.join(format!("login{number}"));
         let script = format!(

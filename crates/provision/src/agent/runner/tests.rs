@@ -193,8 +193,8 @@ fn one_agent_per_node() {
 #[test]
 fn idleness_survives_a_restart() {
     let (_dir, queue) = node();
-    let lease = crate::agent::AgentLease {
-        idle_seconds: Some(600),
+    let lease = crate::Lease {
+        idle: Some(Duration::from_secs(600)),
         down: true,
         wait_for: crate::WaitFor::Jobs,
     };
@@ -209,4 +209,22 @@ fn idleness_survives_a_restart() {
             .is_over()
             .expect("a waiting job keeps the node")
     );
+}
+
+#[test]
+fn a_client_that_brings_files_keeps_the_node() {
+    let (_dir, queue) = node();
+    for wait_for in [crate::WaitFor::Jobs, crate::WaitFor::None] {
+        let lease = crate::Lease {
+            idle: Some(Duration::ZERO),
+            down: true,
+            wait_for,
+        };
+        queue.set_lease(&lease, now()).expect("lease");
+        queue.hold(now() + 600).expect("hold");
+        assert!(!agent(&queue).is_over().expect("judged"), "{wait_for:?}");
+        // The client has died: nobody renews it.
+        queue.hold(now() - 1).expect("hold");
+        assert!(agent(&queue).is_over().expect("judged"), "{wait_for:?}");
+    }
 }

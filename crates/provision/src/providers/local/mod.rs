@@ -9,11 +9,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use crate::capability::StopStart;
 use crate::error::{Error, Result};
 use crate::groups::{self, replace};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
 };
 pub use transport::LocalTransport;
 
@@ -130,7 +131,7 @@ impl Provider for LocalProvider {
         self.read(id)
     }
 
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
+    async fn list_owned(&self, _near: Option<&Offer>) -> Result<Vec<Instance>> {
         let entries = match std::fs::read_dir(&self.root) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),

@@ -87,13 +87,13 @@ async fn another_client_finds_and_ends_what_was_started() {
     assert_eq!(job.next_line().await.expect("line").expect("up").text, "up");
     // As after a crash: the first client's handles are unused, another reads the folder.
     let other = LocalProvider::new(guard.path()).expect("absolute");
-    let owned = other.list_owned().await.expect("list");
+    let owned = other.list_owned(None).await.expect("list");
     other.terminate(&owned[0].id).await.expect("terminate");
     assert!(matches!(
         job.wait().await.expect("ended"),
         JobStatus::Failed(Phase::Run, _)
     ));
-    assert!(other.list_owned().await.expect("list").is_empty());
+    assert!(other.list_owned(None).await.expect("list").is_empty());
 }
 
 #[tokio::test]
@@ -101,12 +101,13 @@ async fn files_and_folders_of_others_are_no_instances() {
     let (provider, guard) = provider();
     std::fs::write(guard.path().join("a.lock"), "").expect("file");
     std::fs::create_dir(guard.path().join("folder")).expect("folder");
-    assert!(provider.list_owned().await.expect("list").is_empty());
+    assert!(provider.list_owned(None).await.expect("list").is_empty());
 }
 
 #[tokio::test]
 async fn a_reused_pid_is_not_ended() {
     let (_provider, guard) = provider();
+    std::fs::create_dir(guard.path().join("other")).expect("folder");
     let transport = LocalTransport::new(guard.path().join("other"));
     let command = ShellCommand {
         script: "echo up; read".into(),
@@ -132,4 +133,15 @@ async fn a_reused_pid_is_not_ended() {
     let ended = tokio::time::timeout(Duration::from_millis(200), process.control.wait()).await;
     assert!(ended.is_err(), "the process of somebody else was ended");
     process.control.end(Duration::ZERO).await.expect("clean up");
+}
+
+#[tokio::test]
+async fn a_command_for_an_instance_that_is_gone_leaves_nothing() {
+    let guard = tempfile::tempdir().expect("folder");
+    let dir = guard.path().join("gone");
+    let transport = LocalTransport::new(&dir);
+    assert!(transport.start(&ShellCommand::default()).await.is_err());
+    let put = transport.put(std::path::Path::new("/proc/version"), "x".as_ref());
+    assert!(put.await.is_err());
+    assert!(!dir.exists());
 }

@@ -1,19 +1,21 @@
 //! Commands as child processes of this one.
 
+use std::net::Ipv4Addr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::io::BufReader;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
 use crate::error::{Error, Result};
 use crate::groups::{self, replace};
 use crate::transport::{
-    ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
+    ExitStatus, Forward, HostTransport, LogStream, Process, ProcessControl, ShellCommand,
+    send_lines,
 };
 
 /// Lines that may wait for a slow reader before the process is held back.
@@ -26,7 +28,7 @@ pub struct LocalTransport {
 }
 
 impl LocalTransport {
-    /// Commands belong to the instance whose folder is `dir`.
+    /// Commands belong to the instance whose folder is `dir`, which must be there.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
@@ -51,7 +53,13 @@ impl HostTransport for LocalTransport {
 
     async fn start(&self, command: &ShellCommand) -> Result<Process> {
         let files = self.files();
-        std::fs::create_dir_all(&files).map_err(Error::io(&files))?;
+        // Not the folder above it: an instance that is gone must not come back as an empty one.
+        match std::fs::create_dir(&files) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(self.error(error));
+            }
+            _ => {}
+        }
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(&command.script);
         bash.current_dir(command.workdir.as_deref().map_or(files, PathBuf::from));
@@ -70,10 +78,15 @@ impl HostTransport for LocalTransport {
         let mut child = bash.spawn().map_err(|error| self.error(error))?;
         let (sender, lines) = mpsc::channel(BUFFERED_LINES);
         if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(forward(stdout, LogStream::Stdout, sender.clone()));
+            let stdout = BufReader::new(stdout);
+            tokio::spawn(send_lines(stdout, LogStream::Stdout, sender.clone()));
         }
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(forward(stderr, LogStream::Stderr, sender));
+            tokio::spawn(send_lines(
+                BufReader::new(stderr),
+                LogStream::Stderr,
+                sender,
+            ));
         }
         // `id` is `None` only after the child was waited for.
         let pid = child
@@ -101,11 +114,19 @@ impl HostTransport for LocalTransport {
     }
 
     async fn put(&self, local: &Path, remote: &Path) -> Result<()> {
+        if !self.dir.is_dir() {
+            return Err(self.error(std::io::ErrorKind::NotFound.into()));
+        }
         copy(local, &self.files().join(remote))
     }
 
     async fn get(&self, remote: &Path, local: &Path) -> Result<()> {
         copy(&self.files().join(remote), local)
+    }
+
+    /// The node is this machine: its ports are at hand.
+    async fn forward(&self, port: u16) -> Result<Forward> {
+        Ok(Forward::new((Ipv4Addr::LOCALHOST, port).into(), ()))
     }
 }
 
@@ -145,24 +166,6 @@ impl LocalProcess {
             (Some(code), _) => ExitStatus::Code(code),
             (None, signal) => ExitStatus::Signal(signal.unwrap_or_default()),
         })
-    }
-}
-
-/// Sends each line of `stream` until it ends; bytes that are not UTF-8 are replaced.
-async fn forward(stream: impl AsyncRead + Unpin, from: LogStream, sender: mpsc::Sender<LogLine>) {
-    let mut reader = BufReader::new(stream);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match reader.read_until(b'\n', &mut line).await {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let text = String::from_utf8_lossy(&line)
-            .trim_end_matches(['\n', '\r'])
-            .to_owned();
-        // A reader that has gone away must not stop the process: its output is read and dropped.
-        let _ = sender.send(LogLine { stream: from, text }).await;
     }
 }
 

@@ -6,11 +6,13 @@ mod transport;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 
+use crate::capability::StopStart;
 use crate::error::{Error, Result};
 use crate::offer::Offer;
 use crate::provider::{
-    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider, StopStart,
+    CreateRequest, Endpoint, Guards, Instance, InstanceId, InstanceState, Provider,
 };
 use crate::shell::quote;
 pub use alias::{forget_alias, write_alias};
@@ -75,42 +77,17 @@ impl SshProvider {
         }
     }
 
-    /// What is on a machine, if somebody has it.
-    async fn read(&self, host: &SshHost, transport: &SshTransport) -> Result<Option<Instance>> {
-        let script = format!(
-            "cd {DIR} 2>/dev/null || exit 0; [ -e stopped ] && echo stopped || echo running; cat instance.json 2>/dev/null || true"
-        );
-        let said = transport
-            .ask(&script)
-            .await
-            .map_err(unavailable("describe"))?;
-        let Some((state, json)) = said.split_once('\n') else {
-            return Ok(None);
-        };
-        let Ok(record) = serde_json::from_str::<Record>(json) else {
-            return Ok(None); // half taken, or half given back
-        };
-        Ok(Some(Instance {
-            id: id_of(host, &record.token),
-            token: record.token,
-            cluster: record.cluster,
-            state: match state {
-                "stopped" => InstanceState::Stopped,
-                _ => InstanceState::Running,
-            },
-            endpoint: Some(Endpoint::Ssh {
-                target: host.target.clone(),
-                dir: DIR.to_owned(),
-            }),
-            usd_per_hour: 0.0,
-        }))
+    /// The machine an offer is.
+    fn machine(&self, offer: &Offer) -> Option<&(SshHost, SshTransport)> {
+        let mut machines = self.machines.iter();
+        machines.find(|(host, _)| name_of(host) == offer.instance_type)
     }
 
     /// The machine an id names, if its instance is still there.
     async fn find(&self, id: &InstanceId) -> Result<Option<(&SshTransport, Instance)>> {
         for (host, transport) in &self.machines {
             if id.0.starts_with(&format!("{}/", name_of(host)))
-                && let Some(instance) = self.read(host, transport).await?
+                && let Some(instance) = read(host, transport, "describe").await?
                 && instance.id == *id
             {
                 return Ok(Some((transport, instance)));
@@ -136,6 +113,83 @@ fn id_of(host: &SshHost, token: &str) -> InstanceId {
     InstanceId(format!("{}/{token}", name_of(host)))
 }
 
+/// What is on a machine, if somebody has it.
+async fn read(
+    host: &SshHost,
+    transport: &SshTransport,
+    operation: &'static str,
+) -> Result<Option<Instance>> {
+    let script = format!(
+        "cd {DIR} 2>/dev/null || exit 0; [ -e stopped ] && echo stopped || echo running; cat instance.json 2>/dev/null || true"
+    );
+    let said = transport
+        .ask(&script)
+        .await
+        .map_err(unavailable(operation))?;
+    let Some((state, json)) = said.split_once('\n') else {
+        return Ok(None);
+    };
+    let Ok(record) = serde_json::from_str::<Record>(json) else {
+        return Ok(None); // half taken, or half given back
+    };
+    Ok(Some(Instance {
+        id: id_of(host, &record.token),
+        token: record.token,
+        cluster: record.cluster,
+        state: match state {
+            "stopped" => InstanceState::Stopped,
+            _ => InstanceState::Running,
+        },
+        endpoint: Some(Endpoint::Ssh {
+            target: host.target.clone(),
+            dir: DIR.to_owned(),
+        }),
+        usd_per_hour: 0.0,
+    }))
+}
+
+/// Whether somebody has a machine, and what it is, if it can be reached.
+async fn offer(host: &SshHost, transport: &SshTransport) -> Option<(bool, Offer)> {
+    let script = format!(
+        "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; \
+         [ -e {DIR}/instance.json ] && echo taken; true"
+    );
+    let said = transport.ask(&script).await;
+    let said = said
+        .inspect_err(|error| warn_unreachable(host, error))
+        .ok()?;
+    let numbers: Vec<f64> = said
+        .lines()
+        .filter_map(|line| line.trim().parse().ok())
+        .collect();
+    let offer = Offer {
+        provider: "ssh".to_owned(),
+        instance_type: name_of(host),
+        region: host.pool.clone(),
+        zone: None,
+        cpus: numbers.first().copied().unwrap_or(0.0),
+        memory_gib: numbers.get(1).copied().unwrap_or(0.0) / (1024.0 * 1024.0),
+        accelerator: host.accelerator.clone(),
+        spot: false,
+        usd_per_hour: 0.0,
+    };
+    Some((said.ends_with("taken\n"), offer))
+}
+
+/// What machines that were asked at the same time have said, in their order.
+async fn answers<T>(asked: Vec<JoinHandle<T>>) -> Vec<T> {
+    let mut said = Vec::new();
+    for answer in asked {
+        said.extend(answer.await.ok()); // a task that was cancelled goes with its runtime
+    }
+    said
+}
+
+fn warn_unreachable(host: &SshHost, error: &Error) {
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::warn!(host = name_of(host), %error, cause, "cannot be reached");
+}
+
 fn unavailable(operation: &'static str) -> impl FnOnce(Error) -> Error {
     move |error| Error::Unavailable {
         provider: "ssh",
@@ -157,56 +211,24 @@ impl Provider for SshProvider {
         }
     }
 
-    /// Asks every machine; one that cannot be reached is left out with a warning.
+    /// Asks every machine; one that cannot be reached is left out with a warning, and those that
+    /// somebody has come last.
     async fn offers(&self) -> Result<Vec<Offer>> {
-        let mut offers = Vec::new();
-        for (host, transport) in &self.machines {
-            let script = "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; true";
-            let said = match transport.ask(script).await {
-                Ok(said) => said,
-                Err(error) => {
-                    tracing::warn!(host = name_of(host), %error, "cannot be reached");
-                    continue;
-                }
-            };
-            let numbers: Vec<f64> = said
-                .lines()
-                .filter_map(|line| line.trim().parse().ok())
-                .collect();
-            offers.push(Offer {
-                provider: self.name().to_owned(),
-                instance_type: name_of(host),
-                region: host.pool.clone(),
-                zone: None,
-                cpus: numbers.first().copied().unwrap_or(0.0),
-                memory_gib: numbers.get(1).copied().unwrap_or(0.0) / (1024.0 * 1024.0),
-                accelerator: host.accelerator.clone(),
-                spot: false,
-                usd_per_hour: 0.0,
-            });
+        let mut asked = Vec::new();
+        for (host, transport) in self.machines.clone() {
+            asked.push(tokio::spawn(async move { offer(&host, &transport).await }));
         }
-        Ok(offers)
+        let mut offers: Vec<_> = answers(asked).await.into_iter().flatten().collect();
+        offers.sort_by_key(|(is_taken, _)| *is_taken);
+        Ok(offers.into_iter().map(|(_, offer)| offer).collect())
     }
 
     async fn create(&self, request: &CreateRequest) -> Result<Instance> {
-        // The same token is the same instance, wherever it was made.
-        let owned = self.list_owned().await?;
-        if let Some(instance) = owned
-            .into_iter()
-            .find(|instance| instance.token == request.token)
-        {
-            return Ok(instance);
-        }
-        let wanted = &request.offer.instance_type;
-        let machine = self
-            .machines
-            .iter()
-            .find(|(host, _)| name_of(host) == *wanted);
         let no_capacity = || Error::NoCapacity {
-            instance_type: wanted.clone(),
+            instance_type: request.offer.instance_type.clone(),
             region: request.offer.region.clone(),
         };
-        let (host, transport) = machine.ok_or_else(no_capacity)?;
+        let (host, transport) = self.machine(&request.offer).ok_or_else(no_capacity)?;
         let record = Record {
             token: request.token.clone(),
             cluster: request.cluster.clone(),
@@ -222,32 +244,54 @@ impl Provider for SshProvider {
             .ask(&script)
             .await
             .map_err(unavailable("create"))?;
-        if said.trim() != "taken" {
-            return Err(no_capacity());
-        }
-        self.read(host, transport).await?.ok_or_else(no_capacity)
+        tracing::debug!(
+            host = name_of(host),
+            said = said.trim(),
+            "asked for a machine"
+        );
+        // The same token is the same instance; any other is somebody else's.
+        let there = read(host, transport, "create").await?;
+        there
+            .filter(|instance| instance.token == request.token)
+            .ok_or_else(no_capacity)
     }
 
     async fn describe(&self, id: &InstanceId) -> Result<Instance> {
         self.existing(id).await.map(|(_, instance)| instance)
     }
 
-    async fn list_owned(&self) -> Result<Vec<Instance>> {
-        let mut instances = Vec::new();
-        for (host, transport) in &self.machines {
-            instances.extend(self.read(host, transport).await?);
+    async fn list_owned(&self, near: Option<&Offer>) -> Result<Vec<Instance>> {
+        if let Some(offer) = near {
+            // A machine that is on no list any more cannot be asked, which is no proof of anything.
+            let (host, transport) = self.machine(offer).ok_or_else(|| Error::Unavailable {
+                provider: "ssh",
+                operation: "list",
+                source: format!("{} is not on the list of machines", offer.instance_type).into(),
+            })?;
+            return Ok(read(host, transport, "list").await?.into_iter().collect());
         }
-        instances.sort_by(|a, b| a.id.cmp(&b.id));
-        Ok(instances)
+        let mut asked = Vec::new();
+        for (host, transport) in self.machines.clone() {
+            asked.push(tokio::spawn(async move {
+                let said = read(&host, &transport, "list").await;
+                said.unwrap_or_else(|error| {
+                    warn_unreachable(&host, &error);
+                    None
+                })
+            }));
+        }
+        Ok(answers(asked).await.into_iter().flatten().collect())
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        let Some((transport, _)) = self.find(id).await? else {
+        let Some((transport, instance)) = self.find(id).await? else {
             return Ok(());
         };
-        // The record goes last: an interrupted end still lists the instance.
+        let record = quote(&format!("\"{}\"", instance.token));
+        // The record goes last: an interrupted end still lists the instance. Whoever has taken the
+        // machine since it was asked keeps it.
         let script = format!(
-            "{END_GROUPS} cd {DIR} || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
+            "{END_GROUPS} cd {DIR} || exit 0; grep -qF {record} instance.json || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
         );
         transport
             .ask(&script)

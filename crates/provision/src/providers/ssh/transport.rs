@@ -1,19 +1,21 @@
 //! Commands and files on a machine, over one multiplexed ssh connection.
 
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use openssh::{Child, KnownHosts, Session, SessionBuilder, Stdio};
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::sync::{OnceCell, mpsc};
+use openssh::{Child, ForwardType, KnownHosts, Session, SessionBuilder, Stdio};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::{Mutex, mpsc};
 
 use crate::error::{BoxError, Error, Result};
 use crate::provider::SshTarget;
 use crate::shell::quote;
 use crate::transport::{
-    ExitStatus, HostTransport, LogLine, LogStream, Process, ProcessControl, ShellCommand,
+    ExitStatus, Forward, HostTransport, LogStream, Process, ProcessControl, ShellCommand,
+    send_lines,
 };
 
 /// Lines that may wait for a slow reader before the command is held back.
@@ -33,12 +35,12 @@ const READER: &str = "exec bash -c 'script=$(cat); read -r -a stat < /proc/$$/st
 pub struct SshTransport {
     target: SshTarget,
     dir: String,
-    session: Arc<OnceCell<Arc<Session>>>,
+    session: Arc<Mutex<Option<Arc<Session>>>>,
 }
 
 impl SshTransport {
-    /// Commands belong to the instance whose folder on the machine is `dir`. Connects when the first
-    /// is run.
+    /// Commands belong to the instance whose folder on the machine is `dir`, which must be there.
+    /// Connects when the first is run.
     pub fn new(target: SshTarget, dir: impl Into<String>) -> Self {
         Self {
             target,
@@ -47,29 +49,36 @@ impl SshTransport {
         }
     }
 
+    /// The connection; one that was lost is made anew.
     async fn session(&self) -> Result<Arc<Session>> {
-        let session = self.session.get_or_try_init(|| async {
-            let mut builder = SessionBuilder::default();
-            builder
-                .known_hosts_check(KnownHosts::Strict)
-                .connect_timeout(CONNECT)
-                .server_alive_interval(ALIVE);
-            if let Some(user) = &self.target.user {
-                builder.user(user.clone());
+        let mut kept = self.session.lock().await;
+        if let Some(session) = kept.as_ref() {
+            match session.check().await {
+                Ok(()) => return Ok(session.clone()),
+                Err(error) => tracing::debug!(host = self.host(), %error, "connecting again"),
             }
-            if let Some(port) = self.target.port {
-                builder.port(port);
-            }
-            if let Some(identity) = &self.target.identity_file {
-                builder.keyfile(identity);
-            }
-            if let Some(known_hosts) = &self.target.known_hosts {
-                builder.user_known_hosts_file(known_hosts);
-            }
-            let session = builder.connect_mux(&self.target.host).await;
-            session.map(Arc::new)
-        });
-        session.await.cloned().map_err(|error| self.failed(error))
+        }
+        let mut builder = SessionBuilder::default();
+        builder
+            .known_hosts_check(KnownHosts::Strict)
+            .connect_timeout(CONNECT)
+            .server_alive_interval(ALIVE);
+        if let Some(user) = &self.target.user {
+            builder.user(user.clone());
+        }
+        if let Some(port) = self.target.port {
+            builder.port(port);
+        }
+        if let Some(identity) = &self.target.identity_file {
+            builder.keyfile(identity);
+        }
+        if let Some(known_hosts) = &self.target.known_hosts {
+            builder.user_known_hosts_file(known_hosts);
+        }
+        let session = builder.connect_mux(&self.target.host).await;
+        let session = Arc::new(session.map_err(|error| self.failed(error))?);
+        *kept = Some(session.clone());
+        Ok(session)
     }
 
     fn failed(&self, source: impl Into<BoxError>) -> Error {
@@ -148,8 +157,9 @@ impl HostTransport for SshTransport {
             .parse()
             .map_err(|_| self.failed("the machine has no bash, or no /proc"))?;
         let (sender, lines) = mpsc::channel(BUFFERED_LINES);
-        tokio::spawn(forward(stdout, LogStream::Stdout, sender.clone()));
-        tokio::spawn(forward(BufReader::new(stderr), LogStream::Stderr, sender));
+        tokio::spawn(send_lines(stdout, LogStream::Stdout, sender.clone()));
+        let stderr = BufReader::new(stderr);
+        tokio::spawn(send_lines(stderr, LogStream::Stderr, sender));
         let control = SshProcess {
             transport: self.clone(),
             child: Some(child),
@@ -166,8 +176,10 @@ impl HostTransport for SshTransport {
         let bytes = std::fs::read(local).map_err(Error::io(local))?;
         let to = self.path(remote);
         let session = self.session().await?;
-        let script =
-            format!("set -e; mkdir -p \"$(dirname {to})\"; cat > {to}.tmp-$$; mv {to}.tmp-$$ {to}");
+        let script = format!(
+            "set -e; test -d {}; mkdir -p \"$(dirname {to})\"; cat > {to}.tmp-$$; mv {to}.tmp-$$ {to}",
+            quote(&self.dir)
+        );
         let mut child = session
             .arc_raw_command(format!("exec bash -c {}", quote(&script)))
             .stdin(Stdio::piped())
@@ -214,6 +226,52 @@ impl HostTransport for SshTransport {
         std::fs::write(&sibling, &output.stdout).map_err(Error::io(&sibling))?;
         std::fs::rename(&sibling, local).map_err(Error::io(local))
     }
+
+    /// Over the connection there is: nothing but the ssh server need be reachable.
+    async fn forward(&self, port: u16) -> Result<Forward> {
+        let session = self.session().await?;
+        let here = free_port().map_err(|error| self.failed(error))?;
+        let there = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        session
+            .request_port_forward(ForwardType::Local, here, there)
+            .await
+            .map_err(|error| self.failed(error))?;
+        let open = Open {
+            session,
+            here,
+            there,
+        };
+        Ok(Forward::new(here, open))
+    }
+}
+
+/// An address of this machine that nobody has now.
+fn free_port() -> std::io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+/// A forward of a session, which closes it when dropped.
+struct Open {
+    session: Arc<Session>,
+    here: SocketAddr,
+    there: SocketAddr,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let (session, here, there) = (self.session.clone(), self.here, self.there);
+        // Without a runtime this process is on its way out, and its connections with it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                let closed = session
+                    .close_port_forward(ForwardType::Local, here, there)
+                    .await;
+                if let Err(error) = closed {
+                    tracing::debug!(%error, "a forward was gone before it was closed");
+                }
+            });
+        }
+    }
 }
 
 impl SshTransport {
@@ -221,8 +279,10 @@ impl SshTransport {
     fn script(&self, command: &ShellCommand) -> String {
         let dir = quote(&self.dir);
         let mut script = format!(
-            "cd ~ && mkdir -p {dir}/files {dir}/groups && cd {dir} || exit 1\n\
+            "cd ~ && cd {dir} 2>/dev/null || {{ echo 'the instance is gone' >&2; exit 1; }}\n\
+             mkdir -p files groups\n\
              export UPDRAFT_GROUPS=\"$PWD/groups\"\n\
+             for old in groups/[0-9]*; do kill -0 -- \"-${{old##*/}}\" 2>/dev/null || rm -f \"$old\"; done\n\
              read -r -a stat < /proc/$$/stat; group=${{stat[4]}}\n\
              read -r -a stat < /proc/$group/stat; printf %s \"${{stat[21]}}\" > groups/$group\n\
              cd files\n"
@@ -233,7 +293,7 @@ impl SshTransport {
         for (name, value) in &command.environment {
             script.push_str(&format!("export {name}={}\n", quote(value.expose())));
         }
-        script.push_str("unset stat group\n");
+        script.push_str("unset stat group old\n");
         script.push_str(&command.script);
         script.push('\n');
         script
@@ -274,26 +334,5 @@ impl ProcessControl for SshProcess {
         }
         self.status
             .ok_or_else(|| self.transport.failed("the connection was lost"))
-    }
-}
-
-/// Sends each line of `stream` until it ends; bytes that are not UTF-8 are replaced.
-async fn forward(
-    mut reader: BufReader<impl AsyncRead + Unpin>,
-    from: LogStream,
-    sender: mpsc::Sender<LogLine>,
-) {
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match reader.read_until(b'\n', &mut line).await {
-            Ok(0) | Err(_) => return,
-            Ok(_) => {}
-        }
-        let text = String::from_utf8_lossy(&line)
-            .trim_end_matches(['\n', '\r'])
-            .to_owned();
-        // A reader that has gone away must not stop the command: its output is read and dropped.
-        let _ = sender.send(LogLine { stream: from, text }).await;
     }
 }
