@@ -42,7 +42,11 @@ impl Certificate {
     }
 
     /// Shakes hands as a client that trusts this certificate alone and offers one protocol.
-    async fn connect(&self, server: &Server, protocol: &[u8]) -> std::io::Result<TlsStream<TcpStream>> {
+    async fn connect(
+        &self,
+        server: &Server,
+        protocol: &[u8],
+    ) -> std::io::Result<TlsStream<TcpStream>> {
         let mut roots = RootCertStore::empty();
         let certificate = CertificateDer::from_pem_file(self.path("cert.pem")).expect("PEM");
         roots.add(certificate).expect("a certificate");
@@ -54,7 +58,9 @@ impl Certificate {
         config.alpn_protocols = vec![protocol.to_vec()];
         let stream = TcpStream::connect(server.addr).await.expect("it listens");
         let name = ServerName::try_from("localhost").expect("a name");
-        TlsConnector::from(Arc::new(config)).connect(name, stream).await
+        TlsConnector::from(Arc::new(config))
+            .connect(name, stream)
+            .await
     }
 }
 
@@ -71,7 +77,10 @@ fn echo() -> EchoEngine {
 async fn a_request_is_answered_inside_of_tls() {
     let certificate = Certificate::new();
     let server = server(&certificate, echo(), ServeOptions::default()).await;
-    let mut stream = certificate.connect(&server, b"http/1.1").await.expect("a handshake");
+    let mut stream = certificate
+        .connect(&server, b"http/1.1")
+        .await
+        .expect("a handshake");
     let body = r#"{"messages": [{"role": "user", "content": "hello"}], "stream": true}"#;
     let request = format!(
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
@@ -80,7 +89,10 @@ async fn a_request_is_answered_inside_of_tls() {
     );
     stream.write_all(request.as_bytes()).await.expect("sent");
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await.expect("an end with a close_notify");
+    stream
+        .read_to_end(&mut answer)
+        .await
+        .expect("an end with a close_notify");
     let chunks = Answer::parse(&answer).chunks();
     let text = chunks
         .iter()
@@ -92,7 +104,10 @@ async fn a_request_is_answered_inside_of_tls() {
 async fn clients_may_choose_http2() {
     let certificate = Certificate::new();
     let server = server(&certificate, echo(), ServeOptions::default()).await;
-    let mut stream = certificate.connect(&server, b"h2").await.expect("a handshake");
+    let mut stream = certificate
+        .connect(&server, b"h2")
+        .await
+        .expect("a handshake");
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
     // A preface and empty settings; the server's own settings frame comes first.
     let settings = [0, 0, 0, 4, 0, 0, 0, 0, 0];
@@ -112,20 +127,32 @@ async fn what_is_no_handshake_is_closed() {
         ..ServeOptions::default()
     };
     let server = server(&certificate, echo(), options).await;
-    for bytes in ["", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n", "\x16\x03\x01\x02\x00\x01"] {
+    for bytes in [
+        "",
+        "GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "\x16\x03\x01\x02\x00\x01",
+    ] {
         let mut stream = TcpStream::connect(server.addr).await.expect("it listens");
         stream.write_all(bytes.as_bytes()).await.expect("sent");
         let mut answer = Vec::new();
         let end = stream.read_to_end(&mut answer);
         // A reset is an end too.
-        let _ = tokio::time::timeout(Duration::from_secs(5), end).await.expect("closed");
+        let _ = tokio::time::timeout(Duration::from_secs(5), end)
+            .await
+            .expect("closed");
         assert!(!answer.starts_with(b"HTTP"), "{bytes:?}");
     }
     let silent = TcpStream::connect(server.addr).await.expect("it listens");
-    certificate.connect(&server, b"http/1.1").await.expect("the next one is served");
+    certificate
+        .connect(&server, b"http/1.1")
+        .await
+        .expect("the next one is served");
     drop(silent);
     let stranger = Certificate::new();
-    stranger.connect(&server, b"http/1.1").await.expect_err("not the certificate it trusts");
+    stranger
+        .connect(&server, b"http/1.1")
+        .await
+        .expect_err("not the certificate it trusts");
 }
 
 /// A reader that stalls is gone inside of TLS too.
@@ -138,7 +165,10 @@ async fn a_stalled_reader_loses_its_connection() {
         ..ServeOptions::default()
     };
     let server = server(&certificate, engine.clone(), options).await;
-    let mut stream = certificate.connect(&server, b"http/1.1").await.expect("a handshake");
+    let mut stream = certificate
+        .connect(&server, b"http/1.1")
+        .await
+        .expect("a handshake");
     let body = r#"{"messages": [{"role": "user", "content": "x"}], "stream": true,
         "ignore_eos": true, "max_tokens": 4000, "n": 64, "logprobs": true, "top_logprobs": 5}"#;
     let request = format!(
@@ -157,7 +187,10 @@ async fn a_half_open_handshake_does_not_hold_up_a_shutdown() {
     let certificate = Certificate::new();
     let mut server = server(&certificate, echo(), ServeOptions::default()).await;
     let _silent = TcpStream::connect(server.addr).await.expect("it listens");
-    certificate.connect(&server, b"http/1.1").await.expect("accepted after the silent one");
+    certificate
+        .connect(&server, b"http/1.1")
+        .await
+        .expect("accepted after the silent one");
     server.stop();
     let stopped = tokio::time::timeout(Duration::from_secs(5), &mut server.task).await;
     stopped.expect("soon").expect("no panic");
