@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example updraft-serve -- --model ./my-model --adapter tuned=./my-lora
 //! cargo run --release --example updraft-serve -- --model s3://bucket/done/my-model/my-dataset
+//! cargo run --release --example updraft-serve -- --store ./store --model done/my-model/my-dataset
 //! curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
 //!   -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 //! ```
@@ -14,7 +15,7 @@
 )]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +26,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 use updraft::model::{Threads, import_model};
 use updraft::serve::{
-    AdapterSource, ApiKeys, EngineOptions, ModelEngine, ModelSource, ServeOptions, listen, serve,
+    AdapterSource, ApiKeys, EngineOptions, ModelEngine, ModelSource, ServeOptions, Tls, listen,
+    serve,
 };
 use updraft::store::{CancelToken, NoProgress, Store};
 
@@ -34,6 +36,8 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
 
   --model M               a folder, a stage's URL such as s3://bucket/done/model/dataset, or a
                           Hub id such as Qwen/Qwen2.5-0.5B-Instruct        UPDRAFT_MODEL
+  --store URL             where done/MODEL/DATASET and models/MODEL are looked for, if M or an
+                          adapter's path is such a name                    UPDRAFT_STORE
   --name N                the model's name in requests; M if not given     UPDRAFT_NAME
   --adapter NAME=PATH     a LoRA adapter, a folder or a stage's URL; repeatable
   --api-key K             who may ask; repeatable                          UPDRAFT_API_KEY (a,b,…)
@@ -42,6 +46,8 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
   --quantize q8_0         keeps weights in 9 bits a number: half of bf16   UPDRAFT_QUANTIZE
   --kv-cache-mib N        memory for keys and values; 512                  UPDRAFT_KV_CACHE_MIB
   --threads N             threads that compute; all cores                  UPDRAFT_THREADS
+  --tls-cert F --tls-key F  HTTPS with this certificate chain and private key, PEM
+                                              UPDRAFT_TLS_CERT, UPDRAFT_TLS_KEY
   --request-timeout S     seconds a completion may take; unbounded         UPDRAFT_REQUEST_TIMEOUT
   --drain-timeout S       seconds requests get to end at shutdown; 30      UPDRAFT_DRAIN_TIMEOUT
   --allow-origin O        web pages that may ask, * for any; repeatable
@@ -93,7 +99,8 @@ async fn run(settings: Settings) -> Result<()> {
     );
     let engine = Arc::new(engine.await?);
     let seconds = started.elapsed().as_secs_f64();
-    println!("serving {name} at http://{address}/v1, ready after {seconds:.2} s");
+    let scheme = settings.serve.tls.as_ref().map_or("http", |_| "https");
+    println!("serving {name} at {scheme}://{address}/v1, ready after {seconds:.2} s");
     serve(listener, engine, settings.serve, first_signal()?).await;
     Ok(())
 }
@@ -101,6 +108,9 @@ async fn run(settings: Settings) -> Result<()> {
 /// A Hub id is imported once into the cache; everything else is read where it is.
 async fn source(settings: &Settings) -> Result<ModelSource> {
     let model = &settings.model;
+    if let Some(stage) = stage(model, settings.store.as_deref())? {
+        return Ok(stage);
+    }
     let is_hub_id = model.split('/').filter(|part| !part.is_empty()).count() == 2
         && !model.contains("://")
         && !model.starts_with(['/', '.'])
@@ -112,6 +122,16 @@ async fn source(settings: &Settings) -> Result<ModelSource> {
     println!("fetching {model} from the Hub into {}", settings.cache);
     import_model(&store, model, model, &NoProgress, &CancelToken::new()).await?;
     Ok(ModelSource::stage(&store, format!("models/{model}")))
+}
+
+/// A stage's name in the store, if there is a store and the text is such a name.
+fn stage(text: &str, store: Option<&str>) -> Result<Option<ModelSource>> {
+    match store {
+        Some(url) if text.starts_with("done/") || text.starts_with("models/") => {
+            Ok(Some(ModelSource::stage(&Store::open(url)?, text)))
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Ends with the first SIGTERM or SIGINT. A second one ends the process at once.
@@ -143,6 +163,7 @@ fn first_signal() -> Result<impl Future<Output = ()> + Send + 'static> {
 struct Settings {
     model: String,
     name: Option<String>,
+    store: Option<String>,
     adapters: Vec<AdapterSource>,
     host: IpAddr,
     port: u16,
@@ -161,6 +182,7 @@ impl Settings {
         let mut settings = Self {
             model: env("UPDRAFT_MODEL")?.unwrap_or_default(),
             name: env("UPDRAFT_NAME")?,
+            store: env("UPDRAFT_STORE")?,
             adapters: Vec::new(),
             host: env("UPDRAFT_HOST")?.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             port: env("UPDRAFT_PORT")?.unwrap_or(8000),
@@ -183,6 +205,8 @@ impl Settings {
         }
         let keys: String = env("UPDRAFT_API_KEY")?.unwrap_or_default();
         let mut keys: Vec<String> = keys.split(',').map(str::to_owned).collect();
+        let mut tls: [Option<PathBuf>; 2] = [env("UPDRAFT_TLS_CERT")?, env("UPDRAFT_TLS_KEY")?];
+        let mut adapters: Vec<String> = Vec::new();
 
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
@@ -191,15 +215,11 @@ impl Settings {
                 Arg::Long("model") => settings.model = parser.value()?.string()?,
                 Arg::Long("name") => settings.name = Some(parser.value()?.string()?),
                 Arg::Long("adapter") => {
-                    let value = parser.value()?.string()?;
-                    let (name, path) = value
-                        .split_once('=')
-                        .with_context(|| format!("--adapter {value} is not NAME=PATH"))?;
-                    settings.adapters.push(AdapterSource {
-                        name: name.to_owned(),
-                        source: ModelSource::parse(path)?,
-                    });
+                    adapters.push(parser.value()?.string()?);
                 }
+                Arg::Long("store") => settings.store = Some(parser.value()?.string()?),
+                Arg::Long("tls-cert") => tls[0] = Some(parser.value()?.into()),
+                Arg::Long("tls-key") => tls[1] = Some(parser.value()?.into()),
                 Arg::Long("api-key") => keys.push(parser.value()?.string()?),
                 Arg::Long("host") => settings.host = parser.value()?.parse()?,
                 Arg::Long("port") => settings.port = parser.value()?.parse()?,
@@ -235,6 +255,22 @@ impl Settings {
             bail!("no model is named; give --model PATH|URL|HUB_ID, or see --help");
         }
         settings.serve.api_keys = ApiKeys::new(keys);
+        settings.serve.tls = match tls {
+            [Some(certificates), Some(key)] => Some(Tls::from_pem_files(&certificates, &key)?),
+            [None, None] => None,
+            _ => bail!("HTTPS needs both; give --tls-cert and --tls-key"),
+        };
+        for adapter in adapters {
+            let named = adapter.split_once('=');
+            let (name, path) =
+                named.with_context(|| format!("--adapter {adapter} is not NAME=PATH"))?;
+            let source = match stage(path, settings.store.as_deref())? {
+                Some(stage) => stage,
+                None => ModelSource::parse(path)?,
+            };
+            let name = name.to_owned();
+            settings.adapters.push(AdapterSource { name, source });
+        }
         Ok(Some(settings))
     }
 

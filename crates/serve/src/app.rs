@@ -1,6 +1,6 @@
 //! What every handler shares.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use updraft_chat::Chat;
 
+use crate::api::responses::kept::Kept;
 use crate::auth::ApiKeys;
 use crate::clock::Clock;
 use crate::engine::{Engine, ModelInfo};
@@ -37,6 +38,9 @@ pub struct ServeOptions {
     /// Whether clients may load and unload adapters, from any folder or store this process can
     /// read.
     pub runtime_adapters: bool,
+    /// Responses kept for whoever asked for them, to be fetched and answered on; the oldest make
+    /// room. 0 keeps none.
+    pub max_kept_responses: usize,
     /// Web pages of these origins may ask; `*` is any.
     pub allowed_origins: Vec<String>,
     /// Serve HTTPS with this certificate; plain HTTP without.
@@ -59,6 +63,7 @@ impl Default for ServeOptions {
             write_timeout: Duration::from_secs(60),
             max_header_bytes: 64 << 10,
             runtime_adapters: false,
+            max_kept_responses: 256,
             allowed_origins: Vec::new(),
             #[cfg(feature = "tls")]
             tls: None,
@@ -89,6 +94,7 @@ pub(crate) struct Shared {
     pub(crate) options: ServeOptions,
     pub(crate) metrics: Metrics,
     pub(crate) started: u64,
+    pub(crate) kept: Kept,
     phase: watch::Sender<Phase>,
     ids: Ids,
 }
@@ -106,6 +112,7 @@ impl App {
         Self(Arc::new(Shared {
             engine,
             started: options.clock.unix_seconds(),
+            kept: Kept::new(options.max_kept_responses),
             options,
             metrics: Metrics::default(),
             phase: watch::Sender::new(Phase::Ready),
@@ -145,7 +152,7 @@ impl Shared {
     /// An identifier nobody else has, such as `chatcmpl-…`.
     pub(crate) fn id(&self, prefix: &str) -> String {
         let (high, low) = self.ids.next();
-        format!("{prefix}-{high:016x}{low:08x}")
+        format!("{prefix}{high:016x}{low:08x}")
     }
 
     /// A seed for a request that brings none.
@@ -195,24 +202,17 @@ impl Shared {
     }
 }
 
-/// A counter behind a number drawn once per server from the operating system.
-#[derive(Debug)]
+/// A counter, and its image under a key drawn once per server from the operating system: nobody
+/// can tell one id from another.
+#[derive(Debug, Default)]
 struct Ids {
-    salt: u64,
+    key: RandomState,
     next: AtomicU64,
-}
-
-impl Default for Ids {
-    fn default() -> Self {
-        Self {
-            salt: RandomState::new().build_hasher().finish(),
-            next: AtomicU64::new(0),
-        }
-    }
 }
 
 impl Ids {
     fn next(&self) -> (u64, u64) {
-        (self.salt, self.next.fetch_add(1, Ordering::Relaxed))
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        (self.key.hash_one(number), number)
     }
 }

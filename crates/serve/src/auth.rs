@@ -45,6 +45,22 @@ impl ApiKeys {
     }
 }
 
+/// Who asks: the key, as its digest; everybody is the same where no key is needed.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Owner([u8; 32]);
+
+impl Owner {
+    pub(crate) fn of(key: &str) -> Self {
+        Self(digest(key))
+    }
+}
+
+impl fmt::Debug for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Owner")
+    }
+}
+
 impl fmt::Debug for ApiKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ApiKeys({} keys)", self.0.len())
@@ -56,12 +72,19 @@ fn digest(key: &str) -> [u8; 32] {
 }
 
 /// Lets a request through if it carries one of the keys.
-pub(crate) async fn require_key(State(app): State<App>, request: Request, next: Next) -> Response {
+pub(crate) async fn require_key(
+    State(app): State<App>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let keys = &app.options.api_keys;
-    if keys.is_open() || bearer(&request).is_some_and(|key| keys.admit(key)) {
-        return next.run(request).await;
-    }
-    ApiError::unauthorized().into_response()
+    let owner = match bearer(&request) {
+        _ if keys.is_open() => Owner::default(),
+        Some(key) if keys.admit(key) => Owner::of(key),
+        _ => return ApiError::unauthorized().into_response(),
+    };
+    request.extensions_mut().insert(owner);
+    next.run(request).await
 }
 
 fn bearer(request: &Request) -> Option<&str> {

@@ -124,14 +124,9 @@ impl Engine for EchoEngine {
 
     fn stats(&self) -> Vec<EngineStats> {
         vec![EngineStats {
-            model: self.models[0].id.clone(),
-            alive: true,
             running: self.running(),
-            waiting: 0,
-            kv_cache_usage: 0.0,
-            preemptions: 0,
-            prefix_cache_queries: 0,
-            prefix_cache_hits: 0,
+            max_num_seqs: self.max_running.min(64),
+            ..EngineStats::idle(&self.models[0].id)
         }]
     }
 }
@@ -156,6 +151,7 @@ fn echo(request: &GenerateRequest) -> Vec<TokenEvent> {
     let certain = |id, top: Option<u32>| {
         top.map(|top| TokenLogprobs {
             logprob: 0.0,
+            rank: 1,
             top: vec![(id, 0.0); top.min(1) as usize],
         })
     };

@@ -9,6 +9,7 @@ use updraft_chat::Chat;
 
 use crate::constraint::Constraint;
 use crate::error::Result;
+use crate::histogram::Histogram;
 use crate::model_engine::AdapterSource;
 use crate::sampling::{SamplingDefaults, SamplingParams};
 
@@ -127,6 +128,10 @@ pub struct GenerateRequest {
     pub logprobs: Option<u32>,
     /// The same for each prompt token given those before it.
     pub prompt_logprobs: Option<u32>,
+    /// Report these tokens' log-probabilities instead of the likeliest ones'.
+    pub logprob_ids: Vec<u32>,
+    /// Token sequences that are never completed.
+    pub bad_words: Vec<Vec<u32>>,
     /// Report the hidden state that follows the prompt.
     pub embed: bool,
     /// The form the answer must have.
@@ -148,6 +153,8 @@ impl GenerateRequest {
             min_tokens: 0,
             logprobs: None,
             prompt_logprobs: None,
+            logprob_ids: Vec::new(),
+            bad_words: Vec::new(),
             embed: false,
             constraint: None,
             cache_salt: None,
@@ -189,7 +196,9 @@ pub enum TokenEvent {
 pub struct TokenLogprobs {
     /// Of the token at this position.
     pub logprob: f32,
-    /// The likeliest tokens, best first, as many as asked for.
+    /// Its place among all tokens, the likeliest being 1.
+    pub rank: u32,
+    /// The likeliest tokens, best first, as many as asked for, or the tokens that were named.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -243,6 +252,44 @@ pub struct EngineStats {
     pub prefix_cache_queries: u64,
     /// Those of them found there.
     pub prefix_cache_hits: u64,
+    /// Requests that may be in the batch at once.
+    pub max_num_seqs: usize,
+    /// Tokens per block of the KV cache.
+    pub block_size: u32,
+    /// Blocks of it.
+    pub num_blocks: usize,
+    /// Whether prompts share computed prefixes.
+    pub prefix_cache: bool,
+    /// Adapters of the requests in the batch, by name.
+    pub running_adapters: Vec<String>,
+    /// Adapters of the requests that wait, by name.
+    pub waiting_adapters: Vec<String>,
+    /// Tokens of each forward pass since start.
+    pub step_tokens: Histogram,
+}
+
+impl EngineStats {
+    /// A living decoder that has done nothing yet.
+    #[must_use]
+    pub fn idle(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            alive: true,
+            running: 0,
+            waiting: 0,
+            kv_cache_usage: 0.0,
+            preemptions: 0,
+            prefix_cache_queries: 0,
+            prefix_cache_hits: 0,
+            max_num_seqs: 0,
+            block_size: 0,
+            num_blocks: 0,
+            prefix_cache: false,
+            running_adapters: Vec::new(),
+            waiting_adapters: Vec::new(),
+            step_tokens: Histogram::of_tokens(),
+        }
+    }
 }
 
 /// The checks of [`Engine::generate`] that every engine makes alike.
@@ -259,23 +306,24 @@ pub fn check_request(
     if request.prompt_ids.is_empty() {
         return Err(Error::invalid("prompt", "the prompt is empty"));
     }
-    let inside = |id: &u32| (*id as usize) < vocab_size;
-    if let Some(id) = request.prompt_ids.iter().find(|id| !inside(id)) {
-        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
-        return Err(Error::invalid("prompt", message));
-    }
-    if let Some(id) = request.stop_token_ids.iter().find(|id| !inside(id)) {
-        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
-        return Err(Error::invalid("stop_token_ids", message));
-    }
-    if let Some((id, _)) = request
+    let biased: Vec<u32> = request
         .sampling
         .logit_bias
         .iter()
-        .find(|(id, _)| !inside(id))
-    {
-        let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
-        return Err(Error::invalid("logit_bias", message));
+        .map(|(id, _)| *id)
+        .collect();
+    for (param, ids) in [
+        ("prompt", &request.prompt_ids),
+        ("stop_token_ids", &request.stop_token_ids),
+        ("logit_bias", &biased),
+        ("allowed_token_ids", &request.sampling.allowed_token_ids),
+        ("logprob_token_ids", &request.logprob_ids),
+        ("bad_words", &request.bad_words.concat()),
+    ] {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
+            let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
+            return Err(Error::invalid(param, message));
+        }
     }
     request.sampling.validate()?;
     let prompt_tokens = u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX);

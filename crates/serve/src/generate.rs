@@ -9,12 +9,13 @@ use futures::future::BoxFuture;
 use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use tokio::time::Sleep;
+use tracing::Span;
 use updraft_chat::{Chat, Detokenizer, StopMatcher};
 
 use crate::app::{App, Phase};
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, TokenStream, Usage};
 use crate::error::{Error, Result};
-use crate::metrics::ModelMetrics;
+use crate::metrics::{ModelMetrics, Times};
 
 /// A request whose answer is text.
 #[derive(Debug, Clone)]
@@ -45,15 +46,30 @@ pub(crate) struct Token {
     pub(crate) logprobs: Option<TokenLogprobs>,
 }
 
+impl Token {
+    pub(crate) fn ids(tokens: &[Self]) -> Vec<u32> {
+        tokens.iter().map(|token| token.id).collect()
+    }
+}
+
 /// What happens to one completion.
 #[derive(Debug)]
 pub(crate) enum TextEvent {
     /// The prompt's log-probabilities.
     Prompt(Vec<Option<TokenLogprobs>>),
-    /// Whole characters, and the tokens that begin in them. Either may be empty.
-    Text { text: String, tokens: Vec<Token> },
-    /// The end.
-    Finished { reason: FinishReason, usage: Usage },
+    /// Whole characters, and the tokens that begin in them. Either may be empty. What the request
+    /// cost until then.
+    Text {
+        text: String,
+        tokens: Vec<Token>,
+        usage: Usage,
+    },
+    /// The end; `stopped` says which stop string was found.
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+        stopped: Option<usize>,
+    },
 }
 
 /// The text of one completion as it comes; dropping it cancels the request.
@@ -96,8 +112,13 @@ pub(crate) async fn start(app: App, chat: Arc<Chat>, text: TextRequest) -> Resul
         },
         ready: VecDeque::new(),
         done: false,
-        arrived,
-        last_token: None,
+        span: Span::current(),
+        times: Times {
+            arrived,
+            started: None,
+            first_token: None,
+            last_token: None,
+        },
         metrics,
         timeout: timeout.map(tokio::time::sleep).map(Box::pin),
     };
@@ -117,8 +138,9 @@ struct Completion {
     /// Events that are due before the next token is awaited.
     ready: VecDeque<TextEvent>,
     done: bool,
-    arrived: Instant,
-    last_token: Option<Instant>,
+    times: Times,
+    /// The request's; a stream is told after its handler has ended.
+    span: Span,
 }
 
 impl Completion {
@@ -132,7 +154,8 @@ impl Completion {
             match event {
                 Some(TokenEvent::Started { cached_tokens }) => {
                     self.usage.cached_tokens = cached_tokens;
-                    self.metrics.started(self.arrived.elapsed());
+                    self.times.started = Some(Instant::now());
+                    self.metrics.started(&self.times);
                 }
                 Some(TokenEvent::Embedding(_)) => {} // Nobody asks for one with a text.
                 Some(TokenEvent::Prompt(logprobs)) => {
@@ -160,9 +183,9 @@ impl Completion {
         self.pending.push(token, text.len());
         let (text, stopped) = self.stops.push(text);
         let tokens = self.pending.release(text.len());
-        self.ready.push_back(TextEvent::Text { text, tokens });
-        if stopped.is_some() {
-            self.finish(FinishReason::Stop);
+        self.tell(text, tokens);
+        if let Some(stopped) = stopped {
+            self.finish(FinishReason::Stop, Some(stopped.index));
         }
     }
 
@@ -176,22 +199,52 @@ impl Completion {
             text.push_str(&self.stops.finish());
             self.pending.release_all()
         };
-        self.ready.push_back(TextEvent::Text { text, tokens });
-        self.finish(reason);
+        self.tell(text, tokens);
+        self.finish(reason, stopped.map(|stopped| stopped.index));
     }
 
-    fn finish(&mut self, reason: FinishReason) {
+    fn tell(&mut self, text: String, tokens: Vec<Token>) {
         let usage = self.usage;
-        self.ready.push_back(TextEvent::Finished { reason, usage });
+        self.ready.push_back(TextEvent::Text {
+            text,
+            tokens,
+            usage,
+        });
+    }
+
+    fn finish(&mut self, reason: FinishReason, stopped: Option<usize>) {
+        let usage = self.usage;
+        self.ready.push_back(TextEvent::Finished {
+            reason,
+            usage,
+            stopped,
+        });
         self.done = true;
         self.tokens = stream::empty().boxed(); // Frees the engine's blocks now.
-        self.metrics.finished(reason, usage, self.arrived.elapsed());
+        self.metrics.finished(reason, usage, &self.times);
+        let first_token = self
+            .times
+            .first_token
+            .map(|first| first - self.times.arrived);
+        tracing::info!(
+            parent: &self.span,
+            finish_reason = reason.as_str(),
+            prompt_tokens = usage.prompt_tokens,
+            cached_tokens = usage.cached_tokens,
+            completion_tokens = usage.completion_tokens,
+            first_token_seconds = first_token.map(|time| time.as_secs_f64()),
+            seconds = self.times.since_arrival().as_secs_f64(),
+            "completed"
+        );
     }
 
     fn time_token(&mut self) {
         let now = Instant::now();
-        match self.last_token.replace(now) {
-            None => self.metrics.first_token(now - self.arrived),
+        match self.times.last_token.replace(now) {
+            None => {
+                self.times.first_token = Some(now);
+                self.metrics.first_token(&self.times);
+            }
             Some(last) => self.metrics.next_token(now - last),
         }
     }
@@ -201,6 +254,9 @@ impl Drop for Completion {
     fn drop(&mut self) {
         if !self.done {
             self.metrics.aborted();
+            let (tokens, seconds) = (self.usage.completion_tokens, self.times.since_arrival());
+            let seconds = seconds.as_secs_f64();
+            tracing::info!(parent: &self.span, completion_tokens = tokens, seconds, "aborted");
         }
     }
 }
@@ -264,11 +320,11 @@ pub(crate) async fn collect(mut events: TextStream) -> Result<Collected> {
     while let Some(event) = events.try_next().await? {
         match event {
             TextEvent::Prompt(logprobs) => whole.prompt = logprobs,
-            TextEvent::Text { text, tokens } => {
+            TextEvent::Text { text, tokens, .. } => {
                 whole.text.push_str(&text);
                 whole.tokens.extend(tokens);
             }
-            TextEvent::Finished { reason, usage } => {
+            TextEvent::Finished { reason, usage, .. } => {
                 whole.reason = reason;
                 whole.usage = usage;
             }
@@ -290,9 +346,14 @@ pub(crate) enum ChoiceEvent {
         index: u32,
         text: String,
         tokens: Vec<Token>,
+        usage: Usage,
     },
     /// One is done.
-    Finished { index: u32, reason: FinishReason },
+    Finished {
+        index: u32,
+        reason: FinishReason,
+        usage: Usage,
+    },
     /// All are done.
     AllFinished { usages: Vec<Usage> },
 }
@@ -333,16 +394,25 @@ impl Merged {
         };
         Ok(Some(match event {
             TextEvent::Prompt(logprobs) => ChoiceEvent::Prompt { index, logprobs },
-            TextEvent::Text { text, tokens } => ChoiceEvent::Text {
+            TextEvent::Text {
+                text,
+                tokens,
+                usage,
+            } => ChoiceEvent::Text {
                 index,
                 text,
                 tokens,
+                usage,
             },
-            TextEvent::Finished { reason, usage } => {
+            TextEvent::Finished { reason, usage, .. } => {
                 if let Some(usages) = &mut self.usages {
                     usages[index as usize] = usage;
                 }
-                ChoiceEvent::Finished { index, reason }
+                ChoiceEvent::Finished {
+                    index,
+                    reason,
+                    usage,
+                }
             }
         }))
     }

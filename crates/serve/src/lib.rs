@@ -38,11 +38,13 @@
 //! - With `echo`, the prompt's first token has the log-probability 0, not null: typed clients
 //!   refuse null.
 //! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.
-//! - Responses are not stored: `previous_response_id` is a 400.
+//! - Responses are kept in memory, as many as `max_kept_responses`, for the key that asked for them.
+//! - Embeddings come as floats unless base64 is asked for, as OpenAI's; its Python client asks.
 //! - Embeddings are the last token's hidden state after the final norm, of length 1.
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
-//! - What would change the answer but is not supported (`tools`, `text.format` of responses,
-//!   `guided_json` and its kind, `chat_template`) is a 400; fields nobody knows are ignored.
+//! - What would change the answer but is not supported (`tools`, `guided_json` and its kind, GBNF
+//!   grammars, `chat_template`) is a 400; fields nobody knows, and `priority`, are ignored.
+//! - `/completion` answers as llama.cpp's, but for its progress events and `post_sampling_probs`.
 //!
 //! # Features
 //! | feature | adds |
@@ -73,7 +75,9 @@ mod auth;
 mod clock;
 mod connections;
 mod cors;
+mod exposition;
 mod generate;
+mod histogram;
 mod metrics;
 mod page;
 mod router;
@@ -96,6 +100,7 @@ pub use engine::{
 };
 pub use engines::Engines;
 pub use error::{BoxError, Error, Result};
+pub use histogram::Histogram;
 pub use model_engine::{
     AdapterSource, EngineOptions, ModelEngine, ModelSource, ServedAdapter, ServedModel,
 };

@@ -12,7 +12,8 @@ use tracing::Instrument;
 
 use crate::api::error::ApiError;
 use crate::api::{
-    adapters, chat, completions, embeddings, models, openapi, operation, responses, tokenize,
+    adapters, chat, completions, embeddings, llama_cpp, models, openapi, operation, responses,
+    tokenize,
 };
 use crate::app::{App, ServeOptions};
 use crate::auth::require_key;
@@ -41,7 +42,25 @@ pub(crate) fn routes(app: App) -> Router {
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/v1/responses", post(responses::create))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::get).delete(responses::delete),
+        )
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/embeddings", post(embeddings::create))
+        .route(
+            "/v1/chat/completions/input_tokens",
+            post(llama_cpp::input_tokens),
+        )
+        .route("/chat/completions", post(chat::create))
+        .route(
+            "/chat/completions/input_tokens",
+            post(llama_cpp::input_tokens),
+        )
+        .route("/completion", post(llama_cpp::completion))
+        .route("/completions", post(llama_cpp::completion))
+        .route("/models", get(models::list))
+        .route("/slots", get(llama_cpp::slots))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize));
     let guarded = match app.options.runtime_adapters {
@@ -54,6 +73,8 @@ pub(crate) fn routes(app: App) -> Router {
     Router::new()
         .route("/", get(page::page))
         .route("/health", get(operation::health))
+        .route("/ping", get(operation::health).post(operation::health))
+        .route("/load", get(operation::load))
         .route("/openapi.json", get(openapi::document))
         .route("/version", get(operation::version))
         .route("/metrics", get(operation::metrics))
@@ -79,7 +100,7 @@ async fn trace(
         .get(&REQUEST_ID)
         .filter(|id| is_acceptable(id));
     let id = given.cloned().unwrap_or_else(|| {
-        HeaderValue::from_str(&app.id("req")).expect("an id of hexadecimal digits")
+        HeaderValue::from_str(&app.id("req-")).expect("an id of hexadecimal digits")
     });
     let span = tracing::info_span!(
         "request",

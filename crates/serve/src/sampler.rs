@@ -32,32 +32,46 @@ pub fn sample(logits: &[f32], params: &SamplingParams, past: Past<'_>) -> Option
     choose(&adjusted, params, past.generated.len())
 }
 
-/// The log-probability of `id`, and the `top` likeliest tokens, ties by the lower id.
+/// Whether a row of logits has a likeliest token, which only a broken model's has not.
+pub(crate) fn is_sound(logits: &[f32]) -> bool {
+    argmax(logits).is_some()
+}
+
+/// The log-probability of `id`, and those of the `top` likeliest tokens, ties by the lower id, or
+/// of the `named` ones if there are any.
 ///
 /// # Shapes
 /// `logits: [V]`
 #[must_use]
-pub fn token_logprobs(logits: &[f32], id: u32, top: u32) -> TokenLogprobs {
+pub fn token_logprobs(logits: &[f32], id: u32, top: u32, named: &[u32]) -> TokenLogprobs {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
     let log_sum = f64::from(max) + sum.ln();
-    let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
-    let mut best = likeliest(logits.iter().copied().zip(0..).collect(), top as usize);
-    best.iter_mut()
-        .for_each(|(logit, _)| *logit = logprob(*logit));
-    TokenLogprobs {
-        logprob: logits
+    let logit = |id: u32| {
+        logits
             .get(id as usize)
-            .map_or(f32::NEG_INFINITY, |&l| logprob(l)),
-        top: best
+            .copied()
+            .unwrap_or(f32::NEG_INFINITY)
+    };
+    let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+    let top = match named {
+        [] => likeliest(logits.iter().copied().zip(0..).collect(), top as usize),
+        named => named.iter().map(|&id| (logit(id), id)).collect(),
+    };
+    let own = logit(id);
+    TokenLogprobs {
+        logprob: logprob(own),
+        rank: 1 + logits.iter().filter(|&&other| other > own).count() as u32,
+        top: top
             .into_iter()
-            .map(|(logprob, id)| (id, logprob))
+            .map(|(logit, id)| (id, logprob(logit)))
             .collect(),
     }
 }
 
 fn changes_logits(params: &SamplingParams, past: Past<'_>) -> bool {
     !params.logit_bias.is_empty()
+        || !params.allowed_token_ids.is_empty()
         || !past.forbidden.is_empty()
         || params.repetition_penalty != 1.0
         || params.frequency_penalty != 0.0
@@ -91,6 +105,18 @@ fn adjust(logits: &mut [f32], params: &SamplingParams, past: Past<'_>) {
         for (id, count) in counts {
             if let Some(logit) = logits.get_mut(id as usize) {
                 *logit -= params.presence_penalty + params.frequency_penalty * count;
+            }
+        }
+    }
+    if !params.allowed_token_ids.is_empty() {
+        let allowed: BTreeSet<usize> = params
+            .allowed_token_ids
+            .iter()
+            .map(|&id| id as usize)
+            .collect();
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if !allowed.contains(&id) {
+                *logit = f32::NEG_INFINITY;
             }
         }
     }
@@ -393,14 +419,14 @@ mod tests {
 
     #[test]
     fn logprobs_are_of_the_whole_distribution() {
-        let logprobs = token_logprobs(&logits(), 2, 2);
+        let logprobs = token_logprobs(&logits(), 2, 2, &[]);
         assert!((logprobs.logprob - 0.15f32.ln()).abs() < 1e-6);
         assert_eq!(
             logprobs.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(),
             [0, 1]
         );
         assert!((logprobs.top[1].1 - 0.25f32.ln()).abs() < 1e-6);
-        assert!(token_logprobs(&logits(), 0, 0).top.is_empty());
-        assert_eq!(token_logprobs(&logits(), 0, 9).top.len(), 4);
+        assert!(token_logprobs(&logits(), 0, 0, &[]).top.is_empty());
+        assert_eq!(token_logprobs(&logits(), 0, 9, &[]).top.len(), 4);
     }
 }

@@ -23,6 +23,8 @@ pub struct SamplingParams {
     pub repetition_penalty: f32,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
+    /// No other token is chosen; none named allows all.
+    pub allowed_token_ids: Vec<u32>,
     /// Decides every draw, together with the token's position in the completion.
     pub seed: u64,
 }
@@ -70,6 +72,7 @@ impl SamplingParams {
             presence_penalty: 0.0,
             repetition_penalty: 1.0,
             logit_bias: Vec::new(),
+            allowed_token_ids: Vec::new(),
             seed,
         }
     }

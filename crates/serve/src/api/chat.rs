@@ -13,7 +13,7 @@ use updraft_chat::{Chat, Content, Conversation, LocalTime, Message, Part, Render
 use super::error::ApiError;
 use super::fields::{Fields, Form};
 use super::json::JsonBody;
-use super::logprobs::ChatLogprobs;
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::sse;
 use super::unsupported;
 use super::usage::UsageBody;
@@ -39,26 +39,39 @@ pub(crate) struct ChatFields {
     continue_final_message: Option<bool>,
     #[serde(default)]
     chat_template_kwargs: Option<Map<String, Value>>,
+    #[serde(default)]
+    echo: Option<bool>,
+    #[serde(default)]
+    add_special_tokens: Option<bool>,
 }
 
 /// Answers a conversation, at once or as a stream.
 pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Response, ApiError> {
     app.check_ready()?;
-    let fields: Fields = body.read()?;
+    let fields = Fields::read(&body)?;
     unsupported::refuse(&body)?;
     let chat_fields: ChatFields = body.read()?;
+    if chat_fields.add_special_tokens == Some(true) {
+        let message = "a chat template writes what begins a prompt itself; leave it out";
+        return Err(Error::invalid("add_special_tokens", message).into());
+    }
     let form = fields.form()?;
     let model = app.model_or_default(fields.model.clone())?;
     let chat = app.chat(&model)?;
     let logprobs = chat_fields.logprobs()?;
+    let echoed = chat_fields.echoed();
     let prompt_ids = prompt(&app, &chat, chat_fields).await?;
+    let prompt_ids = fields.truncated(prompt_ids, app.info(&model)?.max_model_len)?;
     let mut request = fields.request(&app, &model, &chat, prompt_ids, None)?;
     request.request.logprobs = logprobs;
+    request.request.prompt_logprobs = fields.prompt_logprobs()?;
     let answer = Answer {
-        id: app.id("chatcmpl"),
+        id: fields.answer_id(&app, "chatcmpl-"),
         created: app.options.clock.unix_seconds(),
         model,
         logprobs: logprobs.is_some(),
+        echoed,
+        prompt_ids: request.request.prompt_ids.clone(),
         chat,
         form,
     };
@@ -91,6 +104,23 @@ impl ChatFields {
             add_generation_prompt: None,
             continue_final_message: None,
             chat_template_kwargs: None,
+            echo: None,
+            add_special_tokens: None,
+        }
+    }
+
+    /// The text before the answer's own: the last message, if it is the assistant's and wanted.
+    fn echoed(&self) -> String {
+        let last = self
+            .messages
+            .last()
+            .filter(|last| last.role == Role::Assistant);
+        match last.map(|last| &last.content) {
+            Some(Content::Text(text)) if self.echo == Some(true) => text.clone(),
+            Some(Content::Parts(parts)) if self.echo == Some(true) => {
+                parts.iter().filter_map(Part::text).collect()
+            }
+            _ => String::new(),
         }
     }
 
@@ -198,6 +228,9 @@ struct Answer {
     created: u64,
     model: String,
     logprobs: bool,
+    /// What every choice begins with.
+    echoed: String,
+    prompt_ids: Vec<u32>,
     chat: Arc<Chat>,
     form: Form,
 }
@@ -210,6 +243,10 @@ struct Completion {
     model: String,
     choices: Vec<Choice>,
     usage: UsageBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -218,6 +255,8 @@ struct Choice {
     message: AssistantMessage,
     logprobs: Option<ChatLogprobs>,
     finish_reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -237,6 +276,8 @@ struct Chunk {
     /// Absent unless usage is asked for; then null in all chunks but the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -245,6 +286,8 @@ struct ChunkChoice {
     delta: ChunkDelta,
     logprobs: Option<ChatLogprobs>,
     finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -260,14 +303,17 @@ impl Answer {
         let collected = streams.into_iter().map(generate::collect);
         let collected = future::try_join_all(collected).await?;
         let usages: Vec<_> = collected.iter().map(|text| text.usage).collect();
+        let first = collected.first().map_or(&[][..], |text| &text.prompt);
+        let prompt_logprobs = PromptLogprobs::of(&self.chat, &self.prompt_ids, first);
         let choice = |(index, text): (u32, generate::Collected)| Choice {
             index,
             logprobs: self
                 .logprobs
                 .then(|| ChatLogprobs::of(&self.chat, &text.tokens)),
+            token_ids: self.form.return_token_ids.then(|| Token::ids(&text.tokens)),
             message: AssistantMessage {
                 role: "assistant",
-                content: text.text,
+                content: format!("{}{}", self.echoed, text.text),
                 refusal: None,
             },
             finish_reason: text.reason.as_str(),
@@ -276,6 +322,8 @@ impl Answer {
             object: "chat.completion",
             choices: (0..).zip(collected).map(choice).collect(),
             usage: UsageBody::of(&usages, self.form.num_choices),
+            prompt_logprobs,
+            prompt_token_ids: self.form.return_token_ids.then_some(self.prompt_ids),
             id: self.id,
             created: self.created,
             model: self.model,
@@ -298,8 +346,15 @@ impl Answer {
                 text,
                 tokens,
                 index,
-            } => self.delta(index, text, &tokens),
-            ChoiceEvent::Finished { reason, index } => Some(self.finish(index, reason)),
+                usage,
+            } => self
+                .delta(index, text, &tokens)
+                .map(|chunk| self.with_usage(chunk, usage)),
+            ChoiceEvent::Finished {
+                reason,
+                index,
+                usage,
+            } => Some(self.with_usage(self.finish(index, reason), usage)),
             ChoiceEvent::Prompt { .. } => None,
             ChoiceEvent::AllFinished { usages } => self.usage(&usages),
         }
@@ -308,42 +363,59 @@ impl Answer {
     fn role(&self, index: u32) -> Chunk {
         let delta = ChunkDelta {
             role: Some("assistant"),
-            content: Some(String::new()),
+            content: Some(self.echoed.clone()),
         };
-        self.envelope(vec![ChunkChoice {
-            index,
-            delta,
-            logprobs: None,
-            finish_reason: None,
-        }])
+        let told = self.form.return_token_ids.then(|| self.prompt_ids.clone());
+        Chunk {
+            prompt_token_ids: told,
+            ..self.part(index, delta)
+        }
     }
 
     fn delta(&self, index: u32, text: String, tokens: &[Token]) -> Option<Chunk> {
-        let logprobs = self.logprobs.then(|| ChatLogprobs::of(&self.chat, tokens));
-        if text.is_empty() && (logprobs.is_none() || tokens.is_empty()) {
+        let told = self.logprobs || self.form.return_token_ids;
+        if text.is_empty() && (!told || tokens.is_empty()) {
             return None;
         }
         let delta = ChunkDelta {
             role: None,
             content: Some(text),
         };
-        Some(self.envelope(vec![ChunkChoice {
-            index,
-            delta,
-            logprobs,
-            finish_reason: None,
-        }]))
+        let mut chunk = self.part(index, delta);
+        for choice in &mut chunk.choices {
+            choice.logprobs = self.logprobs.then(|| ChatLogprobs::of(&self.chat, tokens));
+            choice.token_ids = self.form.return_token_ids.then(|| Token::ids(tokens));
+        }
+        Some(chunk)
     }
 
     fn finish(&self, index: u32, reason: FinishReason) -> Chunk {
-        let finish_reason = Some(reason.as_str());
-        let delta = ChunkDelta::default();
+        let mut chunk = self.part(index, ChunkDelta::default());
+        for choice in &mut chunk.choices {
+            choice.finish_reason = Some(reason.as_str());
+        }
+        chunk
+    }
+
+    fn part(&self, index: u32, delta: ChunkDelta) -> Chunk {
         self.envelope(vec![ChunkChoice {
             index,
             delta,
             logprobs: None,
-            finish_reason,
+            finish_reason: None,
+            token_ids: None,
         }])
+    }
+
+    /// With what its choice cost until then, if that is wanted.
+    fn with_usage(&self, chunk: Chunk, usage: Usage) -> Chunk {
+        match self.form.continuous_usage {
+            true => Chunk {
+                usage: Some(Some(UsageBody::of(&[usage], 1))),
+                ..chunk
+            },
+            false => chunk,
+        }
     }
 
     fn usage(&self, usages: &[Usage]) -> Option<Chunk> {
@@ -363,6 +435,7 @@ impl Answer {
             model: self.model.clone(),
             choices,
             usage: self.form.include_usage.then_some(None),
+            prompt_token_ids: None,
         }
     }
 }

@@ -13,7 +13,7 @@ use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
 use super::error::ApiError;
 use super::fields::{Fields, Form};
 use super::json::JsonBody;
-use super::logprobs::TextLogprobs;
+use super::logprobs::{PromptLogprobs, TextLogprobs};
 use super::sse;
 use super::unsupported;
 use super::usage::UsageBody;
@@ -61,7 +61,7 @@ pub(crate) struct PromptText {
 /// Continues one prompt or several, at once or as a stream.
 pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Response, ApiError> {
     app.check_ready()?;
-    let fields: Fields = body.read()?;
+    let fields = Fields::read(&body)?;
     unsupported::refuse(&body)?;
     let text_fields: TextFields = body.read()?;
     let form = fields.form()?;
@@ -78,23 +78,31 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         .into_prompts("prompt", &chat, prefix)
         .await?;
     app.check_choices(prompts.len(), form.num_choices)?;
+    let max_model_len = app.info(&model)?.max_model_len;
+    let prompts: Result<Vec<PromptText>> = prompts
+        .into_iter()
+        .map(|prompt| prompt.truncated(&fields, &chat, max_model_len))
+        .collect();
+    let prompts = prompts?;
+    let prompt_logprobs = fields.prompt_logprobs()?;
 
     let mut streams: Vec<TextStream> = Vec::new();
     for prompt in &prompts {
         let ids = prompt.ids.clone();
         let mut request = fields.request(&app, &model, &chat, ids, Some(DEFAULT_MAX_TOKENS))?;
         request.request.logprobs = logprobs;
-        request.request.prompt_logprobs = logprobs.filter(|_| echo);
+        request.request.prompt_logprobs = logprobs.filter(|_| echo).max(prompt_logprobs);
         for index in 0..form.num_choices {
             let request = request.for_choice(index);
             streams.push(generate::start(app.clone(), chat.clone(), request).await?);
         }
     }
     let answer = Answer {
-        id: app.id("cmpl"),
+        id: fields.answer_id(&app, "cmpl-"),
         created: app.options.clock.unix_seconds(),
         model,
         logprobs: logprobs.is_some(),
+        prompt_logprobs: prompt_logprobs.is_some(),
         echo,
         prompts,
         chat,
@@ -104,6 +112,19 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         return answer.stream(streams).await;
     }
     Ok(Json(answer.whole(streams).await?).into_response())
+}
+
+impl PromptText {
+    /// The same with at most as many tokens as asked for.
+    fn truncated(self, fields: &Fields, chat: &Chat, max_model_len: u32) -> Result<Self> {
+        let before = self.ids.len();
+        let ids = fields.truncated(self.ids, max_model_len)?;
+        let text = match ids.len() == before {
+            true => self.text,
+            false => chat.tokenizer().decode(&ids),
+        };
+        Ok(Self { ids, text })
+    }
 }
 
 impl TextFields {
@@ -167,6 +188,7 @@ struct Answer {
     created: u64,
     model: String,
     logprobs: bool,
+    prompt_logprobs: bool,
     echo: bool,
     prompts: Vec<PromptText>,
     chat: Arc<Chat>,
@@ -191,6 +213,26 @@ struct Choice {
     text: String,
     logprobs: Option<TextLogprobs>,
     finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+}
+
+impl Choice {
+    fn new(index: u32, text: String) -> Self {
+        Self {
+            index,
+            text,
+            logprobs: None,
+            finish_reason: None,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+            token_ids: None,
+        }
+    }
 }
 
 impl Answer {
@@ -216,18 +258,25 @@ impl Answer {
     fn whole_choice(&self, index: u32, collected: &Collected) -> Choice {
         let mut offset = 0;
         let mut logprobs = TextLogprobs::default();
-        self.push_prompt(&mut logprobs, index, &collected.prompt, &mut offset);
+        let prompt = self.prompt(index);
+        let mut text = String::new();
+        if self.echo {
+            text.clone_from(&prompt.text);
+            self.push_prompt(&mut logprobs, index, &collected.prompt, &mut offset);
+        }
         self.push_tokens(&mut logprobs, &collected.tokens, &mut offset);
-        let echoed = if self.echo {
-            self.prompt(index).text.as_str()
-        } else {
-            ""
-        };
+        text.push_str(&collected.text);
+        let prompt_logprobs = PromptLogprobs::of(&self.chat, &prompt.ids, &collected.prompt);
         Choice {
-            index,
-            text: format!("{echoed}{}", collected.text),
             logprobs: self.logprobs.then_some(logprobs),
             finish_reason: Some(collected.reason.as_str()),
+            prompt_logprobs: prompt_logprobs.filter(|_| self.prompt_logprobs),
+            prompt_token_ids: self.form.return_token_ids.then(|| prompt.ids.clone()),
+            token_ids: self
+                .form
+                .return_token_ids
+                .then(|| Token::ids(&collected.tokens)),
+            ..Choice::new(index, text)
         }
     }
 
@@ -276,21 +325,30 @@ impl Answer {
                 index,
                 text,
                 tokens,
+                usage,
             } => {
                 self.push_tokens(&mut logprobs, &tokens, &mut offsets[index as usize]);
-                let logprobs = self.logprobs.then_some(logprobs);
-                let nothing = text.is_empty() && (logprobs.is_none() || tokens.is_empty());
-                (!nothing).then(|| self.part(index, text, logprobs))
-            }
-            ChoiceEvent::Finished { index, reason } => {
-                let finish_reason = Some(reason.as_str());
+                let told = self.logprobs || self.form.return_token_ids;
+                if text.is_empty() && (!told || tokens.is_empty()) {
+                    return None;
+                }
                 let choice = Choice {
-                    index,
-                    text: String::new(),
-                    logprobs: None,
-                    finish_reason,
+                    logprobs: self.logprobs.then_some(logprobs),
+                    token_ids: self.form.return_token_ids.then(|| Token::ids(&tokens)),
+                    ..Choice::new(index, text)
                 };
-                Some(self.envelope(vec![choice]))
+                Some(self.with_usage(self.envelope(vec![choice]), usage))
+            }
+            ChoiceEvent::Finished {
+                index,
+                reason,
+                usage,
+            } => {
+                let choice = Choice {
+                    finish_reason: Some(reason.as_str()),
+                    ..Choice::new(index, String::new())
+                };
+                Some(self.with_usage(self.envelope(vec![choice]), usage))
             }
             ChoiceEvent::AllFinished { usages } => {
                 let usage = UsageBody::of(&usages, self.form.num_choices);
@@ -305,11 +363,20 @@ impl Answer {
 
     fn part(&self, index: u32, text: String, logprobs: Option<TextLogprobs>) -> Completion {
         self.envelope(vec![Choice {
-            index,
-            text,
             logprobs,
-            finish_reason: None,
+            ..Choice::new(index, text)
         }])
+    }
+
+    /// With what its choice cost until then, if that is wanted.
+    fn with_usage(&self, chunk: Completion, usage: Usage) -> Completion {
+        match self.form.continuous_usage {
+            true => Completion {
+                usage: Some(Some(UsageBody::of(&[usage], 1))),
+                ..chunk
+            },
+            false => chunk,
+        }
     }
 
     fn envelope(&self, choices: Vec<Choice>) -> Completion {

@@ -27,6 +27,15 @@ struct Body {
     kind: &'static str,
     param: Option<String>,
     code: Option<&'static str>,
+    /// What llama.cpp's clients read when a prompt is too long.
+    #[serde(flatten)]
+    excess: Option<Excess>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Excess {
+    n_prompt_tokens: u32,
+    n_ctx: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -50,6 +59,7 @@ impl ApiError {
                 kind,
                 param: None,
                 code,
+                excess: None,
             },
         }
     }
@@ -81,6 +91,17 @@ impl ApiError {
     /// 404 for a path.
     pub(crate) fn no_such_path(path: &str) -> Self {
         let message = format!("there is no `{path}`; the API is under /v1");
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            None,
+            &message,
+        )
+    }
+
+    /// 404 for a response.
+    pub(crate) fn no_such_response(id: &str) -> Self {
+        let message = format!("there is no response `{id}`; they are kept for a while only");
         Self::new(
             StatusCode::NOT_FOUND,
             "invalid_request_error",
@@ -160,14 +181,19 @@ impl From<Error> for ApiError {
                 error.body.param = Some("model".into());
                 error
             }
-            Error::ContextLength { .. } => {
+            Error::ContextLength {
+                prompt_tokens,
+                max_model_len,
+                ..
+            } => {
                 let code = Some("context_length_exceeded");
-                Self::new(
-                    StatusCode::BAD_REQUEST,
-                    "invalid_request_error",
-                    code,
-                    &message,
-                )
+                let kind = "invalid_request_error";
+                let mut error = Self::new(StatusCode::BAD_REQUEST, kind, code, &message);
+                error.body.excess = Some(Excess {
+                    n_prompt_tokens: prompt_tokens,
+                    n_ctx: max_model_len,
+                });
+                error
             }
             Error::Overloaded { retry_after } => {
                 let seconds = retry_after.as_secs().max(1);

@@ -1,21 +1,22 @@
 //! The request fields that chat and text completions share, with OpenAI's defaults and ranges.
 
-use std::collections::BTreeMap;
-
 use serde::Deserialize;
-use serde::de::IgnoredAny;
-use serde_json::Value;
-use updraft_chat::Chat;
+use updraft_chat::{Chat, EncodePolicy};
 
+use super::constrain::FormatFields;
+use super::draws::DrawFields;
+use super::json::JsonBody;
 use crate::app::Shared;
-use crate::constraint::Constraint;
 use crate::engine::{GenerateRequest, ModelInfo};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, one_line};
 use crate::generate::TextRequest;
-use crate::sampling::{SamplingDefaults, SamplingParams};
 
 /// Stop strings of one request at most, as OpenAI's.
 const MAX_STOPS: usize = 4;
+/// Bad words of one request at most.
+const MAX_BAD_WORDS: usize = 1024;
+/// Likeliest tokens for each of the prompt's at most.
+const MAX_PROMPT_LOGPROBS: i64 = 20;
 
 /// Everything about a request but its prompt.
 #[derive(Debug, Deserialize)]
@@ -47,27 +48,36 @@ pub(crate) struct Fields {
     #[serde(default)]
     skip_special_tokens: Option<bool>,
     #[serde(default)]
-    seed: Option<i64>,
-    #[serde(default)]
-    temperature: Option<f64>,
-    #[serde(default)]
-    top_p: Option<f64>,
-    #[serde(default)]
-    top_k: Option<i64>,
-    #[serde(default)]
-    min_p: Option<f64>,
-    #[serde(default)]
-    frequency_penalty: Option<f64>,
-    #[serde(default)]
-    presence_penalty: Option<f64>,
-    #[serde(default)]
-    repetition_penalty: Option<f64>,
-    #[serde(default)]
-    response_format: Option<ResponseFormat>,
-    #[serde(default)]
     cache_salt: Option<String>,
     #[serde(default)]
-    logit_bias: Option<BTreeMap<String, f64>>,
+    bad_words: Option<Vec<String>>,
+    #[serde(default)]
+    logprob_token_ids: Option<Vec<u32>>,
+    #[serde(default)]
+    prompt_logprobs: Option<i64>,
+    #[serde(default)]
+    truncate_prompt_tokens: Option<i64>,
+    #[serde(default)]
+    truncation_side: Option<Side>,
+    #[serde(default)]
+    return_token_ids: Option<bool>,
+    #[serde(default)]
+    request_id: Option<String>,
+    /// How tokens are drawn.
+    #[serde(skip)]
+    draws: DrawFields,
+    /// What form the answer must have.
+    #[serde(skip)]
+    format: FormatFields,
+}
+
+/// Which end of a prompt that is too long goes.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Side {
+    #[default]
+    Left,
+    Right,
 }
 
 #[derive(Debug, Deserialize)]
@@ -75,7 +85,7 @@ struct StreamOptions {
     #[serde(default)]
     include_usage: Option<bool>,
     #[serde(default)]
-    continuous_usage_stats: Option<IgnoredAny>,
+    continuous_usage_stats: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -85,37 +95,71 @@ enum Stop {
     Many(Vec<String>),
 }
 
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    json_schema: Option<JsonSchema>,
-}
-
-#[derive(Debug, Deserialize)]
-struct JsonSchema {
-    #[serde(default)]
-    schema: Option<Value>,
-}
-
 /// What of the request concerns the answer's form.
 #[derive(Debug, Clone)]
 pub(crate) struct Form {
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// In every chunk, not only in the last.
+    pub(crate) continuous_usage: bool,
+    pub(crate) return_token_ids: bool,
     pub(crate) num_choices: u32,
 }
 
 impl Fields {
-    /// The temperature asked for.
-    pub(crate) fn temperature(&self) -> Option<f64> {
-        self.temperature
+    /// Everything that both completion APIs know.
+    pub(crate) fn read(body: &JsonBody) -> Result<Self> {
+        Ok(Self {
+            draws: body.read()?,
+            format: body.read()?,
+            ..body.read()?
+        })
     }
 
-    /// The `top_p` asked for.
-    pub(crate) fn top_p(&self) -> Option<f64> {
-        self.top_p
+    /// How tokens are to be drawn.
+    pub(crate) fn draws(&self) -> &DrawFields {
+        &self.draws
+    }
+
+    /// An answer's name: the one asked for, if a log can hold it, or a new one.
+    pub(crate) fn answer_id(&self, app: &Shared, prefix: &str) -> String {
+        let asked = self.request_id.as_ref();
+        let printable = |id: &&String| {
+            (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+        };
+        match asked.filter(printable) {
+            Some(id) => format!("{prefix}{id}"),
+            None => app.id(prefix),
+        }
+    }
+
+    /// The likeliest tokens to tell for each of the prompt's.
+    pub(crate) fn prompt_logprobs(&self) -> Result<Option<u32>> {
+        match self.prompt_logprobs {
+            None => Ok(None),
+            Some(top) if (0..=MAX_PROMPT_LOGPROBS).contains(&top) => Ok(Some(top as u32)),
+            Some(_) => {
+                let message =
+                    format!("prompt_logprobs must be between 0 and {MAX_PROMPT_LOGPROBS}");
+                Err(Error::invalid("prompt_logprobs", message))
+            }
+        }
+    }
+
+    /// The prompt without what is more than `truncate_prompt_tokens`; -1 is the context.
+    pub(crate) fn truncated(&self, mut ids: Vec<u32>, max_model_len: u32) -> Result<Vec<u32>> {
+        let keep = match self.truncate_prompt_tokens {
+            None => return Ok(ids),
+            // One token must be left to say.
+            Some(-1) => max_model_len.saturating_sub(1) as usize,
+            Some(keep) => count("truncate_prompt_tokens", Some(keep), 1)?.unwrap_or(1) as usize,
+        };
+        let excess = ids.len().saturating_sub(keep);
+        match self.truncation_side.unwrap_or_default() {
+            Side::Left => drop(ids.drain(..excess)),
+            Side::Right => ids.truncate(keep),
+        }
+        Ok(ids)
     }
 
     /// The same with a limit that another API calls `param`.
@@ -136,9 +180,6 @@ impl Fields {
             ));
         }
         let options = self.stream_options.as_ref();
-        if options.is_some_and(|options| options.continuous_usage_stats.is_some()) {
-            tracing::debug!("continuous_usage_stats is ignored: usage comes in the last chunk");
-        }
         let num_choices = count("n", self.n, 1)?.unwrap_or(1);
         if let Some(best_of) = count("best_of", self.best_of, 1)?
             && best_of != num_choices
@@ -151,9 +192,16 @@ impl Fields {
         let include_usage = options
             .and_then(|options| options.include_usage)
             .unwrap_or(false);
+        let continuous = options.and_then(|options| options.continuous_usage_stats);
+        if self.prompt_logprobs.is_some() && stream {
+            let message = "prompt_logprobs cannot be streamed";
+            return Err(Error::invalid("prompt_logprobs", message));
+        }
         Ok(Form {
             stream,
             include_usage,
+            continuous_usage: include_usage && continuous.unwrap_or(false),
+            return_token_ids: self.return_token_ids.unwrap_or(false),
             num_choices,
         })
     }
@@ -206,13 +254,15 @@ impl Fields {
                 model: model.to_owned(),
                 prompt_ids,
                 max_tokens,
-                sampling: self.sampling(app, &defaults)?,
+                sampling: self.draws.params(app, &defaults)?,
                 stop_token_ids,
                 min_tokens,
                 logprobs: None,
                 prompt_logprobs: None,
+                logprob_ids: self.logprob_token_ids.clone().unwrap_or_default(),
+                bad_words: self.bad_words(chat)?,
                 embed: false,
-                constraint: self.constraint()?,
+                constraint: self.format.constraint()?,
                 cache_salt: self.cache_salt.clone(),
             },
             stop: self.stop()?,
@@ -221,25 +271,25 @@ impl Fields {
         })
     }
 
-    fn constraint(&self) -> Result<Option<Constraint>> {
-        let refuse = |param: &str, message: &str| Err(Error::invalid(param, message));
-        let Some(format) = &self.response_format else {
-            return Ok(None);
-        };
-        match format.kind.as_str() {
-            "text" => Ok(None),
-            "json_object" => Ok(Some(Constraint::JsonObject)),
-            "json_schema" => match &format.json_schema {
-                Some(JsonSchema {
-                    schema: Some(schema),
-                }) => Constraint::json_schema(schema.clone()).map(Some),
-                _ => refuse("response_format.json_schema", "the schema is missing"),
-            },
-            _ => refuse(
-                "response_format.type",
-                "the type must be text, json_object or json_schema",
-            ),
+    /// The tokens of each bad word, at the start of a text and after a space.
+    fn bad_words(&self, chat: &Chat) -> Result<Vec<Vec<u32>>> {
+        let words = self.bad_words.as_deref().unwrap_or_default();
+        if words.len() > MAX_BAD_WORDS || words.iter().any(String::is_empty) {
+            let message = format!("bad_words are at most {MAX_BAD_WORDS}, none of them empty");
+            return Err(Error::invalid("bad_words", message));
         }
+        let mut all = Vec::with_capacity(2 * words.len());
+        for word in words {
+            for text in [word.clone(), format!(" {word}")] {
+                let mut ids = Vec::new();
+                let encoded = chat
+                    .tokenizer()
+                    .encode_into(&text, EncodePolicy::Parity, &mut ids);
+                encoded.map_err(|error| Error::invalid("bad_words", one_line(&error)))?;
+                all.push(ids);
+            }
+        }
+        Ok(all)
     }
 
     fn stop(&self) -> Result<Vec<String>> {
@@ -256,41 +306,6 @@ impl Fields {
             return Err(Error::invalid("stop", "a stop string must not be empty"));
         }
         Ok(stop)
-    }
-
-    fn sampling(&self, app: &Shared, defaults: &SamplingDefaults) -> Result<SamplingParams> {
-        let or = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
-        let top_k = match self.top_k.or(defaults.top_k) {
-            None | Some(-1) => 0,
-            Some(top_k) => u32::try_from(top_k)
-                .map_err(|_| Error::invalid("top_k", "top_k must be -1, 0 or a positive number"))?,
-        };
-        let params = SamplingParams {
-            temperature: or(self.temperature.or(defaults.temperature), 1.0),
-            top_p: or(self.top_p.or(defaults.top_p), 1.0),
-            top_k,
-            min_p: or(self.min_p.or(defaults.min_p), 0.0),
-            frequency_penalty: or(self.frequency_penalty, 0.0),
-            presence_penalty: or(self.presence_penalty, 0.0),
-            repetition_penalty: or(self.repetition_penalty.or(defaults.repetition_penalty), 1.0),
-            logit_bias: self.logit_bias()?,
-            seed: self.seed.map_or_else(|| app.seed(), i64::cast_unsigned),
-        };
-        params.validate()?;
-        Ok(params)
-    }
-
-    fn logit_bias(&self) -> Result<Vec<(u32, f32)>> {
-        let biases = self.logit_bias.iter().flatten();
-        biases
-            .map(|(id, bias)| match id.parse() {
-                Ok(id) => Ok((id, *bias as f32)),
-                Err(_) => Err(Error::invalid(
-                    "logit_bias",
-                    "logit_bias needs token ids as keys",
-                )),
-            })
-            .collect()
     }
 }
 

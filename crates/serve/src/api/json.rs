@@ -15,6 +15,17 @@ use crate::error::{Error, Result};
 pub(crate) struct JsonBody(Bytes);
 
 impl JsonBody {
+    /// The same, as if one field were not there: it means something else to `T`.
+    pub(crate) fn read_without<T: DeserializeOwned>(&self, field: &str) -> Result<T> {
+        let mut fields: serde_json::Map<String, serde_json::Value> = self.read()?;
+        fields.remove(field);
+        let fields = serde_json::Value::Object(fields);
+        serde_path_to_error::deserialize(fields).map_err(|error| Error::InvalidRequest {
+            message: format!("the request body is not valid: {}", error.inner()),
+            param: Some(error.path().to_string()),
+        })
+    }
+
     /// The fields that `T` knows; others are ignored.
     pub(crate) fn read<T: DeserializeOwned>(&self) -> Result<T> {
         // A list would do for a struct, its fields in order: not what anybody means.

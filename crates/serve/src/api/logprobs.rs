@@ -1,7 +1,9 @@
 //! Log-probabilities in the forms of the two completion APIs.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use updraft_chat::{Chat, TokenizerExt};
 
 use crate::engine::TokenLogprobs;
@@ -64,6 +66,54 @@ impl ChatTop {
             logprob: logprob.max(LEAST),
             bytes,
         }
+    }
+}
+
+/// A token and its alternatives in llama.cpp's form.
+pub(crate) fn llama_cpp_token(chat: &Chat, token: &Token) -> Value {
+    let told = |id: u32, logprob: f32| {
+        let bytes = chat.tokenizer().token_bytes(id).unwrap_or_default();
+        json!({
+            "id": id, "token": token_text(chat, id), "logprob": logprob.max(LEAST), "bytes": bytes,
+        })
+    };
+    let logprobs = token.logprobs.as_ref();
+    let mut value = told(token.id, logprobs.map_or(0.0, |logprobs| logprobs.logprob));
+    let top = logprobs.iter().flat_map(|logprobs| &logprobs.top);
+    value["top_logprobs"] = top.map(|&(id, logprob)| told(id, logprob)).collect();
+    value
+}
+
+/// Of a prompt's tokens, in vLLM's form: by token id, null for the first, which follows nothing.
+#[derive(Debug, Serialize)]
+pub(crate) struct PromptLogprobs(Vec<Option<BTreeMap<u32, PromptToken>>>);
+
+#[derive(Debug, Serialize)]
+struct PromptToken {
+    logprob: f32,
+    rank: u32,
+    decoded_token: String,
+}
+
+impl PromptLogprobs {
+    /// `None` if they were not asked for.
+    pub(crate) fn of(chat: &Chat, ids: &[u32], told: &[Option<TokenLogprobs>]) -> Option<Self> {
+        let token = |id: u32, logprob: f32, rank: u32| PromptToken {
+            logprob: logprob.max(LEAST),
+            rank,
+            decoded_token: token_text(chat, id),
+        };
+        let position = |(&id, told): (&u32, &Option<TokenLogprobs>)| {
+            let told = told.as_ref()?;
+            let top = told.top.iter().zip(1..);
+            let mut by_id: BTreeMap<u32, PromptToken> = top
+                .map(|(&(id, logprob), rank)| (id, token(id, logprob, rank)))
+                .collect();
+            by_id.insert(id, token(id, told.logprob, told.rank));
+            Some(by_id)
+        };
+        let positions = ids.iter().zip(told).map(position).collect();
+        (!told.is_empty()).then_some(Self(positions))
     }
 }
 

@@ -4,93 +4,75 @@ use axum::Json;
 use axum::extract::State;
 use serde_json::{Map, Value, json};
 
+use super::schemas::{
+    answers, array, boolean, integer, node, nullable, number, object, string, text_or_texts,
+    token_ids,
+};
 use crate::app::App;
 
 /// The document, of OpenAPI 3.1.
 pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
     let mut paths = Map::new();
-    let chat = json!({
-        "type": "object", "required": ["messages"],
-        "properties": common(json!({
-            "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
-            "logprobs": boolean(), "top_logprobs": integer(0, 20),
-        })),
-    });
-    let text = json!({
-        "type": "object", "required": ["prompt"],
-        "properties": common(json!({
-            "prompt": texts(), "echo": boolean(), "logprobs": integer(0, 20),
-        })),
-    });
-    let response = json!({
-        "type": "object", "required": ["input"],
-        "properties": {
-            "model": nullable("string"), "input": {"type": "string", "minLength": 1},
-            "instructions": nullable("string"), "max_output_tokens": integer(1, u32::MAX),
-            "temperature": number(0.0, 2.0), "stream": boolean(),
-        },
-    });
-    let embedding = json!({
-        "type": "object", "required": ["input"],
-        "properties": {
-            "model": nullable("string"), "input": texts(),
-            "encoding_format": {"enum": ["float", "base64"]},
-        },
-    });
-    let tokenize = json!({
-        "type": "object",
-        "properties": {
-            "model": nullable("string"), "prompt": nullable("string"), "content": nullable("string"),
-            "messages": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}},
-            "return_token_strs": boolean(), "add_special_tokens": boolean(),
-        },
-    });
-    let detokenize = json!({
-        "type": "object", "required": ["tokens"],
-        "properties": {
-            "model": nullable("string"), "tokens": {"type": "array", "items": token_id()},
-        },
-    });
-    for (path, summary, body) in [
-        ("/v1/chat/completions", "Answers a conversation", chat),
-        ("/v1/completions", "Continues texts", text),
-        ("/v1/responses", "Answers an input", response),
-        ("/v1/embeddings", "Embeds texts", embedding),
-        ("/tokenize", "Text or messages to token ids", tokenize),
-        ("/detokenize", "Token ids to text", detokenize),
-    ] {
-        paths.insert(path.into(), json!({"post": post(summary, &body)}));
+    for (path, summary, body, answer) in bodies() {
+        paths.insert(path.into(), json!({"post": post(summary, &body, answer)}));
     }
     if app.options.runtime_adapters {
         let name = json!({"type": "string", "minLength": 1});
-        let load = json!({
-            "type": "object", "required": ["lora_name", "lora_path"],
-            "properties": {"lora_name": name, "lora_path": string(), "load_inplace": boolean()},
-        });
-        let unload = json!({
-            "type": "object", "required": ["lora_name"], "properties": {"lora_name": name},
-        });
+        let load = object(
+            &["lora_name", "lora_path"],
+            &json!({"lora_name": name, "lora_path": string(), "load_inplace": boolean()}),
+        );
+        let unload = object(&["lora_name"], &json!({"lora_name": name}));
         for (path, summary, body) in [
             ("/v1/load_lora_adapter", "Loads an adapter", load),
             ("/v1/unload_lora_adapter", "Unloads an adapter", unload),
         ] {
-            paths.insert(path.into(), json!({"post": post(summary, &body)}));
+            paths.insert(
+                path.into(),
+                json!({"post": post(summary, &body, Answer::Text)}),
+            );
         }
     }
-    for (path, summary) in [
-        ("/v1/models", "Lists models and adapters"),
-        ("/health", "Whether requests are taken"),
-        ("/version", "Which version runs"),
-        ("/metrics", "Counters for Prometheus"),
-        ("/openapi.json", "This document"),
+    for (path, summary, answer) in [
+        (
+            "/v1/models",
+            "Lists models and adapters",
+            Answer::Json("ModelList"),
+        ),
+        (
+            "/slots",
+            "Which places in the batch are taken",
+            Answer::Json("Slots"),
+        ),
+        ("/health", "Whether requests are taken", Answer::Empty),
+        ("/ping", "Whether requests are taken", Answer::Empty),
+        ("/load", "How many requests there are", Answer::Json("Load")),
+        ("/version", "Which version runs", Answer::Json("Version")),
+        ("/metrics", "Counters for Prometheus", Answer::Text),
+        ("/openapi.json", "This document", Answer::Json("Document")),
     ] {
-        paths.insert(path.into(), json!({"get": get(summary)}));
+        paths.insert(path.into(), json!({"get": operation(summary, answer)}));
     }
-    let mut model = get("One model or adapter");
-    model["parameters"] = json!([{
-        "name": "id", "in": "path", "required": true, "schema": {"type": "string", "minLength": 1},
-    }]);
+    let by_id = |summary: &str, answer: Answer| {
+        let mut operation = operation(summary, answer);
+        operation["parameters"] = json!([{
+            "name": "id", "in": "path", "required": true,
+            "schema": {"type": "string", "minLength": 1},
+        }]);
+        operation
+    };
+    let model = by_id("One model or adapter", Answer::Json("Model"));
     paths.insert("/v1/models/{id}".into(), json!({"get": model}));
+    let response = json!({
+        "get": by_id("A response that was kept", Answer::Json("Response")),
+        "delete": by_id("Forgets a response", Answer::Json("Deleted")),
+    });
+    paths.insert("/v1/responses/{id}".into(), response);
+    let cancel = by_id(
+        "Ends a response in the background",
+        Answer::Json("Response"),
+    );
+    paths.insert("/v1/responses/{id}/cancel".into(), json!({"post": cancel}));
     Json(json!({
         "openapi": "3.1.0",
         "info": {"title": "Updraft", "version": env!("CARGO_PKG_VERSION")},
@@ -98,37 +80,129 @@ pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
         "paths": paths,
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": {
-                "Message": {
-                    "type": "object", "required": ["role", "content"],
-                    "properties": {
-                        "role": {"enum": ["developer", "system", "user", "assistant"]},
-                        "content": string(),
-                    },
-                },
-                "Error": {
-                    "type": "object", "required": ["error"],
-                    "properties": {"error": {
-                        "type": "object", "required": ["message", "type", "param", "code"],
-                        "properties": {
-                            "message": string(), "type": string(),
-                            "param": nullable("string"), "code": nullable("string"),
-                        },
-                    }},
-                },
-            },
+            "schemas": answers(),
         },
     }))
 }
 
+/// The form of a 200.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    Empty,
+    Text,
+    /// Of this schema.
+    Json(&'static str),
+    /// Of this schema, or server-sent events of the other.
+    Stream(&'static str, &'static str),
+}
+
+/// What is posted as JSON, always possible.
+fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
+    let messages = json!({"type": "array", "minItems": 1, "items": node("Message")});
+    let chat = common(json!({
+        "messages": messages, "logprobs": boolean(), "top_logprobs": integer(0, 20),
+        "add_generation_prompt": boolean(), "continue_final_message": boolean(), "echo": boolean(),
+        "max_completion_tokens": integer(1, u32::MAX),
+    }));
+    let text = common(json!({
+        "prompt": text_or_texts(), "echo": boolean(), "logprobs": integer(0, 20),
+        "add_special_tokens": boolean(),
+    }));
+    let response = json!({
+        "model": nullable("string"), "instructions": nullable("string"),
+        "input": {"anyOf": [{"type": "string", "minLength": 1}, messages]},
+        "max_output_tokens": integer(1, u32::MAX), "temperature": number(0.0, 2.0),
+        "top_p": number(0.01, 1.0), "stream": boolean(), "store": boolean(),
+        "background": boolean(), "previous_response_id": nullable("string"),
+        "metadata": nullable("object"),
+    });
+    let embedding = json!({
+        "model": nullable("string"), "input": text_or_texts(),
+        "encoding_format": {"enum": ["float", "base64"]},
+    });
+    let tokenize = json!({
+        "model": nullable("string"), "prompt": nullable("string"), "content": nullable("string"),
+        "messages": messages, "return_token_strs": boolean(), "with_pieces": boolean(),
+        "add_special_tokens": boolean(),
+    });
+    let detokenize = json!({"model": nullable("string"), "tokens": token_ids(0)});
+    let counted = json!({"model": nullable("string"), "messages": messages});
+    let completion = json!({
+        "prompt": {"anyOf": [{"type": "string", "minLength": 1}, token_ids(1)]},
+        "model": nullable("string"), "n_predict": {"type": ["integer", "null"], "minimum": -1},
+        "stream": boolean(), "stop": array(json!({"type": "string", "minLength": 1}), 0, 16),
+        "temperature": number(0.0, 2.0), "top_k": integer(0, u32::MAX), "top_p": number(0.01, 1.0),
+        "min_p": number(0.0, 1.0), "repeat_penalty": number(0.01, 10.0), "ignore_eos": boolean(),
+        "n_probs": integer(0, 20), "return_tokens": boolean(), "cache_prompt": boolean(),
+    });
+    let chat_chunk = Answer::Stream("ChatCompletion", "ChatChunk");
+    vec![
+        (
+            "/v1/chat/completions",
+            "Answers a conversation",
+            object(&["messages"], &chat),
+            chat_chunk,
+        ),
+        (
+            "/chat/completions",
+            "The same",
+            object(&["messages"], &chat),
+            chat_chunk,
+        ),
+        (
+            "/v1/chat/completions/input_tokens",
+            "Counts a conversation's tokens",
+            object(&["messages"], &counted),
+            Answer::Json("InputTokens"),
+        ),
+        (
+            "/v1/completions",
+            "Continues texts",
+            object(&["prompt"], &text),
+            Answer::Stream("Completion", "CompletionChunk"),
+        ),
+        (
+            "/completion",
+            "Continues a text, in llama.cpp's words",
+            object(&["prompt"], &completion),
+            Answer::Stream("LlamaCompletion", "LlamaChunk"),
+        ),
+        (
+            "/v1/responses",
+            "Answers an input",
+            object(&["input"], &response),
+            Answer::Stream("Response", "ResponseEvent"),
+        ),
+        (
+            "/v1/embeddings",
+            "Embeds texts",
+            object(&["input"], &embedding),
+            Answer::Json("Embeddings"),
+        ),
+        (
+            "/tokenize",
+            "Text or messages to token ids",
+            object(&[], &tokenize),
+            Answer::Json("Tokenized"),
+        ),
+        (
+            "/detokenize",
+            "Token ids to text",
+            object(&["tokens"], &detokenize),
+            Answer::Json("Detokenized"),
+        ),
+    ]
+}
+
 /// The fields that both completion APIs have.
 fn common(own: Value) -> Value {
+    let text = json!({"type": "string", "minLength": 1});
     let mut properties = json!({
         "model": nullable("string"), "stream": boolean(), "n": integer(1, 128),
-        "max_tokens": integer(0, u32::MAX), "stop": {"anyOf": [
-            {"type": "null"}, {"type": "string", "minLength": 1},
-            {"type": "array", "maxItems": 4, "items": {"type": "string", "minLength": 1}},
-        ]},
+        "max_tokens": integer(0, u32::MAX), "min_tokens": integer(0, u32::MAX),
+        "stop": {"anyOf": [{"type": "null"}, text, array(text.clone(), 0, 4)]},
+        "stop_token_ids": token_ids(0), "bad_words": array(text.clone(), 0, 1024),
+        "allowed_token_ids": token_ids(1), "logprob_token_ids": token_ids(0),
         "seed": {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": i64::MAX},
         "temperature": number(0.0, 2.0), "top_p": number(0.01, 1.0), "min_p": number(0.0, 1.0),
         "top_k": integer(0, u32::MAX), "frequency_penalty": number(-2.0, 2.0),
@@ -137,8 +211,18 @@ fn common(own: Value) -> Value {
             "type": ["object", "null"], "propertyNames": {"pattern": "^[0-9]+$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         },
+        "stream_options": object(&[], &json!({
+            "include_usage": boolean(), "continuous_usage_stats": boolean(),
+        })),
+        "response_format": object(&["type"], &json!({
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": object(&["schema"], &json!({"schema": {"type": "object"}})),
+        })),
         "ignore_eos": boolean(), "skip_special_tokens": boolean(),
         "include_stop_str_in_output": boolean(), "cache_salt": nullable("string"),
+        "prompt_logprobs": integer(0, 20), "return_token_ids": boolean(),
+        "truncate_prompt_tokens": {"type": ["integer", "null"], "minimum": -1, "maximum": u32::MAX},
+        "truncation_side": {"enum": ["left", "right"]}, "request_id": nullable("string"),
     });
     if let (Value::Object(all), Value::Object(own)) = (&mut properties, own) {
         all.extend(own);
@@ -146,26 +230,46 @@ fn common(own: Value) -> Value {
     properties
 }
 
-fn post(summary: &str, body: &Value) -> Value {
-    let mut operation = get(summary);
+fn post(summary: &str, body: &Value, answer: Answer) -> Value {
+    let mut operation = operation(summary, answer);
     operation["requestBody"] = json!({
         "required": true, "content": {"application/json": {"schema": body}},
     });
     operation
 }
 
-fn get(summary: &str) -> Value {
+fn operation(summary: &str, answer: Answer) -> Value {
     let error = |description: &str| {
-        let schema = json!({"$ref": "#/components/schemas/Error"});
-        json!({"description": description, "content": {"application/json": {"schema": schema}}})
+        let content = json!({"application/json": {"schema": node("Error")}});
+        json!({"description": description, "content": content})
     };
+    let mut answered = json!({"description": "the answer"});
+    let json_of = |schema: &str| json!({"schema": node(schema)});
+    match answer {
+        Answer::Empty => {}
+        Answer::Text => answered["content"] = json!({"text/plain": {"schema": string()}}),
+        Answer::Json(schema) => answered["content"] = json!({"application/json": json_of(schema)}),
+        Answer::Stream(whole, event) => {
+            let about =
+                format!("A `{event}`, an `Error` in its place, or the last one's `[DONE]`.");
+            let data = json!({
+                "type": "string", "description": about, "contentMediaType": "application/json",
+                "contentSchema": node(event),
+            });
+            let of_event = object(&["data"], &json!({"event": string(), "data": data}));
+            answered["content"] = json!({
+                "application/json": json_of(whole),
+                "text/event-stream": {"schema": of_event},
+            });
+        }
+    }
     json!({
         "summary": summary,
         "responses": {
-            "200": {"description": "the answer"},
+            "200": answered,
             "400": error("a field is wrong; `param` names it"),
             "401": error("a key is needed"),
-            "404": error("there is no such model or path"),
+            "404": error("there is no such model, response or path"),
             "405": error("not this method"),
             "408": error("the body took too long"),
             "413": error("the body is too large"),
@@ -176,37 +280,4 @@ fn get(summary: &str) -> Value {
             "504": error("the answer took too long"),
         },
     })
-}
-
-fn string() -> Value {
-    json!({"type": "string"})
-}
-
-fn boolean() -> Value {
-    nullable("boolean")
-}
-
-fn nullable(kind: &str) -> Value {
-    json!({"type": [kind, "null"]})
-}
-
-fn integer(least: u32, most: u32) -> Value {
-    json!({"type": ["integer", "null"], "minimum": least, "maximum": most})
-}
-
-fn token_id() -> Value {
-    json!({"type": "integer", "minimum": 0, "maximum": u32::MAX})
-}
-
-fn number(least: f64, most: f64) -> Value {
-    json!({"type": ["number", "null"], "minimum": least, "maximum": most})
-}
-
-fn texts() -> Value {
-    let text = json!({"type": "string", "minLength": 1});
-    let ids = json!({"type": "array", "minItems": 1, "items": token_id()});
-    json!({"anyOf": [
-        text, ids, {"type": "array", "minItems": 1, "items": text},
-        {"type": "array", "minItems": 1, "items": ids},
-    ]})
 }

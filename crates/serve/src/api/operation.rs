@@ -23,6 +23,13 @@ pub(crate) async fn health(State(app): State<App>) -> Result<StatusCode, ApiErro
     }
 }
 
+/// How many requests there are, for balancers that ask.
+pub(crate) async fn load(State(app): State<App>) -> Json<serde_json::Value> {
+    let engines = app.engine.stats().into_iter();
+    let load: usize = engines.map(|engine| engine.running + engine.waiting).sum();
+    Json(json!({ "server_load": load }))
+}
+
 pub(crate) async fn version() -> Response {
     Json(json!({ "version": env!("CARGO_PKG_VERSION") })).into_response()
 }

@@ -20,8 +20,16 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 pub(crate) fn respond<C: Serialize + Send + 'static>(
     chunks: impl Stream<Item = Result<C, Error>> + Send + 'static,
 ) -> Response {
+    let done = futures::stream::once(async { Ok(Event::default().data("[DONE]")) });
+    stream(frames(chunks).chain(done))
+}
+
+/// Up to the first error, which is told too.
+fn frames<C: Serialize>(
+    chunks: impl Stream<Item = Result<C, Error>>,
+) -> impl Stream<Item = Result<Event, Infallible>> {
     let mut failed = false;
-    let frames = chunks
+    chunks
         .take_while(move |chunk| {
             std::future::ready(!std::mem::replace(&mut failed, chunk.is_err()))
         })
@@ -29,9 +37,14 @@ pub(crate) fn respond<C: Serialize + Send + 'static>(
             Ok(chunk) => serde_json::to_string(&chunk).expect("chunks have string keys only"),
             Err(error) => ApiError::from(error).to_json(),
         })
-        .chain(futures::stream::once(async { "[DONE]".to_owned() }))
-        .map(|data| Ok::<_, Infallible>(Event::default().data(data)));
-    stream(frames)
+        .map(|data| Ok(Event::default().data(data)))
+}
+
+/// Streams chunks as [`respond`] does, but their end is an end.
+pub(crate) fn respond_without_done<C: Serialize + Send + 'static>(
+    chunks: impl Stream<Item = Result<C, Error>> + Send + 'static,
+) -> Response {
+    stream(frames(chunks))
 }
 
 /// Streams events that carry their own type. There is no `[DONE]`: the last event says so.

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
-use updraft_chat::{EncodePolicy, TokenizerExt};
+use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
 
 use super::chat::{self, ChatFields};
 use super::error::ApiError;
@@ -27,14 +27,47 @@ struct TokenizeFields {
     add_special_tokens: Option<bool>,
     #[serde(default)]
     return_token_strs: Option<bool>,
+    /// llama.cpp's: each token with its text.
+    #[serde(default)]
+    with_pieces: Option<bool>,
 }
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Tokenized {
     count: usize,
     max_model_len: u32,
-    tokens: Vec<u32>,
+    tokens: Tokens,
     token_strs: Option<Vec<String>>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Tokens {
+    Ids(Vec<u32>),
+    Pieces(Vec<Piece>),
+}
+
+#[derive(Debug, Serialize)]
+struct Piece {
+    id: u32,
+    piece: PieceText,
+}
+
+/// A text, or the bytes of what is none on its own.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum PieceText {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl Piece {
+    fn new(chat: &Chat, id: u32) -> Self {
+        let bytes = chat.tokenizer().token_bytes(id).unwrap_or_default();
+        let piece = String::from_utf8(bytes.to_vec());
+        let piece = piece.map_or_else(|no| PieceText::Bytes(no.into_bytes()), PieceText::Text);
+        Self { id, piece }
+    }
 }
 
 /// The token ids of a text, or of a conversation as the model would see it.
@@ -72,7 +105,10 @@ pub(crate) async fn tokenize(
         count: tokens.len(),
         max_model_len: info.max_model_len,
         token_strs: fields.return_token_strs.unwrap_or(false).then(strings),
-        tokens,
+        tokens: match fields.with_pieces.unwrap_or(false) {
+            true => Tokens::Pieces(tokens.iter().map(|&id| Piece::new(&chat, id)).collect()),
+            false => Tokens::Ids(tokens),
+        },
     }))
 }
 

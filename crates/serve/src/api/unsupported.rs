@@ -23,9 +23,7 @@ macro_rules! refused {
 }
 
 refused!(
-    allowed_token_ids,
     audio,
-    bad_words,
     chat_template,
     functions,
     grammar,
@@ -33,14 +31,9 @@ refused!(
     guided_grammar,
     guided_json,
     guided_regex,
-    json_schema,
     logits_processors,
-    logprob_token_ids,
     prompt_embeds,
-    prompt_logprobs,
-    structured_outputs,
     suffix,
-    truncate_prompt_tokens,
     use_beam_search,
     web_search_options,
 );

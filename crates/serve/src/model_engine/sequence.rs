@@ -39,18 +39,39 @@ impl Sequence {
         }
     }
 
-    pub(super) fn past(&self) -> Past<'_> {
+    /// The next token by the request's own settings; `None` if it may be none.
+    pub(super) fn sample(&self, logits: &[f32]) -> Option<u32> {
+        let past = Past {
+            prompt: &self.request.prompt_ids,
+            generated: self.generated(),
+            forbidden: &self.forbidden(),
+        };
+        sampler::sample(logits, &self.request.sampling, past)
+    }
+
+    /// Stop tokens that would come too early, and tokens that would complete a bad word.
+    fn forbidden(&self) -> Vec<u32> {
         let generated = self.generated();
         let early = generated.len() < self.request.min_tokens as usize;
-        Past {
-            prompt: &self.request.prompt_ids,
-            generated,
-            forbidden: if early {
-                &self.request.stop_token_ids
-            } else {
-                &[]
-            },
-        }
+        let mut forbidden = match early {
+            true => self.request.stop_token_ids.clone(),
+            false => Vec::new(),
+        };
+        let ends = self
+            .request
+            .bad_words
+            .iter()
+            .filter_map(|word| word.split_last());
+        let begun = ends.filter(|(_, start)| generated.ends_with(start));
+        forbidden.extend(begun.map(|(last, _)| *last));
+        forbidden
+    }
+
+    /// The log-probabilities of a chosen token, if they were asked for.
+    pub(super) fn logprobs(&self, logits: &[f32], token: u32) -> Option<TokenLogprobs> {
+        let top = self.request.logprobs?;
+        let named = &self.request.logprob_ids;
+        Some(sampler::token_logprobs(logits, token, top, named))
     }
 
     /// The logits with what the grammar forbids at minus infinity; `None` if all is allowed.
@@ -98,7 +119,7 @@ impl Sequence {
             self.prompt_logprobs.push(None);
         }
         let top = self.request.prompt_logprobs.unwrap_or(0);
-        let logprobs = sampler::token_logprobs(logits, self.tokens[position], top);
+        let logprobs = sampler::token_logprobs(logits, self.tokens[position], top, &[]);
         self.prompt_logprobs.push(Some(logprobs));
     }
 

@@ -1,5 +1,6 @@
 //! What the engine's thread tells about itself.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::engine::EngineStats;
@@ -11,16 +12,19 @@ pub(super) struct Status(Mutex<EngineStats>);
 
 impl Status {
     pub(super) fn new(model: &str) -> Self {
-        Self(Mutex::new(EngineStats {
-            model: model.to_owned(),
-            alive: true,
-            running: 0,
-            waiting: 0,
-            kv_cache_usage: 0.0,
-            preemptions: 0,
-            prefix_cache_queries: 0,
-            prefix_cache_hits: 0,
-        }))
+        Self(Mutex::new(EngineStats::idle(model)))
+    }
+
+    /// A forward pass of this many tokens was computed.
+    pub(super) fn stepped(&self, num_tokens: u32) {
+        self.lock().step_tokens.observe(f64::from(num_tokens));
+    }
+
+    /// Which adapters have requests, running and waiting.
+    pub(super) fn adapters(&self, running: BTreeSet<&str>, waiting: BTreeSet<&str>) {
+        let mut stats = self.lock();
+        stats.running_adapters = running.into_iter().map(str::to_owned).collect();
+        stats.waiting_adapters = waiting.into_iter().map(str::to_owned).collect();
     }
 
     pub(super) fn publish(&self, scheduler: &Scheduler) {
@@ -33,6 +37,14 @@ impl Status {
         stats.preemptions = counts.preemptions;
         stats.prefix_cache_queries = counts.prefix_cache_queries;
         stats.prefix_cache_hits = counts.prefix_cache_hits;
+        let config = scheduler.config();
+        stats.max_num_seqs = config.max_num_seqs;
+        stats.block_size = config.block_size;
+        stats.num_blocks = all;
+    }
+
+    pub(super) fn caches_prefixes(&self, prefix_cache: bool) {
+        self.lock().prefix_cache = prefix_cache;
     }
 
     pub(super) fn stopped(&self) {

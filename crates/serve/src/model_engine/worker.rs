@@ -63,6 +63,8 @@ impl Worker {
         inbox: Receiver<Job>,
         status: Arc<Status>,
     ) -> updraft_model::Result<Self> {
+        status.caches_prefixes(options.prefix_cache);
+        status.publish(&scheduler);
         Ok(Self {
             kv: pages(&decoder, &scheduler)?,
             decoder,
@@ -105,7 +107,23 @@ impl Worker {
         self.drop_cancelled();
         jobs.into_iter().for_each(|job| self.admit(job));
         self.step();
+        self.publish();
+    }
+
+    fn publish(&self) {
         self.status.publish(&self.scheduler);
+        let with_adapter = || {
+            let adapted = |(_, sequence): &(&SequenceId, &Sequence)| sequence.adapter.is_some();
+            self.sequences.iter().filter(adapted)
+        };
+        let adapters = |runs: bool| {
+            let chosen = with_adapter()
+                .filter(|(id, _)| self.scheduler.block_table(**id).is_empty() != runs);
+            chosen
+                .map(|(_, sequence)| sequence.request.model.as_str())
+                .collect()
+        };
+        self.status.adapters(adapters(true), adapters(false));
     }
 
     fn admit(&mut self, job: Job) {
@@ -137,7 +155,7 @@ impl Worker {
             };
             self.sequences.insert(id, sequence);
         }
-        self.status.publish(&self.scheduler);
+        self.publish();
         // Nobody listens if the client has just gone; the next sweep finds that out.
         let _ = job.admitted.send(admitted);
     }
@@ -233,11 +251,13 @@ impl Worker {
         self.suspects.clear();
         self.scheduler.reset();
         self.clear_cache();
-        self.status.publish(&self.scheduler);
+        self.publish();
     }
 
     fn use_hidden(&mut self, step: &Step, hidden: &Tensor, rows: &[Row]) {
         self.scheduler.computed(step);
+        self.status
+            .stepped(step.slices.iter().map(|slice| slice.len).sum());
         self.tell_embeddings(hidden, rows);
         for (index, chunk) in rows.chunks(LOGIT_ROWS).enumerate() {
             let first = index * LOGIT_ROWS;
@@ -352,13 +372,14 @@ impl Worker {
             Err(error) => return self.fail(id, &one_line(error.as_ref())),
         };
         let choice = allowed.as_deref().unwrap_or(logits);
-        let Some(token) = sampler::sample(choice, &sequence.request.sampling, sequence.past())
-        else {
-            return self.fail(id, "the model gave no finite logit that is allowed");
+        let Some(token) = sequence.sample(choice) else {
+            return match sampler::is_sound(logits) {
+                true => self.refuse(id, "the request's own settings leave no token to choose"),
+                false => self.fail(id, "the model gave no finite logit"),
+            };
         };
         let is_stop = sequence.request.stop_token_ids.contains(&token);
-        let top = sequence.request.logprobs;
-        let logprobs = top.map(|top| sampler::token_logprobs(logits, token, top));
+        let logprobs = sequence.logprobs(logits, token);
         sequence.tokens.push(token);
         if is_stop {
             return self.finish(id, FinishReason::Stop);
@@ -394,6 +415,17 @@ impl Worker {
             sequence.tell(Ok(TokenEvent::Finished {
                 reason,
                 usage: sequence.usage(),
+            }));
+        }
+        self.forget(id);
+    }
+
+    /// What the request asks for contradicts itself, which shows only now.
+    fn refuse(&mut self, id: SequenceId, message: &str) {
+        if let Some(sequence) = self.sequences.get(&id) {
+            sequence.tell(Err(Error::InvalidRequest {
+                message: message.to_owned(),
+                param: None,
             }));
         }
         self.forget(id);

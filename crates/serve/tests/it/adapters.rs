@@ -5,9 +5,10 @@ use std::sync::Arc;
 use serde_json::json;
 use updraft_model::{ModelConfig, peft};
 use updraft_serve::{ModelSource, ServeOptions};
+use updraft_store::{StageId, Store};
 
 use crate::client::Server;
-use crate::load::{adapter, ask, load, model_files, write};
+use crate::load::{adapter, ask, commit, done_files, load, model_files, write};
 
 const LOAD: &str = "/v1/load_lora_adapter";
 const UNLOAD: &str = "/v1/unload_lora_adapter";
@@ -61,6 +62,24 @@ async fn an_adapter_is_loaded_used_and_unloaded() {
     let question = json!({"model": "lora", "messages": [{"role": "user", "content": "x"}]});
     let answer = server.post("/v1/chat/completions", &question).await;
     answer.error(404, Some("model_not_found"));
+}
+
+/// From a store, by the URL of what training left there.
+#[tokio::test]
+async fn an_adapter_is_loaded_from_a_store() {
+    let (folder, training) = (tempfile::tempdir(), tempfile::tempdir());
+    let (folder, training) = (folder.expect("a folder"), training.expect("a folder"));
+    let server = server(&folder, true).await;
+    let url = format!("file://{}", training.path().display());
+    let store = Store::open(&url).expect("a store");
+    let id = StageId::done("tiny", "letters").expect("a name");
+    commit(&store, &id, done_files()).await;
+    let path = format!("{url}/done/tiny/letters");
+    let answer = server
+        .post(LOAD, &json!({"lora_name": "lora", "lora_path": path}))
+        .await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_ne!(ask(&server, "lora").await, ask(&server, "tiny").await);
 }
 
 #[tokio::test]

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use updraft_serve::{ApiKeys, EchoEngine, ServeOptions};
 
 use crate::client::Server;
@@ -55,6 +57,9 @@ async fn no_spelling_of_a_path_goes_around() {
         "/./v1/models",
         "http://elsewhere/v1/models",
         "/tokenize",
+        "/models",
+        "/slots",
+        "/v1/responses/resp_1",
         "/v1/nowhere",
     ] {
         let answer = server.request("GET", path, "", None).await;
@@ -75,10 +80,36 @@ async fn no_spelling_of_a_path_goes_around() {
         .error(401, Some("invalid_api_key"));
 }
 
+/// No name a client gives itself or the server opens anything.
+#[tokio::test]
+async fn forged_headers_open_nothing() {
+    let server = guarded().await;
+    for header in [
+        "Host: localhost/health?",
+        "Host: x\r\nX-Original-URL: /health",
+        "Host: x\r\nX-Rewrite-URL: /health",
+        "Host: x\r\nX-Forwarded-For: 127.0.0.1",
+        "Host: x\r\nX-Forwarded-Prefix: /health",
+        "Host: x\r\nX-Api-Key: wrong",
+        "Host: x\r\nAuthorization: Bearer wrong\r\nAuthorization: Bearer token-abc123",
+    ] {
+        let head = format!("GET /v1/models HTTP/1.1\r\nConnection: close\r\n{header}\r\n\r\n");
+        let mut stream = TcpStream::connect(server.addr).await.expect("it listens");
+        stream.write_all(head.as_bytes()).await.expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("an answer");
+        let refused = ["HTTP/1.1 401", "HTTP/1.1 400"];
+        assert!(
+            refused.iter().any(|status| answer.starts_with(status)),
+            "{header}: {answer}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn operators_need_no_key() {
     let server = guarded().await;
-    for path in ["/health", "/version", "/metrics"] {
+    for path in ["/health", "/ping", "/load", "/version", "/metrics"] {
         assert_eq!(server.get(path).await.status, 200, "{path}");
     }
 }

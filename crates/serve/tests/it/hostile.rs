@@ -119,6 +119,19 @@ async fn known_attacks_are_refused() {
         (with("best_of", json!(1_000_000_000)), "best_of"),
         (with("prompt_embeds", json!("gASV")), "prompt_embeds"),
         (with("prompt_logprobs", json!(-1)), "prompt_logprobs"),
+        (with("prompt_logprobs", json!(i64::MAX)), "prompt_logprobs"),
+        (
+            with("truncate_prompt_tokens", json!(i64::MIN)),
+            "truncate_prompt_tokens",
+        ),
+        (
+            with("allowed_token_ids", json!([-1])),
+            "allowed_token_ids[0]",
+        ),
+        (
+            with("structured_outputs", json!({"regex": "(a+)+$"})),
+            "structured_outputs.regex",
+        ),
         (with("chat_template", json!("{{ 1 }}")), "chat_template"),
         (with("guided_regex", json!("(a+)+$")), "guided_regex"),
         (with("max_tokens", json!(i64::MAX)), "max_tokens"),
@@ -144,6 +157,22 @@ async fn known_attacks_are_refused() {
             .await
             .status;
         assert!([200, 400].contains(&status), "{variables}: {status}");
+    }
+    // llama.cpp's own, which once read outside of its memory.
+    for more in [
+        "n_discard",
+        "n_keep",
+        "id_slot",
+        "n_indent",
+        "t_max_predict_ms",
+    ] {
+        let mut body = json!({"prompt": "x", "n_predict": 2});
+        body[more] = json!(-1_000_000_000);
+        assert_eq!(
+            server.post("/completion", &body).await.status,
+            200,
+            "{more}"
+        );
     }
     for body in [
         json!({"prompt": []}),

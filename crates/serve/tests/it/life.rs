@@ -78,11 +78,11 @@ async fn more_than_fits_is_a_429_with_a_time() {
     assert_eq!(engine.running(), 1);
     let metrics = server.get("/metrics").await.body;
     assert!(
-        metrics.contains("vllm:admission_rejections_total{model_name=\"echo\"} 1\n"),
+        metrics.contains("vllm:admission_rejections_total{model_name=\"echo\",engine=\"0\"} 1\n"),
         "{metrics}"
     );
     assert!(
-        metrics.contains("vllm:num_requests_running{model_name=\"echo\"} 1\n"),
+        metrics.contains("vllm:num_requests_running{model_name=\"echo\",engine=\"0\"} 1\n"),
         "{metrics}"
     );
 }
@@ -167,10 +167,10 @@ async fn operators_see_what_goes_on() {
             .starts_with("text/plain; version=0.0.4")
     );
     for line in [
-        "vllm:prompt_tokens_total{model_name=\"echo\"} 5\n",
-        "vllm:generation_tokens_total{model_name=\"echo\"} 6\n",
-        "vllm:request_success_total{model_name=\"echo\",finished_reason=\"stop\"} 1\n",
-        "vllm:time_to_first_token_seconds_count{model_name=\"echo\"} 1\n",
+        "vllm:prompt_tokens_total{model_name=\"echo\",engine=\"0\"} 5\n",
+        "vllm:generation_tokens_total{model_name=\"echo\",engine=\"0\"} 6\n",
+        "vllm:request_success_total{model_name=\"echo\",engine=\"0\",finished_reason=\"stop\"} 1\n",
+        "vllm:time_to_first_token_seconds_count{model_name=\"echo\",engine=\"0\"} 1\n",
     ] {
         assert!(
             metrics.body.contains(line),

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use futures::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 use tokio::io::AsyncReadExt;
 use updraft_model::{Adapter, Architecture, LoraConfig, ModelConfig, Threads, merge, peft, tiny};
@@ -88,7 +89,7 @@ pub(crate) fn adapter(config: &ModelConfig) -> Adapter {
 }
 
 /// What training leaves: the adapter, and the base with the adapter merged into it.
-fn done_files() -> Vec<(String, Vec<u8>)> {
+pub(crate) fn done_files() -> Vec<(String, Vec<u8>)> {
     let base = model_files();
     let config = ModelConfig::from_json(&base[0].1).expect("sound");
     let weights = tiny::weights(&config, 3);
@@ -121,7 +122,7 @@ pub(crate) fn write(folder: &Path, files: &[(&str, Vec<u8>)]) {
     }
 }
 
-async fn commit<N: AsRef<str>>(store: &Store, id: &StageId, files: Vec<(N, Vec<u8>)>) {
+pub(crate) async fn commit<N: AsRef<str>>(store: &Store, id: &StageId, files: Vec<(N, Vec<u8>)>) {
     let inputs = json!({"test": id.to_string()});
     let Opened::Open(stage) = open_stage(store, id, "test", &inputs)
         .await
@@ -324,19 +325,24 @@ async fn two_names_cannot_be_the_same() {
     );
 }
 
-/// Clients that ask and vanish: before the answer, within it, or not at all.
+/// A thousand clients that ask and vanish: before the answer, within it, or not at all. Nothing of
+/// them is left: no block, no place in the batch, no task, no response.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_vanish_leave_nothing_behind() {
+async fn a_thousand_clients_that_vanish_leave_nothing_behind() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     write(folder.path(), &model_files());
     let source = ModelSource::folder(folder.path());
     let server = serve(load(&source, &[]).await.expect("it loads")).await;
     let expected = ask(&server, "tiny").await;
-    let clients = (0..100u64).map(|client| {
+    let tasks = tokio::runtime::Handle::current().metrics();
+    until_idle(&server).await;
+    let before = tasks.num_alive_tasks();
+    let clients = (0..1000u64).map(|client| {
         let server = &server;
         let body = json!({
             "messages": [{"role": "user", "content": "x".repeat(client as usize % 60)}],
-            "stream": client % 3 != 0, "n": 1 + client % 2, "max_tokens": 100, "seed": client,
+            "stream": !client.is_multiple_of(3), "n": 1 + client % 2, "max_tokens": 100,
+            "seed": client,
         });
         async move {
             let path = "/v1/chat/completions";
@@ -344,13 +350,27 @@ async fn clients_that_vanish_leave_nothing_behind() {
             let body = body.to_string();
             let mut connection = server.send("POST", path, headers, Some(&body)).await;
             let mut read = vec![0; (updraft_serve::uniform(3, client) * 4000.0) as usize];
-            if client % 4 != 0 {
+            if !client.is_multiple_of(4) {
                 // Whoever gets an answer shorter than this goes at its end.
                 let _ = connection.read_exact(&mut read).await;
             }
         }
     });
-    futures::future::join_all(clients).await;
+    stream::iter(clients).buffer_unordered(100).count().await;
+    until_idle(&server).await;
+    for _ in 0..500 {
+        if tasks.num_alive_tasks() <= before {
+            let after = ask(&server, "tiny").await;
+            assert_eq!(after, expected, "and it answers as before");
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("{} tasks are left of {before}", tasks.num_alive_tasks());
+}
+
+/// Until nothing runs, nothing waits and every block is free.
+async fn until_idle(server: &Server) {
     for _ in 0..500 {
         let metrics = server.get("/metrics").await.body;
         let idle = [
@@ -358,18 +378,96 @@ async fn clients_that_vanish_leave_nothing_behind() {
             "num_requests_waiting",
             "kv_cache_usage_perc",
         ];
+        let label = "{model_name=\"tiny\",engine=\"0\"}";
         if idle
             .iter()
-            .all(|name| metrics.contains(&format!("vllm:{name}{{model_name=\"tiny\"}} 0\n")))
+            .all(|name| metrics.contains(&format!("vllm:{name}{label} 0\n")))
         {
-            assert_eq!(
-                ask(&server, "tiny").await,
-                expected,
-                "and it answers as before"
-            );
             return;
         }
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     panic!("something is left: {}", server.get("/metrics").await.body);
+}
+
+/// What a model's makers recommend holds where a request says nothing, and yields where it does;
+/// any of several tokens ends an answer.
+#[tokio::test]
+async fn generation_config_says_what_requests_leave_out() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let texts = async |generation_config: &str, more: Value| {
+        write(folder.path(), &model_files());
+        std::fs::write(
+            folder.path().join("generation_config.json"),
+            generation_config,
+        )
+        .expect("written");
+        let server = serve(
+            load(&ModelSource::folder(folder.path()), &[])
+                .await
+                .expect("it loads"),
+        )
+        .await;
+        let mut body =
+            json!({"prompt": "How many?", "max_tokens": 60, "seed": 5, "return_token_ids": true});
+        more.as_object()
+            .expect("fields")
+            .iter()
+            .for_each(|(key, value)| body[key] = value.clone());
+        let choice = server.post("/v1/completions", &body).await.json()["choices"][0].clone();
+        assert!(choice["token_ids"].is_array(), "{choice}");
+        (choice["token_ids"].clone(), choice["finish_reason"].clone())
+    };
+    let plain = r#"{"eos_token_id": 257}"#;
+    let greedy = texts(plain, json!({"temperature": 0})).await;
+    let drawn = texts(plain, json!({})).await;
+    assert_ne!(
+        greedy, drawn,
+        "a random model's draws are not its likeliest tokens"
+    );
+    for (recommended, asked) in [
+        (json!({"temperature": 0.0}), json!({"temperature": 0})),
+        (json!({"top_k": 1}), json!({"top_k": 1})),
+        (
+            json!({"top_p": 0.3, "temperature": 0.7}),
+            json!({"top_p": 0.3, "temperature": 0.7}),
+        ),
+        (json!({"min_p": 0.9}), json!({"min_p": 0.9})),
+        (
+            json!({"repetition_penalty": 1.8}),
+            json!({"repetition_penalty": 1.8}),
+        ),
+    ] {
+        let mut config = recommended.clone();
+        config["eos_token_id"] = json!(257);
+        let config = config.to_string();
+        let expected = texts(plain, asked).await;
+        assert_eq!(texts(&config, json!({})).await, expected, "{recommended}");
+        let neutral = json!({
+            "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1,
+        });
+        assert_eq!(
+            texts(&config, neutral).await,
+            drawn,
+            "what is asked comes first: {recommended}"
+        );
+        assert_ne!(expected, drawn, "{recommended} does something");
+    }
+    // The answer's fourth token becomes an end beside the usual one.
+    let fourth = greedy.0[3].as_u64().expect("an id");
+    let first = greedy
+        .0
+        .as_array()
+        .expect("ids")
+        .iter()
+        .position(|id| *id == fourth)
+        .expect("it is there");
+    let several = json!({"eos_token_id": [257, fourth], "temperature": 0.0}).to_string();
+    let (ids, reason) = texts(&several, json!({})).await;
+    assert_eq!(
+        (ids.as_array().map(Vec::len), reason),
+        (Some(first), json!("stop"))
+    );
+    let (ids, _) = texts(&several, json!({"ignore_eos": true})).await;
+    assert_eq!(ids, greedy.0);
 }

@@ -1,11 +1,13 @@
 //! The responses API, embeddings, and the document that lists everything.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use updraft_serve::{ApiKeys, EchoEngine, ServeOptions};
 
 use crate::client::{NOW, Server};
+use crate::life::until;
 
 const PATH: &str = "/v1/responses";
 
@@ -94,10 +96,10 @@ async fn what_responses_cannot_do_is_named() {
         ),
         (json!({"tools": [{"type": "web_search"}]}), "tools"),
         (
-            json!({"text": {"format": {"type": "json_object"}}}),
-            "text.format",
+            json!({"text": {"format": {"type": "sound"}}}),
+            "text.format.type",
         ),
-        (json!({"background": true}), "background"),
+        (json!({"conversation": "conv_1"}), "conversation"),
         (json!({"max_output_tokens": 0}), "max_output_tokens"),
         (json!({"temperature": 9}), "temperature"),
         (json!({"input": [{"type": "reasoning"}]}), "input[0].type"),
@@ -158,24 +160,194 @@ async fn texts_and_ids_are_embedded_alike_in_both_encodings() {
 async fn the_document_lists_every_path() {
     let options = ServeOptions {
         api_keys: ApiKeys::new(["key"]),
+        runtime_adapters: true,
         ..ServeOptions::default()
     };
     let server = Server::start(Arc::new(EchoEngine::new(["echo"])), options).await;
     let document = server.get("/openapi.json").await.json();
     assert_eq!(document["openapi"], "3.1.0");
     let paths = document["paths"].as_object().expect("an object");
-    assert!(paths.len() > 10);
+    assert!(paths.len() > 15);
     for (path, operations) in paths {
-        let path = path.replace("{id}", "echo");
-        for method in operations.as_object().expect("an object").keys() {
-            let answer = server
-                .request(&method.to_uppercase(), &path, "", None)
-                .await;
+        let url = path.replace("{id}", "echo");
+        for (method, operation) in operations.as_object().expect("an object") {
+            let answer = server.request(&method.to_uppercase(), &url, "", None).await;
             assert!(
                 [200, 401].contains(&answer.status),
                 "{method} {path}: {}",
                 answer.status
             );
+            for status in [
+                "400", "401", "404", "405", "408", "413", "415", "429", "500", "503", "504",
+            ] {
+                let content = &operation["responses"][status]["content"]["application/json"];
+                assert_eq!(
+                    content["schema"]["$ref"], "#/components/schemas/Error",
+                    "{path} {status}"
+                );
+            }
+            let answered = operation["responses"]["200"]["content"].as_object();
+            let silent = ["/health", "/ping"].contains(&path.as_str());
+            assert_eq!(answered.is_none(), silent, "{path} says what a 200 is");
         }
     }
+    // Every reference leads somewhere.
+    let text = document.to_string();
+    let refs = text.split("\"$ref\":\"#/components/schemas/").skip(1);
+    for name in refs.filter_map(|rest| rest.split('"').next()) {
+        assert!(
+            document["components"]["schemas"][name].is_object(),
+            "{name}"
+        );
+    }
+}
+
+/// A response is kept for who asked for it: to be fetched, answered on, and forgotten.
+#[tokio::test]
+async fn what_was_said_can_be_answered_on() {
+    let server = Server::echo().await;
+    let first = server.post(PATH, &json!({"input": "hi"})).await.json();
+    let id = first["id"].as_str().expect("a string");
+    assert!(id.starts_with("resp_") && first["store"] == true);
+    let path = format!("{PATH}/{id}");
+    assert_eq!(server.get(&path).await.json(), first);
+    let body = json!({"input": "there", "previous_response_id": id});
+    let second = server.post(PATH, &body).await.json();
+    assert_eq!(second["previous_response_id"], id);
+    assert_eq!(second["output"][0]["content"][0]["text"], "there");
+    let streamed = server
+        .post(PATH, &json!({"input": "hi", "stream": true}))
+        .await
+        .body;
+    let last = streamed
+        .lines()
+        .rfind(|line| line.starts_with("data: "))
+        .expect("events");
+    let last: Value = serde_json::from_str(&last["data: ".len()..]).expect("JSON");
+    let path_of = |response: &Value| format!("{PATH}/{}", response["id"].as_str().expect("an id"));
+    let kept = server.get(&path_of(&last["response"])).await.json();
+    assert_eq!(kept, last["response"]);
+    let deleted = server.request("DELETE", &path, "", None).await.json();
+    assert_eq!(
+        deleted,
+        json!({"id": id, "object": "response", "deleted": true})
+    );
+    server.get(&path).await.error(404, None);
+    server
+        .request("DELETE", &path, "", None)
+        .await
+        .error(404, None);
+    let error = server.post(PATH, &body).await.error(400, None);
+    assert_eq!(error["param"], "previous_response_id");
+    let unkept = server
+        .post(PATH, &json!({"input": "hi", "store": false}))
+        .await
+        .json();
+    assert_eq!(unkept["store"], false);
+    server.get(&path_of(&unkept)).await.error(404, None);
+}
+
+#[tokio::test]
+async fn a_response_in_the_background_ends_or_is_cancelled() {
+    let engine = EchoEngine::new(["echo"]).with_pace(Duration::from_millis(5));
+    let server = Server::start(Arc::new(engine.clone()), ServeOptions::default()).await;
+    let begin = async |text: &str| {
+        let body = json!({"input": text, "background": true});
+        let begun = server.post(PATH, &body).await.json();
+        assert_eq!(
+            (&begun["status"], &begun["background"]),
+            (&json!("in_progress"), &json!(true))
+        );
+        format!("{PATH}/{}", begun["id"].as_str().expect("an id"))
+    };
+    let path = begin("hi").await;
+    let ended = loop {
+        let response = server.get(&path).await.json();
+        if response["status"] != "in_progress" {
+            break response;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!(
+        (&ended["status"], &ended["output"][0]["content"][0]["text"]),
+        (&json!("completed"), &json!("hi"))
+    );
+    let cancel = async |path: &str| {
+        server
+            .request("POST", &format!("{path}/cancel"), "", None)
+            .await
+    };
+    assert_eq!(
+        cancel(&path).await.json(),
+        ended,
+        "what has ended stays as it is"
+    );
+
+    for deleted in [false, true] {
+        let path = begin(&"x".repeat(2000)).await;
+        assert_eq!(engine.running(), 1);
+        match deleted {
+            true => assert_eq!(server.request("DELETE", &path, "", None).await.status, 200),
+            false => assert_eq!(cancel(&path).await.json()["status"], "cancelled"),
+        }
+        until("it is ended", || engine.running() == 0).await;
+        let kept = server.get(&path).await;
+        assert_eq!(kept.status, if deleted { 404 } else { 200 });
+        assert!(deleted || kept.json()["status"] == "cancelled");
+    }
+    let plain = server.post(PATH, &json!({"input": "hi"})).await.json();
+    let plain = format!("{PATH}/{}", plain["id"].as_str().expect("an id"));
+    assert_eq!(cancel(&plain).await.error(400, None)["param"], "background");
+    cancel(&format!("{PATH}/resp_none")).await.error(404, None);
+    for more in [json!({"stream": true}), json!({"store": false})] {
+        let mut body = json!({"input": "hi", "background": true});
+        more.as_object()
+            .expect("fields")
+            .iter()
+            .for_each(|(key, value)| body[key] = value.clone());
+        assert_eq!(
+            server.post(PATH, &body).await.error(400, None)["param"],
+            "background"
+        );
+    }
+}
+
+/// Nobody reads with another key what was asked with one.
+#[tokio::test]
+async fn a_response_belongs_to_its_key() {
+    let options = ServeOptions {
+        api_keys: ApiKeys::new(["one", "two"]),
+        ..ServeOptions::default()
+    };
+    let server = Server::start(Arc::new(EchoEngine::new(["echo"])), options).await;
+    let header =
+        |key: &str| format!("Authorization: Bearer {key}\r\nContent-Type: application/json\r\n");
+    let asked = server
+        .request("POST", PATH, &header("one"), Some("{\"input\": \"hi\"}"))
+        .await
+        .json();
+    let id = asked["id"].as_str().expect("an id").to_owned();
+    let path = format!("{PATH}/{id}");
+    assert_eq!(
+        server
+            .request("GET", &path, &header("one"), None)
+            .await
+            .status,
+        200
+    );
+    for method in ["GET", "DELETE"] {
+        server
+            .request(method, &path, &header("two"), None)
+            .await
+            .error(404, None);
+    }
+    let body = json!({"input": "and?", "previous_response_id": id}).to_string();
+    server
+        .request("POST", PATH, &header("two"), Some(&body))
+        .await
+        .error(400, None);
+    server
+        .request("POST", PATH, &header("one"), Some(&body))
+        .await
+        .json();
 }

@@ -106,7 +106,7 @@ async fn a_reader_that_stalls_is_gone() {
     until("it is ended", || engine.running() == 0).await;
     drop(stalled);
     let metrics = server.get("/metrics").await.body;
-    let aborted = "vllm:request_success_total{model_name=\"echo\",finished_reason=\"abort\"} 0\n";
+    let aborted = "vllm:request_success_total{model_name=\"echo\",engine=\"0\",finished_reason=\"abort\"} 0\n";
     assert!(!metrics.contains(aborted), "it did not just run to its end");
 }
 

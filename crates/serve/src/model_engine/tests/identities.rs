@@ -65,7 +65,7 @@ async fn cached_decode_equals_full_forward() {
             let TokenEvent::Token { id, logprobs } = event else {
                 continue;
             };
-            let expected = crate::sampler::token_logprobs(&last_logits(&ids), id, 2);
+            let expected = crate::sampler::token_logprobs(&last_logits(&ids), id, 2, &[]);
             assert!(
                 close(&logprobs.expect("asked for"), &expected),
                 "{expected:?}"

@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::sampling::{SamplingDefaults, SamplingParams};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 
+mod choices;
 mod identities;
 mod limits;
 #[cfg(feature = "constrained")]

@@ -1,0 +1,232 @@
+//! `POST /v1/responses`: text in, text out, in the newer API's words.
+
+mod events;
+mod input;
+pub(crate) mod kept;
+
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Map, Value, json};
+use updraft_chat::{Message, Role};
+
+use self::events::Answer;
+use self::input::Input;
+use self::kept::Keeping;
+use super::chat::{ChatFields, prompt};
+use super::constrain;
+use super::error::ApiError;
+use super::fields::Fields;
+use super::json::JsonBody;
+use crate::app::{App, Shared};
+use crate::auth::Owner;
+use crate::constraint::Constraint;
+use crate::error::{Error, Result};
+use crate::generate::{self, TextStream};
+
+#[derive(Debug, Deserialize)]
+struct ResponseFields {
+    input: Input,
+    #[serde(default)]
+    instructions: Option<String>,
+    #[serde(default)]
+    max_output_tokens: Option<i64>,
+    #[serde(default)]
+    text: Option<TextOptions>,
+    #[serde(default)]
+    tools: Option<Vec<IgnoredAny>>,
+    #[serde(default)]
+    previous_response_id: Option<String>,
+    #[serde(default)]
+    conversation: Option<IgnoredAny>,
+    #[serde(default)]
+    background: Option<bool>,
+    #[serde(default)]
+    store: Option<bool>,
+    #[serde(default)]
+    metadata: Option<Map<String, Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct TextOptions {
+    #[serde(default)]
+    format: Option<Value>,
+}
+
+/// Answers an input: at once, as a stream of typed events, or in the background.
+pub(crate) async fn create(
+    State(app): State<App>,
+    Extension(owner): Extension<Owner>,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    app.check_ready()?;
+    let fields = Fields::read(&body)?;
+    let own: ResponseFields = body.read()?;
+    own.refuse_unsupported(&fields)?;
+    let form = fields.form()?;
+    let model = app.model_or_default(fields.model.clone())?;
+    let chat = app.chat(&model)?;
+    let constraint = own.constraint()?;
+    let envelope = own.envelope(&app, &model, &fields);
+    let (keep, background) = (own.keep(&app), own.background == Some(true));
+    let max_output_tokens = own.max_output_tokens;
+    let instructions = own.instructions.clone();
+    let conversation = own.into_conversation(&app, owner)?;
+    let instructions = instructions.map(|text| Message::new(Role::System, text));
+    let messages = instructions.into_iter().chain(conversation.clone());
+    let prompt_ids = prompt(&app, &chat, ChatFields::of(messages.collect())).await?;
+    let fields = fields.with_max_tokens("max_output_tokens", max_output_tokens)?;
+    let prompt_ids = fields.truncated(prompt_ids, app.info(&model)?.max_model_len)?;
+    let mut request = fields.request(&app, &model, &chat, prompt_ids, None)?;
+    request.request.constraint = constraint.or(request.request.constraint);
+    let completion = generate::start(app.clone(), chat, request).await?;
+    let keeping = keep.then(|| Keeping {
+        app: app.clone(),
+        owner,
+        conversation,
+    });
+    let answer = Answer {
+        envelope,
+        item_id: app.id("msg_"),
+        keeping,
+    };
+    if form.stream {
+        return answer.stream(completion).await;
+    }
+    if background {
+        return Ok(Json(in_background(answer, completion)).into_response());
+    }
+    let whole = generate::collect(completion).await?;
+    Ok(Json(answer.ended(&whole.text, whole.reason, whole.usage)).into_response())
+}
+
+/// Goes on without the client, which asks for the end, or cancels, by the id.
+fn in_background(answer: Answer, completion: TextStream) -> Value {
+    let begun = answer.envelope.clone();
+    if let Some(keeping) = &answer.keeping {
+        let cancelled = keeping.begin(&begun);
+        tokio::spawn(async move {
+            let whole = tokio::select! {
+                whole = generate::collect(completion) => whole,
+                () = cancelled => return, // Dropping the completion frees what it held.
+            };
+            match whole {
+                Ok(whole) => answer.ended(&whole.text, whole.reason, whole.usage),
+                Err(error) => answer.failed(error),
+            };
+        });
+    }
+    begun
+}
+
+/// A kept response.
+pub(crate) async fn get(
+    State(app): State<App>,
+    Extension(owner): Extension<Owner>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let kept = app.kept.get(&id, owner);
+    kept.map(Json)
+        .ok_or_else(|| ApiError::no_such_response(&id))
+}
+
+/// Ends a response that is made in the background.
+pub(crate) async fn cancel(
+    State(app): State<App>,
+    Extension(owner): Extension<Owner>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let response = app.kept.get(&id, owner);
+    let response = response.ok_or_else(|| ApiError::no_such_response(&id))?;
+    if response["background"] != true {
+        let message = "only responses made with `background: true` can be cancelled";
+        return Err(ApiError::invalid(message, Some("background".into())));
+    }
+    let response = app.kept.cancel(&id, owner);
+    response
+        .map(Json)
+        .ok_or_else(|| ApiError::no_such_response(&id))
+}
+
+/// Forgets a kept response, and ends it if it is still being made.
+pub(crate) async fn delete(
+    State(app): State<App>,
+    Extension(owner): Extension<Owner>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    match app.kept.remove(&id, owner) {
+        true => Ok(Json(
+            json!({"id": id, "object": "response", "deleted": true}),
+        )),
+        false => Err(ApiError::no_such_response(&id)),
+    }
+}
+
+impl ResponseFields {
+    /// Whether the response can be asked for again.
+    fn keep(&self, app: &Shared) -> bool {
+        self.store.unwrap_or(true) && app.options.max_kept_responses > 0
+    }
+
+    fn refuse_unsupported(&self, fields: &Fields) -> Result<()> {
+        let refused = [
+            ("conversation", self.conversation.is_some()),
+            (
+                "tools",
+                self.tools.as_ref().is_some_and(|tools| !tools.is_empty()),
+            ),
+        ];
+        if let Some((field, _)) = refused.iter().find(|(_, is_asked)| *is_asked) {
+            let message = format!("`{field}` is not supported by this server; leave it out");
+            return Err(Error::invalid(*field, message));
+        }
+        if self.background == Some(true)
+            && (self.store == Some(false) || fields.stream == Some(true))
+        {
+            let message = "a response in the background must be stored and cannot be streamed";
+            return Err(Error::invalid("background", message));
+        }
+        Ok(())
+    }
+
+    fn constraint(&self) -> Result<Option<Constraint>> {
+        let format = self.text.as_ref().and_then(|text| text.format.as_ref());
+        format.map_or(Ok(None), |format| {
+            constrain::of_text_format("text.format", format)
+        })
+    }
+
+    /// What was said before, and what is said now.
+    fn into_conversation(self, app: &Shared, owner: Owner) -> Result<Vec<Message>> {
+        let mut conversation = match &self.previous_response_id {
+            None => Vec::new(),
+            Some(id) => app.kept.conversation(id, owner).ok_or_else(|| {
+                let message = "there is no such response; responses are kept for a while only";
+                Error::invalid("previous_response_id", message)
+            })?,
+        };
+        conversation.extend(self.input.into_messages()?);
+        Ok(conversation)
+    }
+
+    /// What every form of the answer says, before anything is generated.
+    fn envelope(&self, app: &Shared, model: &str, fields: &Fields) -> Value {
+        let format = self.text.as_ref().and_then(|text| text.format.clone());
+        let draws = fields.draws();
+        json!({
+            "id": app.id("resp_"), "object": "response",
+            "created_at": app.options.clock.unix_seconds(), "status": "in_progress",
+            "background": self.background.unwrap_or(false), "error": null,
+            "incomplete_details": null, "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata.clone().unwrap_or_default(), "model": model, "output": [],
+            "parallel_tool_calls": true, "previous_response_id": self.previous_response_id,
+            "store": self.keep(app), "temperature": draws.temperature,
+            "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
+            "tool_choice": "auto", "tools": [], "top_p": draws.top_p,
+            "truncation": "disabled", "usage": null,
+        })
+    }
+}
