@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod hub;
+mod imports;
 mod kill;
 mod pipeline;
 

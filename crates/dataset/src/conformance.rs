@@ -30,7 +30,7 @@ pub use generated::Generated;
 macro_rules! source_tests {
     ($name:ident, $source:expr) => {
         mod $name {
-            #[allow(unused_imports)]
+            #[allow(unused_imports, reason = "the expression may need the names around it, or none")]
             use super::*;
             $crate::source_tests!(@each $source,
                 rows_are_the_same_every_time
@@ -66,7 +66,7 @@ macro_rules! source_tests {
 macro_rules! format_tests {
     ($name:ident, $format:expr, $rows:expr) => {
         mod $name {
-            #[allow(unused_imports)]
+            #[allow(unused_imports, reason = "the expression may need the names around it, or none")]
             use super::*;
             $crate::format_tests!(@each $format, $rows,
                 its_rows_are_detected_and_converted

@@ -6,22 +6,22 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
-use futures::FutureExt as _;
+use bytes::{Bytes, BytesMut};
 use futures::future::{BoxFuture, try_join_all};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use parquet::arrow::arrow_reader::ArrowReaderOptions;
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
-use updraft_store::{FileHash, Store};
 #[cfg(feature = "hub")]
-use {
-    bytes::BytesMut,
-    futures::TryStreamExt as _,
-    updraft_store::hub::{HubClient, RepoFile, ResolvedRepo},
-};
+use updraft_store::hub::{HubClient, RepoFile, ResolvedRepo};
+use updraft_store::{FileHash, Store};
 
 use crate::error::BoxError;
+
+/// A larger range, such as a column of a row group, comes by several requests at a time.
+const PIECE_BYTES: u64 = 8 << 20;
+const PIECES_AT_ONCE: usize = 4;
 
 /// A file's bytes.
 #[derive(Debug, Clone)]
@@ -49,16 +49,28 @@ pub(crate) enum Remote {
 }
 
 impl Remote {
-    /// The bytes in `range`.
+    /// The bytes in `range`, which memory holds.
     pub(crate) async fn range(&self, range: Range<u64>) -> Result<Bytes, BoxError> {
         match self {
-            Self::Object { store, path, etag } => {
+            Self::Object { store, path, etag } if range.end - range.start <= PIECE_BYTES => {
                 Ok(store.get_range_of(path, range, etag.as_deref()).await?)
+            }
+            Self::Object { store, path, etag } => {
+                let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
+                let pieces = range.clone().step_by(PIECE_BYTES as usize).map(|start| {
+                    let end = range.end.min(start + PIECE_BYTES);
+                    store.get_range_of(path, start..end, etag.as_deref())
+                });
+                let mut pieces = stream::iter(pieces).buffered(PIECES_AT_ONCE);
+                while let Some(piece) = pieces.try_next().await? {
+                    bytes.extend_from_slice(&piece);
+                }
+                Ok(bytes.freeze())
             }
             #[cfg(feature = "hub")]
             Self::Hub { client, repo, file } => {
                 let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
-                let mut body = client.read(repo, file, range);
+                let mut body = client.read_in_pieces(repo, file, range);
                 while let Some(part) = body.try_next().await? {
                     bytes.extend_from_slice(&part);
                 }

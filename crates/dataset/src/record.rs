@@ -1,5 +1,6 @@
 //! What a row becomes, whatever dialect it was written in.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
@@ -56,38 +57,97 @@ pub(crate) fn schema() -> SchemaRef {
     ))
 }
 
-/// A record as the cells of its columns.
-pub(crate) type Cells = [Option<String>; COLUMNS.len()];
+/// Where `messages` and `text` stand among them.
+const MESSAGES: usize = 0;
+const TEXT: usize = 6;
+
+/// A row's cells, one after the other in a buffer that rows take turns in.
+#[derive(Debug, Default)]
+pub(crate) struct Cells {
+    buffer: Vec<u8>,
+    /// Each cell in the buffer.
+    cells: [Option<Range<usize>>; COLUMNS.len()],
+}
+
+impl Cells {
+    /// The cells in the columns' order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Option<&str>> {
+        let text = |range: Range<usize>| {
+            std::str::from_utf8(&self.buffer[range]).expect("JSON and texts are UTF-8")
+        };
+        self.cells.iter().map(move |cell| cell.clone().map(text))
+    }
+
+    /// Bytes of all cells.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.cells
+            .iter()
+            .flatten()
+            .map(|cell| cell.len() as u64)
+            .sum()
+    }
+
+    /// Makes the row one of messages that `write` appends as JSON, unless it says no.
+    pub(crate) fn write_messages(&mut self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> bool {
+        self.clear();
+        let written = write(&mut self.buffer);
+        if written {
+            self.cells[MESSAGES] = Some(0..self.buffer.len());
+        }
+        written
+    }
+
+    fn clear(&mut self) {
+        self.buffer.clear();
+        // One long row must not cost its memory for ever.
+        self.buffer.shrink_to(KEPT_BYTES);
+        self.cells = Default::default();
+    }
+
+    fn put(&mut self, column: usize, value: Option<&impl Serialize>) -> serde_json::Result<()> {
+        if let Some(value) = value {
+            let start = self.buffer.len();
+            serde_json::to_writer(&mut self.buffer, value)?;
+            self.cells[column] = Some(start..self.buffer.len());
+        }
+        Ok(())
+    }
+}
+
+/// What the buffer of cells may keep between rows.
+const KEPT_BYTES: usize = 1 << 20;
 
 impl Record {
-    /// The cells, with the source's other columns if they are to be kept.
-    pub(crate) fn into_cells(
-        self,
+    /// Makes `cells` this record's, with the source's other columns if they are to be kept.
+    pub(crate) fn write(
+        &self,
         columns: Option<&Map<String, Value>>,
-    ) -> Result<Cells, serde_json::Error> {
-        let (prompt, chosen, rejected, text) = match self {
-            Self::Conversation(conversation) => (Some(conversation), None, None, None),
-            Self::Preference(Preference {
-                prompt,
-                chosen,
-                rejected,
-            }) => (Some(prompt), chosen, rejected, None),
-            Self::Text(text) => (None, None, None, Some(text)),
+        cells: &mut Cells,
+    ) -> serde_json::Result<()> {
+        cells.clear();
+        let (prompt, chosen, rejected) = match self {
+            Self::Conversation(conversation) => (Some(conversation), None, None),
+            Self::Preference(preference) => (
+                Some(&preference.prompt),
+                preference.chosen.as_ref(),
+                preference.rejected.as_ref(),
+            ),
+            Self::Text(text) => {
+                cells.buffer.extend_from_slice(text.as_bytes());
+                cells.cells[TEXT] = Some(0..text.len());
+                (None, None, None)
+            }
         };
-        let prompt = prompt.as_ref();
         let variables = prompt
             .map(|prompt| &prompt.variables)
             .filter(|variables| !variables.is_empty());
-        Ok([
-            json(prompt.map(|prompt| &prompt.messages))?,
-            json(prompt.and_then(|prompt| prompt.tools.as_ref()))?,
-            json(prompt.and_then(|prompt| prompt.documents.as_ref()))?,
-            json(variables)?,
-            json(chosen.as_ref())?,
-            json(rejected.as_ref())?,
-            text,
-            json(columns)?,
-        ])
+        cells.put(MESSAGES, prompt.map(|prompt| &prompt.messages))?;
+        cells.put(1, prompt.and_then(|prompt| prompt.tools.as_ref()))?;
+        cells.put(2, prompt.and_then(|prompt| prompt.documents.as_ref()))?;
+        cells.put(3, variables)?;
+        cells.put(4, chosen)?;
+        cells.put(5, rejected)?;
+        cells.put(7, columns)
     }
 
     /// The record in a row of cells.
@@ -122,10 +182,6 @@ impl Record {
             rejected: parse(rejected)?,
         }))
     }
-}
-
-fn json<T: Serialize>(value: Option<&T>) -> Result<Option<String>, serde_json::Error> {
-    value.map(serde_json::to_string).transpose()
 }
 
 fn parse<T: for<'de> Deserialize<'de>>(cell: Option<&str>) -> Result<Option<T>, serde_json::Error> {

@@ -23,7 +23,10 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn add(&mut self, count: &str, more: u64) {
-        *self.counts.entry(count.to_owned()).or_default() += more;
+        match self.counts.get_mut(count) {
+            Some(count) => *count += more,
+            None => drop(self.counts.insert(count.to_owned(), more)),
+        }
     }
 
     pub(crate) fn count(&self, count: &str) -> u64 {

@@ -1,5 +1,6 @@
 //! The import stage: a model folder or Hub repository into the store, checked before it is believed.
 
+mod copy;
 mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use safetensors::tensor::Metadata;
 use serde_json::{Value, json};
 use updraft_store::{
-    CancelToken, FinishedStage, JournalEntry, ManifestDraft, ObjectEntry, Opened, Progress,
-    ProgressSink, StageId, StageWriter, Store, fetch, open_stage,
+    CancelToken, FinishedStage, ManifestDraft, Opened, ProgressSink, StageId, Store, open_stage,
 };
 
+use self::copy::{Copy, SEGMENT_BYTES};
 use self::source::{Source, SourceFile};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -27,7 +28,7 @@ const STAGE_VERSION: u32 = 1;
 /// Before anything is copied, the configuration must be of a family the decoder runs, a
 /// `tokenizer.json` must be there, and the weight files' headers must hold exactly what the
 /// configuration needs. Pickled weights are never read. A second call with the same source writes nothing;
-/// one after a kill goes on with the file it was at.
+/// one after a kill goes on in the file it was at, with the segments of it that have come.
 ///
 /// # Errors
 /// [`Error::MissingFile`] names what the source lacks; those of [`ModelConfig::from_json`];
@@ -41,13 +42,15 @@ pub async fn import_model(
     cancel: &CancelToken,
 ) -> Result<FinishedStage> {
     let id = StageId::models(name)?;
-    import(store, &id, &Source::open(source).await?, progress, cancel).await
+    let source = Source::open(source).await?;
+    import(store, &id, &source, SEGMENT_BYTES, progress, cancel).await
 }
 
 async fn import(
     store: &Store,
     id: &StageId,
     source: &Source,
+    segment_bytes: u64,
     progress: &dyn ProgressSink,
     cancel: &CancelToken,
 ) -> Result<FinishedStage> {
@@ -58,7 +61,14 @@ async fn import(
         Opened::Finished(stage) => return Ok(stage),
         Opened::Open(writer) => writer,
     };
-    let objects = copy(source, &files, &writer, progress, cancel).await?;
+    let copy = Copy {
+        source,
+        writer: &writer,
+        segment_bytes,
+        progress,
+        cancel,
+    };
+    let objects = copy.all(&files).await?;
     let counts = BTreeMap::from([
         (
             "bytes".to_owned(),
@@ -160,43 +170,6 @@ fn ids(files: &[SourceFile]) -> Vec<Value> {
         .iter()
         .map(|file| json!({ "path": file.name, "bytes": file.bytes, "id": file.id }))
         .collect()
-}
-
-async fn copy(
-    source: &Source,
-    files: &[SourceFile],
-    writer: &StageWriter,
-    progress: &dyn ProgressSink,
-    cancel: &CancelToken,
-) -> Result<Vec<ObjectEntry>> {
-    let mut journal = writer.journal().await?;
-    let total = files.iter().map(|file| file.bytes).sum();
-    let (mut done, mut objects) = (0, Vec::new());
-    let report = |done| progress.report(&Progress::new("import", done, Some(total), "bytes"));
-    for (index, file) in (0..).zip(files) {
-        let entry = match journal.remove(&index) {
-            Some(entry) => entry,
-            None => {
-                let mut copied = done;
-                let progress = |bytes| {
-                    copied += bytes;
-                    report(copied);
-                };
-                let (body, object) = (source.stream(file)?, writer.object_writer(&file.name)?);
-                let object =
-                    fetch::copy(body, object, file.sha256.as_deref(), cancel, progress).await?;
-                let entry = JournalEntry {
-                    objects: vec![object],
-                    ..JournalEntry::default()
-                };
-                writer.put_journal(index, &entry).await?
-            }
-        };
-        objects.extend(entry.objects);
-        done += file.bytes;
-        report(done);
-    }
-    Ok(objects)
 }
 
 #[cfg(test)]

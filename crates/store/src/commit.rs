@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use crate::finished::read_manifest;
 use crate::layout::{MANIFEST, check_object_name};
-use crate::stage_key::{canonical, sha256_hex};
+use crate::stage_key::canonical;
 use crate::{
-    Created, Error, FinishedStage, Manifest, ManifestDraft, ObjectEntry, ObjectWriter, Result,
-    StageId, StageKey, Store, current,
+    Created, Error, FinishedStage, Hashed, Manifest, ManifestDraft, ObjectEntry, ObjectWriter,
+    Result, StageId, StageKey, Store, current,
 };
 
 /// What [`open_stage`] found.
@@ -118,16 +118,25 @@ impl StageWriter {
     /// Those of [`Store::create`]; [`Error::Superseded`] if another process has committed the stage
     /// with other bytes under this name.
     pub async fn put_object(&self, name: &str, bytes: Bytes) -> Result<ObjectEntry> {
+        self.put_hashed(name, &Hashed::new(bytes)).await
+    }
+
+    /// [`put_object`](Self::put_object) of bytes that are hashed already, for a name perhaps.
+    ///
+    /// # Errors
+    /// As [`put_object`](Self::put_object).
+    pub async fn put_hashed(&self, name: &str, hashed: &Hashed) -> Result<ObjectEntry> {
         check_object_name(name)?;
         let path = self.path(name);
+        let bytes = hashed.bytes();
         let entry = ObjectEntry {
             path: name.to_owned(),
             rows: None,
             bytes: bytes.len() as u64,
-            sha256: sha256_hex(&bytes),
+            sha256: hashed.sha256().to_owned(),
         };
-        if !self.store.create_or_compare(&path, &bytes).await? && !self.committed(&entry).await? {
-            self.store.put(&path, bytes).await?;
+        if !self.store.create_or_compare(&path, bytes).await? && !self.committed(&entry).await? {
+            self.store.put(&path, bytes.clone()).await?;
         }
         Ok(entry)
     }

@@ -61,7 +61,7 @@ impl StageWriter {
     /// # Errors
     /// Those of [`Store::create`](crate::Store::create).
     pub async fn put_journal(&self, index: u32, entry: &JournalEntry) -> Result<JournalEntry> {
-        let path = self.path(&format!("{JOURNAL}/{index:05}.json"));
+        let path = self.journal_path(index);
         let bytes: Bytes = serde_json::to_vec(entry)
             .map_err(|source| Error::Json {
                 what: "a journal entry",
@@ -78,6 +78,20 @@ impl StageWriter {
                 }
             },
         }
+    }
+}
+
+impl StageWriter {
+    /// Takes a record back: its shard turned out to be no good, and the next try makes it again.
+    ///
+    /// # Errors
+    /// Those of [`Store::delete`](crate::Store::delete).
+    pub async fn remove_journal(&self, index: u32) -> Result<()> {
+        self.store().delete(&self.journal_path(index)).await
+    }
+
+    fn journal_path(&self, index: u32) -> String {
+        self.path(&format!("{JOURNAL}/{index:05}.json"))
     }
 }
 

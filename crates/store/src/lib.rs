@@ -75,6 +75,8 @@ mod tls;
 pub mod layout;
 mod stage_key;
 
+mod hashed;
+
 mod manifest;
 
 mod journal;
@@ -106,6 +108,7 @@ pub use error::{BoxError, Error, Result};
 pub use file_hash::{FileHash, FileHashes};
 pub use finished::{FinishedStage, current, finished};
 pub use garbage::garbage;
+pub use hashed::Hashed;
 pub use journal::JournalEntry;
 pub use layout::{Area, StageId};
 pub use manifest::{FORMAT_VERSION, Manifest, ManifestDraft, ObjectEntry, Reject};

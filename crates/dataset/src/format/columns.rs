@@ -6,6 +6,18 @@ use updraft_chat::{Conversation, Message};
 /// What some rows keep beside their messages; templates get it under the same names.
 const MEDIA: [&str; 3] = ["images", "videos", "audios"];
 
+/// Every column that [`Columns::conversation`] reads.
+pub(super) const SIDE_COLUMNS: [&str; 8] = [
+    "system",
+    "system_prompt",
+    "chat_template_kwargs",
+    "tools",
+    "documents",
+    "images",
+    "videos",
+    "audios",
+];
+
 /// A row's columns, taken out one by one.
 pub(super) struct Columns<'a>(pub(super) &'a mut Map<String, Value>);
 

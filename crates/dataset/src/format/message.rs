@@ -28,6 +28,8 @@ pub(super) fn messages(value: Value) -> Result<Vec<Message>, String> {
 
 /// The keys that name the speaker.
 pub(super) const ROLE_KEYS: [&str; 2] = ["role", "from"];
+/// The keys that hold what is said.
+pub(super) const CONTENT_KEYS: [&str; 2] = ["content", "value"];
 /// The keys of messages that name the speaker by the key itself.
 const TURN_KEYS: [&str; 5] = ["system", "user", "human", "assistant", "gpt"];
 
@@ -37,17 +39,26 @@ pub(super) fn is_keyed_turn(fields: &Map<String, Value>) -> bool {
         && fields.keys().any(|key| TURN_KEYS.contains(&key.as_str()))
 }
 
+/// The role of a turn whose text is a function call.
+const CALL: &str = "function_call";
+
 /// The role that a dialect's word stands for; `None` for an unknown word.
 fn role(word: &str) -> Option<Role> {
     Some(match word.to_ascii_lowercase().as_str() {
         "user" | "human" | "input" | "prompter" => Role::User,
-        "assistant" | "gpt" | "model" | "bot" | "chatbot" | "output" | "function_call" => {
-            Role::Assistant
-        }
+        "assistant" | "gpt" | "model" | "bot" | "chatbot" | "output" | CALL => Role::Assistant,
         "system" | "developer" => Role::System,
         "tool" | "observation" | "function" | "function_response" | "ipython" => Role::Tool,
         _ => return None,
     })
+}
+
+/// The role of a turn whose text is a text and nothing else.
+pub(super) fn plain_role(word: &str) -> Option<Role> {
+    if word.eq_ignore_ascii_case(CALL) {
+        return None;
+    }
+    role(word)
 }
 
 fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(), String> {
@@ -71,12 +82,12 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
         role: role(&word).ok_or_else(|| format!("has the unknown role {word:?}"))?,
         ..Message::default()
     };
-    match ["content", "value"]
+    match CONTENT_KEYS
         .iter()
         .find_map(|key| fields.shift_remove(*key))
     {
         None | Some(Value::Null) => message.content = Content::Null,
-        Some(Value::String(text)) if word.eq_ignore_ascii_case("function_call") => {
+        Some(Value::String(text)) if word.eq_ignore_ascii_case(CALL) => {
             message.content = Content::Null;
             message.tool_calls = Some(calls(&text)?);
         }

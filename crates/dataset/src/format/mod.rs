@@ -8,6 +8,7 @@ mod pairs;
 mod preference;
 mod sharegpt;
 mod text;
+mod turns;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub use pairs::{PromptCompletion, QuestionAnswer};
 pub use preference::PreferencePairs;
 pub use sharegpt::ShareGpt;
 pub use text::Text;
+pub(crate) use turns::Turns;
 
 /// A dialect: how rows of one shape become [`Record`]s.
 ///
@@ -49,7 +51,30 @@ pub trait Format: Debug + Send + Sync {
 
 /// The formats an import chooses from, the more specific before the more general.
 #[derive(Debug, Clone)]
-pub struct Formats(Vec<Arc<dyn Format>>);
+pub struct Formats(Vec<Known>);
+
+#[derive(Debug, Clone)]
+struct Known {
+    format: Arc<dyn Format>,
+    /// Whether it is one of ours that take a list of turns as [`Turns`] does.
+    plain_turns: bool,
+}
+
+impl Known {
+    fn new(format: impl Format + 'static) -> Self {
+        Self {
+            format: Arc::new(format),
+            plain_turns: false,
+        }
+    }
+
+    fn of_turns(format: impl Format + 'static) -> Self {
+        Self {
+            plain_turns: true,
+            ..Self::new(format)
+        }
+    }
+}
 
 impl Default for Formats {
     fn default() -> Self {
@@ -61,39 +86,56 @@ impl Formats {
     /// The built-in formats; Alpaca's `input` follows its `instruction` after `input_separator`.
     pub fn built_in(input_separator: &str) -> Self {
         Self(vec![
-            Arc::new(PreferencePairs),
-            Arc::new(ShareGpt),
-            Arc::new(OpenAi),
-            Arc::new(Alpaca::new(input_separator)),
-            Arc::new(QuestionAnswer),
-            Arc::new(PromptCompletion),
-            Arc::new(Text),
+            Known::new(PreferencePairs),
+            Known::of_turns(ShareGpt),
+            Known::of_turns(OpenAi),
+            Known::new(Alpaca::new(input_separator)),
+            Known::new(QuestionAnswer),
+            Known::new(PromptCompletion),
+            Known::new(Text),
         ])
     }
 
     /// Adds a format that is asked before all others and replaces one of the same name.
     #[must_use]
     pub fn with(mut self, format: Arc<dyn Format>) -> Self {
-        self.0.retain(|known| known.name() != format.name());
-        self.0.insert(0, format);
+        self.0.retain(|known| known.format.name() != format.name());
+        let plain_turns = false;
+        self.0.insert(
+            0,
+            Known {
+                format,
+                plain_turns,
+            },
+        );
         self
     }
 
     /// The format of this name.
     pub fn get(&self, name: &str) -> Option<&Arc<dyn Format>> {
-        self.0.iter().find(|format| format.name() == name)
+        self.known(name).map(|known| &known.format)
+    }
+
+    /// Whether the format of this name converts plain turns as [`Turns`] does.
+    pub(crate) fn takes_plain_turns(&self, name: &str) -> bool {
+        self.known(name).is_some_and(|known| known.plain_turns)
+    }
+
+    fn known(&self, name: &str) -> Option<&Known> {
+        self.0.iter().find(|known| known.format.name() == name)
     }
 
     /// The names, in the order in which they are asked.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.iter().map(|format| format.name())
+        self.0.iter().map(|known| known.format.name())
     }
 
     /// The format that claims the most of these rows, the first one of equals.
     pub fn detect(&self, rows: &[&Map<String, Value>]) -> Option<&Arc<dyn Format>> {
         let claims =
             |format: &Arc<dyn Format>| rows.iter().filter(|row| format.detect(row)).count();
-        let claimed = self.0.iter().map(|format| (claims(format), format));
+        let formats = self.0.iter().map(|known| &known.format);
+        let claimed = formats.map(|format| (claims(format), format));
         let most = claimed.rev().max_by_key(|(rows, _)| *rows)?;
         (most.0 > 0).then_some(most.1)
     }

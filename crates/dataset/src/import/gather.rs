@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
-use serde_json::{Map, Value};
 use updraft_store::{Progress, Reject};
 
-use super::groups::{Groups, size};
+use super::convert::{Convert, Converted, Rejected};
+use super::groups::{Encoding, Groups};
 use super::{Import, Place};
-use crate::record::Cells;
-use crate::source::{Batch, MAX_ROW_BYTES, Row};
 use crate::tally::{RejectLimit, Tally};
 use crate::{Error, Format, Result};
+
+/// Batches converted at a time, on machines of many cores: each is in memory in two forms.
+const CONVERTING: usize = 8;
 
 /// A shard gathered but not yet written. The last one may have rejects only.
 pub(super) struct Shard {
@@ -23,18 +24,12 @@ pub(super) struct Shard {
     pub(super) after: Place,
 }
 
-/// A row converted, or not.
-struct Converted {
-    row: Row,
-    cells: Option<Cells>,
-}
-
 /// Gathers converted rows into shards, in the source's order.
 pub(super) struct Gather<'a> {
     import: &'a Import<'a>,
-    batches: BoxStream<'a, Result<Vec<Converted>>>,
-    /// Rows converted but not yet in a shard.
-    waiting: std::vec::IntoIter<Converted>,
+    batches: BoxStream<'a, Result<Converted>>,
+    waiting: Waiting,
+    encoding: Encoding,
     at: Place,
     index: u32,
     /// Rejected so far, and the first of them, for the limit.
@@ -42,6 +37,16 @@ pub(super) struct Gather<'a> {
     first_rejects: Vec<Reject>,
     total: Option<u64>,
     ended: bool,
+}
+
+/// A batch of which some rows are in a shard.
+#[derive(Default)]
+struct Waiting {
+    batch: Converted,
+    /// How many rows are.
+    rows: usize,
+    /// How many of them were taken.
+    taken: usize,
 }
 
 impl<'a> Gather<'a> {
@@ -52,13 +57,22 @@ impl<'a> Gather<'a> {
         before: &Tally,
     ) -> Result<Self> {
         let keep_columns = import.options.keep_columns;
+        let plain_turns = import.formats.takes_plain_turns(format.name());
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let batches = import.source.open(at.next).await?;
         let converted = batches.map(move |batch| {
             let format = Arc::clone(&format);
             async move {
                 let batch = batch?;
-                tokio::task::spawn_blocking(move || convert(batch, &*format, keep_columns))
+                let convert = move || {
+                    Convert {
+                        format: &*format,
+                        plain_turns,
+                        keep_columns,
+                    }
+                    .batch(batch)
+                };
+                tokio::task::spawn_blocking(convert)
                     .await
                     .map_err(Error::internal)
             }
@@ -69,8 +83,9 @@ impl<'a> Gather<'a> {
         };
         Ok(Self {
             import,
-            batches: converted.buffered(threads).boxed(),
-            waiting: Vec::new().into_iter(),
+            batches: converted.buffered(threads.min(CONVERTING)).boxed(),
+            waiting: Waiting::default(),
+            encoding: Encoding::new()?,
             at,
             index: before.objects.len() as u32,
             rejected: before.count("rejected"),
@@ -90,13 +105,14 @@ impl<'a> Gather<'a> {
     }
 
     async fn next_shard(&mut self) -> Result<Option<Shard>> {
-        let (mut rows, mut tally) = (Groups::default(), Tally::default());
+        let mut rows = Groups::new(self.encoding.clone());
+        let mut tally = Tally::default();
         while !self.ended {
-            let Some(converted) = self.next_row().await? else {
+            if !self.has_row().await? {
                 self.ended = true;
                 break;
-            };
-            self.take(converted, &mut rows, &mut tally);
+            }
+            self.take(&mut rows, &mut tally).await?;
             let plan = self.import.options.shards;
             if plan.is_full(rows.num_rows(), rows.num_bytes()) {
                 break;
@@ -115,53 +131,55 @@ impl<'a> Gather<'a> {
         }))
     }
 
-    async fn next_row(&mut self) -> Result<Option<Converted>> {
-        if self
-            .import
-            .options
-            .limit
-            .is_some_and(|limit| self.at.rows >= limit)
-        {
-            return Ok(None);
+    /// Whether there is a row to take; waits for the next batch if need be.
+    async fn has_row(&mut self) -> Result<bool> {
+        let options = self.import.options;
+        if options.limit.is_some_and(|limit| self.at.rows >= limit) {
+            return Ok(false);
         }
-        loop {
-            if let Some(converted) = self.waiting.next() {
-                return Ok(Some(converted));
-            }
+        while self.waiting.rows == self.waiting.batch.rows.len() {
             let batch = tokio::select! {
                 biased;
                 () = self.import.cancel.cancelled() => return Err(updraft_store::Error::Cancelled.into()),
                 batch = self.batches.try_next() => batch?,
             };
-            let limit = RejectLimit(self.import.options.max_reject_rate);
+            let limit = RejectLimit(options.max_reject_rate);
             limit.check_early(self.rejected, self.at.rows, &self.first_rejects)?;
             self.import
                 .progress
                 .report(&Progress::new("import", self.at.rows, self.total, "rows"));
-            match batch {
-                Some(rows) => self.waiting = rows.into_iter(),
-                None => return Ok(None),
-            }
+            let Some(batch) = batch else {
+                return Ok(false);
+            };
+            self.waiting = Waiting {
+                batch,
+                ..Waiting::default()
+            };
         }
+        Ok(true)
     }
 
-    /// Puts a row into the shard, or among its rejects.
-    fn take(&mut self, converted: Converted, rows: &mut Groups, tally: &mut Tally) {
-        let Converted { row, cells } = converted;
+    /// Puts the next row into the shard, or among its rejects.
+    async fn take(&mut self, rows: &mut Groups, tally: &mut Tally) -> Result<()> {
+        let waiting = &mut self.waiting;
+        let row = &mut waiting.batch.rows[waiting.rows];
         let number = self.at.rows;
+        waiting.rows += 1;
         tally.add("source_rows", 1);
         self.at.rows += 1;
         self.at.next = row.next;
-        match (cells, row.value) {
-            (Some(cells), _) => {
+        match &mut row.cells {
+            Ok(bytes) => {
                 tally.add("rows", 1);
-                rows.push(&cells);
+                waiting.taken += 1;
+                rows.push(&waiting.batch.columns, waiting.taken - 1, *bytes)
+                    .await?;
             }
-            (None, value) => {
+            Err(Rejected { origin, reason }) => {
                 let reject = Reject {
-                    source: row.origin.to_string(),
+                    source: std::mem::take(origin),
                     row: number,
-                    reason: value.err().unwrap_or_default(),
+                    reason: std::mem::take(reason),
                 };
                 self.rejected += 1;
                 if self.first_rejects.is_empty() {
@@ -170,42 +188,6 @@ impl<'a> Gather<'a> {
                 tally.reject(reject);
             }
         }
-    }
-}
-
-/// Parses and converts a batch: the work that runs on all cores.
-fn convert(batch: Batch, format: &dyn Format, keep_columns: bool) -> Vec<Converted> {
-    let convert = |mut row: Row| {
-        let columns = std::mem::replace(&mut row.value, Ok(Map::new()));
-        match columns.and_then(|columns| cells(columns, format, keep_columns)) {
-            Ok(cells) => Converted {
-                row,
-                cells: Some(cells),
-            },
-            Err(reason) => Converted {
-                row: Row {
-                    value: Err(reason),
-                    ..row
-                },
-                cells: None,
-            },
-        }
-    };
-    batch.rows().into_iter().map(convert).collect()
-}
-
-fn cells(
-    mut columns: Map<String, Value>,
-    format: &dyn Format,
-    keep_columns: bool,
-) -> Result<Cells, String> {
-    let record = format.convert(&mut columns)?;
-    let cells = record
-        .into_cells(keep_columns.then_some(&columns))
-        .map_err(|err| err.to_string())?;
-    if size(&cells) > MAX_ROW_BYTES as u64 {
-        Err(crate::source::too_long())
-    } else {
-        Ok(cells)
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The import stage: any source's rows, standardized, into committed Parquet shards.
 
+mod convert;
 mod gather;
 mod groups;
 mod raw;
@@ -316,13 +317,9 @@ impl Import<'_> {
         if num_rows == 0 {
             return Ok(tally);
         }
-        let bytes = tokio::task::spawn_blocking(move || shard::encode(schema(), rows.finish()))
-            .await
-            .map_err(Error::internal)??;
-        let object = self
-            .writer
-            .put_object(&shard::name(index, &bytes), bytes.into())
-            .await?;
+        let shard = rows.finish().await?;
+        let name = shard::name(index, &shard);
+        let object = self.writer.put_hashed(&name, &shard).await?;
         tally.objects.push(object.with_rows(num_rows));
         let cursor = serde_json::to_value(after).map_err(Error::internal)?;
         let entry: JournalEntry = self

@@ -4,8 +4,8 @@ use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 use updraft_store::{
-    CancelToken, FinishedStage, JournalEntry, Opened, Progress, ProgressSink, Reject, StageId,
-    StageWriter, Store, open_stage, sha256_hex,
+    CancelToken, FinishedStage, Hashed, JournalEntry, Opened, Progress, ProgressSink, Reject,
+    StageId, StageWriter, Store, open_stage,
 };
 
 use super::ImportOptions;
@@ -201,13 +201,14 @@ async fn write(writer: &StageWriter, shard: Shard) -> Result<Tally> {
     if lines.is_empty() {
         return Ok(tally);
     }
-    let compress = move || zstd::bulk::compress(&lines, zstd::DEFAULT_COMPRESSION_LEVEL);
-    let bytes = tokio::task::spawn_blocking(compress)
+    let compress =
+        move || zstd::bulk::compress(&lines, zstd::DEFAULT_COMPRESSION_LEVEL).map(Hashed::new);
+    let shard = tokio::task::spawn_blocking(compress)
         .await
         .map_err(Error::internal)?
         .map_err(Error::internal)?;
-    let name = format!("shard-{index:05}-{}.jsonl.zst", &sha256_hex(&bytes)[..16]);
-    let object = writer.put_object(&name, bytes.into()).await?;
+    let name = format!("shard-{index:05}-{}.jsonl.zst", &shard.sha256()[..16]);
+    let object = writer.put_hashed(&name, &shard).await?;
     tally.objects.push(object.with_rows(tally.count("rows")));
     let cursor = serde_json::to_value(after).map_err(Error::internal)?;
     let entry: JournalEntry = writer

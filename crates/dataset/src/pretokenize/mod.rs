@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use updraft_chat::{Chat, Example, LocalTime};
 use updraft_store::{
-    CancelToken, FinishedStage, JournalEntry, ObjectEntry, Opened, Progress, ProgressSink, Reject,
-    StageId, StageWriter, Store, open_stage,
+    CancelToken, FinishedStage, Hashed, JournalEntry, ObjectEntry, Opened, Progress, ProgressSink,
+    Reject, StageId, StageWriter, Store, open_stage,
 };
 
 use crate::examples;
@@ -92,7 +92,10 @@ impl PretokenizeOptions {
 /// # Errors
 /// [`Error::TooManyRejects`], [`Error::Empty`] if no row is left, [`Error::InvalidOption`] (also
 /// where the template asks for a date and the options have none), and the store's errors. Whatever the error, nothing could be taken for finished.
-#[allow(clippy::too_many_arguments)]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is another thing: two names, their stage, the chat, how, and who is told"
+)]
 pub async fn pretokenize(
     store: &Store,
     model: &str,
@@ -242,17 +245,15 @@ impl Pretokenize<'_> {
             }
         }
         drop(examples);
-        let bytes = shard.await.map_err(Error::internal)??;
-        self.write(input.index, bytes, tally).await
+        let shard = shard.await.map_err(Error::internal)??;
+        self.write(input.index, shard, tally).await
     }
 
-    async fn write(&self, index: u32, bytes: Vec<u8>, mut tally: Tally) -> Result<Tally> {
+    async fn write(&self, index: u32, shard: Hashed, mut tally: Tally) -> Result<Tally> {
         let num_rows = tally.count("rows");
         if num_rows > 0 {
-            let object = self
-                .writer
-                .put_object(&shard::name(index, &bytes), bytes.into())
-                .await?;
+            let name = shard::name(index, &shard);
+            let object = self.writer.put_hashed(&name, &shard).await?;
             tally.objects.push(object.with_rows(num_rows));
         }
         let entry = self

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use updraft_chat::Example;
+use updraft_store::Hashed;
 
 use super::tokenize::Tokenize;
 use crate::{Result, examples};
@@ -15,7 +16,7 @@ const CHUNKS_WAITING: usize = 4;
 /// Where to send a shard's examples, and its bytes once there are no more to come.
 pub(super) fn shard(
     tokenize: Arc<Tokenize>,
-) -> (mpsc::Sender<Vec<Example>>, JoinHandle<Result<Vec<u8>>>) {
+) -> (mpsc::Sender<Vec<Example>>, JoinHandle<Result<Hashed>>) {
     let (sender, mut chunks) = mpsc::channel::<Vec<Example>>(CHUNKS_WAITING);
     let encoding = tokio::task::spawn_blocking(move || {
         let write = &tokenize.work.write;
@@ -27,9 +28,9 @@ pub(super) fn shard(
             waited += waiting.elapsed();
             chunk
         });
-        let bytes = examples::encode(rows.flatten());
+        let shard = examples::encode(rows.flatten()).map(Hashed::new);
         write.add(started.elapsed().saturating_sub(waited));
-        bytes
+        shard
     });
     (sender, encoding)
 }

@@ -2,6 +2,8 @@
 //!
 //! A null inside a struct is left out, because Arrow cannot tell a null from an absent key.
 
+use std::sync::Arc;
+
 use arrow_array::cast::AsArray as _;
 use arrow_array::types::{
     ArrowPrimitiveType, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type, Int64Type,
@@ -10,6 +12,57 @@ use arrow_array::types::{
 use arrow_array::{Array, ArrayRef, GenericListArray, OffsetSizeTrait, RecordBatch};
 use arrow_schema::DataType;
 use serde_json::{Map, Value};
+
+use super::row::{Cursor, Origin, Row};
+
+/// Consecutive rows of a file as Arrow columns.
+pub(crate) struct ArrowRows {
+    pub(super) file: Arc<str>,
+    /// The place before the first row.
+    pub(super) first: Cursor,
+    /// The columns, all of them [`supported`].
+    pub(crate) batch: RecordBatch,
+}
+
+impl ArrowRows {
+    /// Where a row stands.
+    pub(crate) fn origin(&self, row: usize) -> Origin {
+        Origin {
+            file: Arc::clone(&self.file),
+            position: self.next(row).row,
+        }
+    }
+
+    /// The place right after a row.
+    pub(crate) fn next(&self, row: usize) -> Cursor {
+        Cursor {
+            row: self.first.row + row as u64 + 1,
+            ..self.first
+        }
+    }
+
+    /// One row.
+    pub(crate) fn row(&self, row: usize) -> Row {
+        let value = rows(&self.batch.slice(row, 1)).pop().unwrap_or_default();
+        self.with_place(row, value)
+    }
+
+    /// All of them.
+    pub(super) fn all(self) -> Vec<Row> {
+        (0..)
+            .zip(rows(&self.batch))
+            .map(|(row, value)| self.with_place(row, value))
+            .collect()
+    }
+
+    fn with_place(&self, row: usize, value: Map<String, Value>) -> Row {
+        Row {
+            origin: self.origin(row),
+            next: self.next(row),
+            value: Ok(value),
+        }
+    }
+}
 
 /// Whether values of this type can become JSON. Images, dates and decimals cannot; no format
 /// here reads them.
@@ -32,7 +85,7 @@ pub(super) fn supported(data_type: &DataType) -> bool {
 }
 
 /// The rows of a batch whose columns are all [`supported`].
-pub(super) fn rows(batch: &RecordBatch) -> Vec<Map<String, Value>> {
+fn rows(batch: &RecordBatch) -> Vec<Map<String, Value>> {
     let mut rows = vec![Map::new(); batch.num_rows()];
     for (field, column) in batch.schema_ref().fields().iter().zip(batch.columns()) {
         fill(&mut rows, field.name(), column);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use csv::{ByteRecord, ReaderBuilder};
 use serde_json::{Map, Value};
 
-use super::bytes;
+use super::bytes::{self, Forward};
 use super::files::{BatchReader, DataFile, Io};
 use super::row::{Batch, Cursor, MAX_ROW_BYTES, Origin, Row, too_long};
 use crate::{Error, Result};
@@ -148,7 +148,7 @@ impl BatchReader for CsvReader {
 
 /// Stops a record that never ends before it fills the memory.
 struct Limited {
-    bytes: Box<dyn Read + Send>,
+    bytes: Box<dyn Forward>,
     budget: Arc<AtomicU64>,
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use memchr::memchr2;
 
-use super::bytes;
+use super::bytes::{self, Forward};
 use super::files::{BatchReader, DataFile, Io};
 use super::json_lines::is_damage;
 use super::row::{Batch, Cursor, MAX_ROW_BYTES, Origin, Row, parse_record, too_long};
@@ -52,7 +52,7 @@ fn starts_with_bracket(file: &DataFile, io: &Io) -> Result<bool> {
 
 struct ElementReader {
     name: Arc<str>,
-    bytes: Box<dyn Read + Send>,
+    bytes: Box<dyn Forward>,
     /// The place of `block[used]`; `row` counts records.
     at: Cursor,
     block: Vec<u8>,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use memchr::{memchr, memchr_iter, memrchr};
 use serde_json::{Map, Value};
 
-use super::bytes;
+use super::bytes::{self, Forward};
 use super::files::{BatchReader, DataFile, Io};
 use super::row::{Batch, Cursor, MAX_ROW_BYTES, Origin, Row, parse_record, too_long};
 use crate::{Error, Result};
@@ -42,7 +42,7 @@ pub(super) fn open(
 
 struct LineReader {
     name: Arc<str>,
-    bytes: Box<dyn Read + Send>,
+    bytes: Box<dyn Forward>,
     line: Line,
     /// The place of the first byte of `rest`.
     at: Cursor,

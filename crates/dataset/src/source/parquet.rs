@@ -8,9 +8,9 @@ use parquet::arrow::arrow_reader::{ArrowReaderBuilder, ParquetRecordBatchReaderB
 use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
 use parquet::file::metadata::ParquetMetaData;
 
-use super::arrow_rows::{rows, supported};
+use super::arrow_rows::{ArrowRows, supported};
 use super::files::{BatchReader, DataFile, Io};
-use super::row::{Batch, Cursor, Origin, Row};
+use super::row::{Batch, Cursor};
 use crate::location::{Location, RangedFile, open_local};
 use crate::{Error, Result};
 
@@ -120,19 +120,6 @@ impl BatchReader for ParquetReader {
         };
         let (file, first) = (self.name.clone(), self.at);
         self.at.row += batch.num_rows() as u64;
-        Ok(Some(Batch::deferred(move || {
-            let row = |(position, value)| Row {
-                origin: Origin {
-                    file: Arc::clone(&file),
-                    position,
-                },
-                next: Cursor {
-                    row: position,
-                    ..first
-                },
-                value: Ok(value),
-            };
-            (first.row + 1..).zip(rows(&batch)).map(row).collect()
-        })))
+        Ok(Some(Batch::arrow(ArrowRows { file, first, batch })))
     }
 }

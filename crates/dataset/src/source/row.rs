@@ -6,6 +6,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::arrow_rows::ArrowRows;
+
 /// A row may have at most this many bytes in its source; a longer one is a reject.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
 
@@ -55,6 +57,7 @@ pub struct Batch(Inner);
 enum Inner {
     Ready(Vec<Row>),
     Deferred(Box<dyn FnOnce() -> Vec<Row> + Send>),
+    Arrow(ArrowRows),
 }
 
 impl Batch {
@@ -68,11 +71,24 @@ impl Batch {
         Self(Inner::Deferred(Box::new(parse)))
     }
 
+    pub(crate) fn arrow(rows: ArrowRows) -> Self {
+        Self(Inner::Arrow(rows))
+    }
+
+    /// The rows as Arrow columns, if they came so.
+    pub(crate) fn as_arrow(&self) -> Option<&ArrowRows> {
+        match &self.0 {
+            Inner::Arrow(rows) => Some(rows),
+            _ => None,
+        }
+    }
+
     /// The rows, parsed now if they were not.
     pub fn rows(self) -> Vec<Row> {
         match self.0 {
             Inner::Ready(rows) => rows,
             Inner::Deferred(parse) => parse(),
+            Inner::Arrow(rows) => rows.all(),
         }
     }
 }
@@ -82,6 +98,7 @@ impl fmt::Debug for Batch {
         match &self.0 {
             Inner::Ready(rows) => f.debug_tuple("Batch").field(rows).finish(),
             Inner::Deferred(_) => f.write_str("Batch(deferred)"),
+            Inner::Arrow(rows) => f.debug_tuple("Batch").field(&rows.batch).finish(),
         }
     }
 }

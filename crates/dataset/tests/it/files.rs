@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
 use arrow_array::{ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray};
-use arrow_ipc::writer::{FileWriter, StreamWriter};
+use arrow_ipc::CompressionType;
+use arrow_ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
 use arrow_schema::{DataType, Field, Fields};
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
@@ -98,9 +99,13 @@ pub(crate) fn arrow_stream() -> Vec<u8> {
     writer.into_inner().expect("memory")
 }
 
-pub(crate) fn arrow_file() -> Vec<u8> {
+pub(crate) fn arrow_file(compression: Option<CompressionType>) -> Vec<u8> {
     let table = table();
-    let mut writer = FileWriter::try_new(Vec::new(), &table.schema()).expect("writer");
+    let options = IpcWriteOptions::default()
+        .try_with_compression(compression)
+        .expect("it is built in");
+    let mut writer =
+        FileWriter::try_new_with_options(Vec::new(), &table.schema(), options).expect("writer");
     for start in (0..50).step_by(20) {
         writer
             .write(&table.slice(start, 20.min(50 - start)))

@@ -54,7 +54,10 @@ format_tests!(
 format_tests!(text, Text, [json!({ "text": "a" })]);
 
 /// A row, the format that claims it, and the conversation it becomes, as JSON.
-#[allow(clippy::needless_pass_by_value)] // reads better where it is called
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "reads better where it is called"
+)]
 fn check(row: Value, format: &str, expected: Value) {
     let Value::Object(mut row) = row else {
         panic!("not an object")

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use arrow_ipc::CompressionType;
 use futures::TryStreamExt as _;
 use updraft_dataset::source::{Cursor, Files};
 use updraft_dataset::{Source, SourceOptions};
@@ -95,7 +96,13 @@ async fn damaged_parquet_ends() {
 #[tokio::test]
 async fn damaged_arrow_ends() {
     assert!(check("a.arrow", arrow_stream()).await > 0);
-    assert!(check("b.arrow", arrow_file()).await > 0);
+    for compression in [
+        None,
+        Some(CompressionType::LZ4_FRAME),
+        Some(CompressionType::ZSTD),
+    ] {
+        assert!(check("b.arrow", arrow_file(compression)).await > 0);
+    }
 }
 
 #[tokio::test]

@@ -1,14 +1,19 @@
 //! A dataset on a server that answers as the Hub does.
 
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray};
+use parquet::arrow::ArrowWriter;
+use parquet::file::properties::WriterProperties;
 use serde_json::{Value, json};
-use updraft_dataset::source::{Cursor, Files};
+use updraft_dataset::source::{Cursor, Files, Row};
 use updraft_dataset::{Error, Source, SourceOptions, conformance};
 use updraft_store::hub::{HubClient, HubConfig, RepoRef};
 use wiremock::matchers::{header, method, path};
 use wiremock::{Mock, MockServer, Request, ResponseTemplate};
 
 /// Serves a repository's files at one revision, with ranges.
-async fn serve(server: &MockServer, revision: &str, files: &[(&str, String)]) {
+async fn serve<B: AsRef<[u8]>>(server: &MockServer, revision: &str, files: &[(&str, B)]) {
     let sha = format!("{:0>40}", revision.len());
     let get = |at: String, answer: Value| {
         Mock::given(method("GET"))
@@ -24,11 +29,11 @@ async fn serve(server: &MockServer, revision: &str, files: &[(&str, String)]) {
         json!({ "sha": sha }),
     )
     .await;
-    let item = |(name, bytes): &(&str, String)| json!({ "type": "file", "path": name, "size": bytes.len(), "oid": format!("oid-{name}") });
+    let item = |(name, bytes): &(&str, B)| json!({ "type": "file", "path": name, "size": bytes.as_ref().len(), "oid": format!("oid-{name}") });
     let tree: Vec<Value> = files.iter().map(item).collect();
     get(format!("/api/datasets/owner/set/tree/{sha}"), json!(tree)).await;
     for (name, bytes) in files {
-        let bytes = bytes.clone();
+        let bytes = bytes.as_ref().to_vec();
         let answer = move |request: &Request| {
             let range = request
                 .headers
@@ -45,7 +50,7 @@ async fn serve(server: &MockServer, revision: &str, files: &[(&str, String)]) {
                     "content-range",
                     format!("bytes {start}-{}/{}", end - 1, bytes.len()),
                 )
-                .set_body_bytes(&bytes.as_bytes()[start..end])
+                .set_body_bytes(&bytes[start..end])
         };
         let at = format!("/datasets/owner/set/resolve/{sha}/{name}");
         Mock::given(method("GET"))
@@ -190,6 +195,48 @@ async fn a_part_of_the_hubs_export_is_taken_when_asked() {
             .to_string();
         assert!(err.contains(words), "{err}");
     }
+}
+
+/// Of a row group's columns only those that can be read come, and a large one in pieces.
+#[tokio::test]
+async fn no_column_comes_for_nothing() {
+    const PIECE_BYTES: usize = 8 << 20;
+    const TEXT_BYTES: usize = 5 << 20;
+    let texts = ["a", "b"].map(|letter| letter.repeat(TEXT_BYTES));
+    let image = vec![7; 3 << 20];
+    let columns: Vec<(&str, ArrayRef)> = vec![
+        ("image", Arc::new(BinaryArray::from(vec![&*image; 2]))),
+        ("text", Arc::new(StringArray::from(texts.to_vec()))),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).expect("columns");
+    let plain = WriterProperties::builder()
+        .set_dictionary_enabled(false)
+        .build();
+    let mut writer =
+        ArrowWriter::try_new(Vec::new(), batch.schema(), Some(plain)).expect("a writer");
+    writer.write(&batch).expect("memory");
+    let bytes = writer.into_inner().expect("memory");
+
+    let server = MockServer::start().await;
+    serve(&server, "main", &[("data/train.parquet", bytes)]).await;
+    let source = open(&server, "train").await.expect("resolved");
+    let rows = conformance::rows(&source, Cursor::default()).await;
+    let row: &Row = &rows[1];
+    assert!(row.value.as_ref().expect("a row")["text"] == texts[1]);
+
+    let requests = server.received_requests().await.expect("recorded");
+    let length = |request: &Request| {
+        let range = request.headers.get("range")?.to_str().ok()?;
+        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        Some(last.parse::<usize>().ok()? + 1 - first.parse::<usize>().ok()?)
+    };
+    let lengths: Vec<usize> = requests.iter().filter_map(length).collect();
+    let sum: usize = lengths.iter().sum();
+    assert!(sum < 2 * TEXT_BYTES + (1 << 20), "{lengths:?}");
+    assert!(
+        lengths.iter().all(|&length| length <= PIECE_BYTES),
+        "{lengths:?}"
+    );
 }
 
 #[tokio::test]

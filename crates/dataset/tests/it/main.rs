@@ -17,3 +17,4 @@ mod pipeline;
 mod raw;
 mod reading;
 mod sources;
+mod turns;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::sync::Arc;
 
+use arrow_ipc::CompressionType;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -118,12 +119,20 @@ source_tests!(csv_object, object("rows.csv", CSV).await);
 source_tests!(text, file("rows.txt", "one\ntwo\n\nfour").await);
 source_tests!(parquet_file, file("rows.parquet", parquet()).await);
 source_tests!(arrow_stream_file, file("rows.arrow", arrow_stream()).await);
-source_tests!(arrow_file_file, file("rows.arrow", arrow_file()).await);
+source_tests!(arrow_file_file, file("rows.arrow", arrow_file(None)).await);
+source_tests!(
+    arrow_file_lz4,
+    file("rows.arrow", arrow_file(Some(CompressionType::LZ4_FRAME))).await
+);
+source_tests!(
+    arrow_object_zstd,
+    object("rows.arrow", arrow_file(Some(CompressionType::ZSTD))).await
+);
 source_tests!(
     arrow_zst,
     file("rows.arrow.zst", zstd(&arrow_stream())).await
 );
-source_tests!(arrow_object, object("rows.arrow", arrow_file()).await);
+source_tests!(arrow_object, object("rows.arrow", arrow_file(None)).await);
 source_tests!(
     generated,
     conformance::Generated {
@@ -232,10 +241,14 @@ async fn arrow_rows_are_parquets_rows() {
         values(file("rows.arrow", arrow_stream()).await).await,
         expected
     );
-    assert_eq!(
-        values(file("rows.arrow", arrow_file()).await).await,
-        expected
-    );
+    for compression in [
+        None,
+        Some(CompressionType::LZ4_FRAME),
+        Some(CompressionType::ZSTD),
+    ] {
+        let bytes = arrow_file(compression);
+        assert_eq!(values(file("rows.arrow", bytes).await).await, expected);
+    }
 }
 
 #[tokio::test]

@@ -140,25 +140,48 @@ impl Source {
         }
     }
 
-    /// All bytes of a file, in order.
-    pub(super) fn stream(
-        &self,
-        file: &SourceFile,
-    ) -> Result<BoxStream<'static, updraft_store::Result<Bytes>>> {
-        const PIECE: usize = 8 << 20;
+    /// Whether bytes come over a network, and are missed when they have to come twice.
+    pub(super) fn is_far(&self) -> bool {
         match self {
-            Self::Folder(path) => {
-                let bytes = map_file(&path.join(&file.name))?;
-                let starts = (0..bytes.len()).step_by(PIECE);
-                Ok(stream::iter(
-                    starts.map(move |start| Ok(bytes.slice(start..bytes.len().min(start + PIECE)))),
-                )
-                .boxed())
-            }
+            Self::Folder(_) => false,
             #[cfg(feature = "hub")]
-            Self::Hub(client, repo) => Ok(client.read_all(repo, find(repo, file)?)),
+            Self::Hub(..) => true,
         }
     }
+
+    /// A large range of a file, in order.
+    pub(super) fn range(&self, file: &SourceFile, range: Range<u64>) -> Result<Body> {
+        match self {
+            Self::Folder(path) => Ok(pieces(map_file(&path.join(&file.name))?, range)),
+            #[cfg(feature = "hub")]
+            Self::Hub(client, repo) => Ok(client.read_in_pieces(repo, find(repo, file)?, range)),
+        }
+    }
+
+    /// All bytes of a file, wherever they come from now, held to what the source says of them.
+    pub(super) fn checked(&self, file: &SourceFile, body: Body) -> Result<Body> {
+        match self {
+            Self::Folder(_) => Ok(body),
+            #[cfg(feature = "hub")]
+            Self::Hub(client, repo) => Ok(client.checked(repo, find(repo, file)?, body)),
+        }
+    }
+
+    /// All bytes of a file, in order.
+    pub(super) fn stream(&self, file: &SourceFile) -> Result<Body> {
+        self.checked(file, self.range(file, 0..file.bytes)?)
+    }
+}
+
+/// A file's bytes as they come.
+pub(super) type Body = BoxStream<'static, updraft_store::Result<Bytes>>;
+
+/// Bytes at hand, in pieces.
+fn pieces(bytes: Bytes, range: Range<u64>) -> Body {
+    const PIECE: usize = 8 << 20;
+    let end = bytes.len().min(range.end as usize);
+    let starts = (range.start as usize..end).step_by(PIECE);
+    stream::iter(starts.map(move |start| Ok(bytes.slice(start..end.min(start + PIECE))))).boxed()
 }
 
 fn list_folder(path: &Path) -> Result<Vec<SourceFile>> {

@@ -166,20 +166,43 @@ impl HubClient {
         .boxed()
     }
 
-    /// The bytes of a whole file, in order; a large one by several requests at a time, which
-    /// holds up to 64 MiB in memory.
+    /// [`read`](Self::read) by several requests at a time if the range is large, which holds up
+    /// to 64 MiB in memory. The bytes come in order.
+    pub fn read_in_pieces(
+        &self,
+        repo: &ResolvedRepo,
+        file: &RepoFile,
+        range: Range<u64>,
+    ) -> BoxStream<'static, Result<Bytes>> {
+        let range = range.start..range.end.min(file.size);
+        if range.end.saturating_sub(range.start) <= PIECE_BYTES {
+            return self.read(repo, file, range);
+        }
+        let (client, repo, file) = (self.clone(), repo.clone_without_files(), file.clone());
+        let read = move |range| client.read(&repo, &file, range);
+        fetch::in_pieces(range, PIECE_BYTES, PIECES_AT_ONCE, read).boxed()
+    }
+
+    /// The bytes of a whole file, in order, [checked](Self::checked); a large one by several
+    /// requests at a time.
     pub fn read_all(
         &self,
         repo: &ResolvedRepo,
         file: &RepoFile,
     ) -> BoxStream<'static, Result<Bytes>> {
-        let (client, repo, file) = (self.clone(), repo.clone_without_files(), file.clone());
-        let whole = 0..file.size;
-        if file.size <= PIECE_BYTES {
-            return client.read(&repo, &file, whole);
-        }
-        let read = move |range| client.read(&repo, &file, range);
-        fetch::in_pieces(whole, PIECE_BYTES, PIECES_AT_ONCE, read).boxed()
+        self.checked(repo, file, self.read_in_pieces(repo, file, 0..file.size))
+    }
+
+    /// Passes the bytes of a whole file on, wherever they come from, and ends with
+    /// [`Error::Corrupt`] if they are not those the listing means: by their SHA-256 where it is
+    /// listed, else by Git's name of them.
+    pub fn checked(
+        &self,
+        repo: &ResolvedRepo,
+        file: &RepoFile,
+        body: BoxStream<'static, Result<Bytes>>,
+    ) -> BoxStream<'static, Result<Bytes>> {
+        super::content::checked(self.file_url(repo, file).to_string(), file, body)
     }
 
     /// Asks for a range of one version of a file.

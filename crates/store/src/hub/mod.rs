@@ -20,6 +20,7 @@ mod body;
 mod cache;
 mod client;
 mod config;
+mod content;
 #[cfg(feature = "push")]
 mod local_files;
 #[cfg(feature = "push")]

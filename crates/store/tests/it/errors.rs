@@ -4,13 +4,22 @@ use std::error::Error as _;
 
 use serde_json::json;
 use updraft_store::{
-    Error, ManifestDraft, ObjectEntry, Opened, StageId, Store, current, finished, open_stage,
+    Error, ManifestDraft, ObjectEntry, Opened, StageId, StageWriter, Store, current, finished,
+    open_stage,
 };
 
 fn open_error(url: &str) -> String {
     let error = Store::open_with(url, []).expect_err(url);
     assert!(!error.to_string().contains('\n'));
     error.to_string()
+}
+
+/// The stage "toy", which is not finished.
+async fn opened(store: &Store, id: &StageId) -> StageWriter {
+    match open_stage(store, id, "toy", &json!(1)).await.expect("open") {
+        Opened::Open(stage) => stage,
+        Opened::Finished(_) => panic!("it is not finished yet"),
+    }
 }
 
 #[test]
@@ -108,12 +117,7 @@ async fn a_path_that_leaves_the_store_is_refused() {
         );
     }
     let id = StageId::raw("toy").expect("a name");
-    let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
-        .await
-        .expect("open")
-    else {
-        panic!("a new store has no finished stage")
-    };
+    let stage = opened(&store, &id).await;
     for name in ["../../a", "manifest.json", "journal/00000.json", "a b"] {
         assert!(stage.put_object(name, "x".into()).await.is_err(), "{name}");
         assert!(stage.object_writer(name).is_err(), "{name}");
@@ -125,12 +129,7 @@ async fn a_path_that_leaves_the_store_is_refused() {
 async fn a_manifest_that_lists_paths_outside_is_not_read() {
     let store = Store::memory();
     let id = StageId::raw("toy").expect("a name");
-    let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
-        .await
-        .expect("open")
-    else {
-        panic!("a new store has no finished stage")
-    };
+    let stage = opened(&store, &id).await;
     let path = stage.path("manifest.json");
     let key16 = stage.key().key16();
     stage
@@ -170,12 +169,7 @@ async fn a_manifest_never_lists_what_is_not_there() {
     let store = Store::memory();
     let id = StageId::raw("toy").expect("a name");
     for (path, bytes) in [("absent", 1), ("there", 2)] {
-        let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
-            .await
-            .expect("open")
-        else {
-            panic!("nothing is committed yet")
-        };
+        let stage = opened(&store, &id).await;
         stage.put_object("there", "x".into()).await.expect("put");
         let object = ObjectEntry {
             path: path.into(),
@@ -200,12 +194,7 @@ async fn a_manifest_never_lists_what_is_not_there() {
 async fn a_changed_or_removed_manifest_is_noticed() {
     let store = Store::memory();
     let id = StageId::raw("toy").expect("a name");
-    let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
-        .await
-        .expect("open")
-    else {
-        panic!("a new store has no finished stage")
-    };
+    let stage = opened(&store, &id).await;
     let finished = stage
         .commit(ManifestDraft::default())
         .await
@@ -266,12 +255,7 @@ async fn a_committed_object_is_not_replaced() {
 async fn a_broken_pointer_is_repaired() {
     let store = Store::memory();
     let id = StageId::raw("toy").expect("a name");
-    let Opened::Open(stage) = open_stage(&store, &id, "toy", &json!(1))
-        .await
-        .expect("open")
-    else {
-        panic!("a new store has no finished stage")
-    };
+    let stage = opened(&store, &id).await;
     let key = *stage
         .commit(ManifestDraft::default())
         .await

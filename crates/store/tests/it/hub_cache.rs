@@ -9,6 +9,8 @@ use updraft_store::hub::{HubClient, HubConfig, RepoRef, ResolvedRepo};
 use updraft_store::{Error, sha256_hex};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// Git's name of `{}`.
+const OID: &str = "9e26dfeeb6e641a33dae4961196235bdb965b21b";
 
 /// Lays a file into the cache as `huggingface_hub` does: a blob, and a link to it.
 fn put(repo: &Path, path: &str, id: &str, bytes: &[u8]) {
@@ -28,7 +30,7 @@ fn put(repo: &Path, path: &str, id: &str, bytes: &[u8]) {
 fn cache() -> (tempfile::TempDir, PathBuf) {
     let cache = tempfile::tempdir().expect("a folder");
     let repo = cache.path().join("models--owner--toy");
-    put(&repo, "config.json", &"a".repeat(40), b"{}");
+    put(&repo, "config.json", OID, b"{}");
     let weights = vec![7; 3 << 20];
     put(
         &repo,
@@ -94,7 +96,7 @@ async fn offline_a_repository_is_what_was_fetched() {
 
     // A listing knows of files that were not fetched: reading one needs the network.
     let files = json!({
-        "config.json": { "size": 2, "blob_id": "a".repeat(40) },
+        "config.json": { "size": 2, "blob_id": OID },
         "b.json": { "size": 5, "blob_id": "b".repeat(40) },
     });
     std::fs::create_dir(repo.join("trees")).expect("made");
@@ -150,6 +152,6 @@ async fn a_file_of_another_size_or_content_is_not_taken() {
         other.files[0].oid = "c".repeat(40);
         assert!(read(&client, &other, "config.json").await.is_err());
     }
-    std::fs::write(repo.join("blobs").join("a".repeat(40)), "{ }").expect("written");
+    std::fs::write(repo.join("blobs").join(OID), "{ }").expect("written");
     assert!(read(&client, &found, "config.json").await.is_err());
 }
