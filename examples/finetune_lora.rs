@@ -8,29 +8,44 @@
 //! `--base` is a model folder as transformers writes it. `--data` is JSON lines of `messages`, of
 //! `question` and `answer`, or of `prompt` and `completion`. `--out` gets the adapter
 //! (`lora_model/`, for PEFT), the merged model (`fused/`), `metrics.jsonl`, TensorBoard's files
-//! (`runs/`) and checkpoints, from which the same command goes on after an interruption.
+//! (`runs/`) and checkpoints, from which the same command goes on after an interruption. On SIGTERM
+//! and Ctrl-C it writes one more and exits with 143.
 //!
 //! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
-//! option by its own name. Ours are `--eval_fraction` (held out of training, 0.05), `--threads` and
-//! `--logging_steps` (10).
+//! option by its own name. Besides:
+//!
+//! ```text
+//! --full true              train every weight instead of an adapter; there is no lora_model/ then
+//! --adapter FOLDER         go on from this adapter, with its settings
+//! --report_to NAMES        jsonl,tensorboard unless said otherwise; mlflow and wandb with the
+//!                          features of their names and the servers that the environment names
+//! --push_to_hub OWNER/NAME upload the result as HF_TOKEN; needs the feature `push`
+//! --eval_fraction 0.05     held out of training
+//! --logging_steps 10       --threads, as many as there are cores
+//! ```
 
 #![expect(clippy::print_stdout, reason = "a program talks to a person")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
+use tokio::signal::unix::{SignalKind, signal};
 use updraft::chat::{Chat, ChatFiles, Conversation, Example, Message, TemplateFiles};
-use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads};
-use updraft::store::Store;
-use updraft::train::metrics::{JsonLines, TensorBoard, TextLines};
-use updraft::train::{Checkpoints, ExampleSource, MemorySource, TrainConfig, Trainer};
-use updraft::train::{check_memory, evaluate, export, gemm_ceiling, model_card};
+use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads, peft};
+use updraft::store::{CancelToken, Store};
+use updraft::train::metrics::{RunInfo, Sink, TextLines};
+use updraft::train::{Checkpoints, Error, ExampleSource, MemorySource, TrainConfig, Trainer};
+use updraft::train::{FUSED, LORA_MODEL, check_memory, evaluate, export, gemm_ceiling, model_card};
 
-fn main() -> Result<()> {
+/// What a shell says of a program that SIGTERM ended.
+const STOPPED: u8 = 128 + 15;
+
+fn main() -> Result<ExitCode> {
     // Settings: the libraries' defaults, but for these four.
     let mut options = Options::parse(std::env::args().skip(1))?;
     let (base, data) = (options.need("base")?, options.need("data")?);
@@ -39,6 +54,17 @@ fn main() -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = Threads::new(options.take("threads", &threads.to_string())?)?;
     let logging_steps = options.take("logging_steps", "10")?;
+    let report_to: String = options.take("report_to", "jsonl,tensorboard")?;
+    let continued: String = options.take("adapter", "")?;
+    let push_to_hub: String = options.take("push_to_hub", "")?;
+    ensure!(
+        push_to_hub.is_empty() || cfg!(feature = "push"),
+        "--push_to_hub needs a build with --features push"
+    );
+    let usual = match options.take("full", "false")? {
+        true => LoraConfig::full_fine_tuning(),
+        false => LoraConfig::default(),
+    };
     let config: TrainConfig = options.fields(TrainConfig {
         learning_rate: 2e-4,
         num_train_epochs: 1.0,
@@ -47,7 +73,7 @@ fn main() -> Result<()> {
     })?;
     let lora: LoraConfig = options.fields(LoraConfig {
         base_model_name_or_path: Some(base.clone()),
-        ..LoraConfig::default()
+        ..usual
     })?;
     options.nothing_left()?;
 
@@ -86,6 +112,23 @@ fn main() -> Result<()> {
     let source = MemorySource::new(&data, train).shuffled(config.seed);
     let held_out = (num_held_out > 0).then(|| MemorySource::new("held out", held_out));
 
+    // What is trained: a fresh adapter, or one that goes on with the settings it has.
+    let adapter = if continued.is_empty() {
+        Adapter::init_over(
+            &lora,
+            &files.config,
+            &files.weights,
+            config.seed,
+            &Device::Cpu,
+        )?
+    } else {
+        let read =
+            |name: &str| std::fs::read(Path::new(&continued).join(name)).context(name.to_owned());
+        let (settings, weights) = (read(peft::CONFIG_FILE)?, read(peft::WEIGHTS_FILE)?);
+        peft::read_adapter(&settings, &weights, &files.config)?
+    };
+    let lora = adapter.config().clone();
+
     // Will it fit? Then load it.
     let dtype = config.dtype();
     let estimate = check_memory(&files.config, &lora, source.plan(), &config, &threads)?;
@@ -94,22 +137,40 @@ fn main() -> Result<()> {
         Decoder::load(config, weights, dtype, &Device::Cpu, &threads)
     };
     let decoder = load(dtype)?;
-    let adapter = Adapter::init(&lora, decoder.config(), config.seed, &Device::Cpu)?;
     let (trained, all) = (adapter.num_parameters(), files.config.num_parameters());
-    println!("{trained} parameters are trained, {all} are not");
+    println!("{trained} parameters are trained over a model of {all}");
     println!("training takes about {} MiB", estimate.total() >> 20);
 
-    // Train, from the newest checkpoint if there is one.
+    // A spot notice, or Ctrl-C: the trainer writes a checkpoint.
     let runtime = tokio::runtime::Runtime::new()?;
+    let cancel = CancelToken::new();
+    let (stop, mut terminated) = {
+        let _inside = runtime.enter();
+        (cancel.clone(), signal(SignalKind::terminate())?)
+    };
+    runtime.spawn(async move {
+        tokio::select! {
+            _ = terminated.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        stop.cancel();
+    });
+
+    // Train, from the newest checkpoint if there is one.
     let store = Store::open(&out)?;
     let checkpoints = Checkpoints::new(&store, "checkpoints", config.save_total_limit as usize);
     let path = Path::new(&out);
     let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
         .with_gemm_ceiling(gemm_ceiling(&threads, dtype))
         .with_observer(TextLines::new(std::io::stdout(), logging_steps))
-        .with_observer(JsonLines::open(path.join("metrics.jsonl"))?)
-        .with_observer(TensorBoard::open(path.join("runs"))?)
+        .with_cancel(cancel)
         .with_checkpoints(checkpoints.clone(), runtime.handle().clone());
+    let run = RunInfo::new(&out)
+        .with_params(&lora)?
+        .with_params(&config)?;
+    for name in report_to.split(',').filter(|name| !name.is_empty()) {
+        trainer = trainer.with_observer(Sink::named(name, path)?.open(&run)?);
+    }
     if let Some(held_out) = &held_out {
         let batch_size = config.per_device_eval_batch_size as usize;
         let (eval_loss, _) = evaluate(&decoder, None, held_out, batch_size)?;
@@ -120,18 +181,56 @@ fn main() -> Result<()> {
         println!("continuing after step {}", checkpoint.state.cursor.step);
         trainer = trainer.resume(checkpoint)?;
     }
-    trainer.run()?; // Its last line is the report.
+    match trainer.run() {
+        Ok(_) => {} // Its last line is the report.
+        Err(Error::Cancelled { step }) => {
+            println!("stopped after step {step}; the same command goes on from there");
+            return Ok(ExitCode::from(STOPPED));
+        }
+        Err(error) => return Err(error.into()),
+    }
     let (adapter, log) = trainer.into_parts();
 
     // Export the adapter and the merged model; both are read back and compared before they count.
     let decoder = match dtype {
         DType::F32 => decoder,
-        _ => load(DType::F32)?,
+        _ => {
+            drop(decoder);
+            load(DType::F32)?
+        }
     };
     let card = model_card(&data, &lora, &config, &log);
-    export(path, &files, &decoder, &adapter, card, &probe)?;
-    println!("adapter in {out}/lora_model, merged model in {out}/fused");
+    export(path, &files, decoder, &adapter, &card, &probe)?;
+    let result = if adapter.is_whole() {
+        FUSED
+    } else {
+        LORA_MODEL
+    };
+    println!("{result} is in {out}; what other programs load is {out}/{FUSED}");
+    if !push_to_hub.is_empty() {
+        runtime.block_on(push(&push_to_hub, &path.join(result)))?;
+        println!("{result} is at https://huggingface.co/{push_to_hub}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Uploads a folder to a repository of the Hub, which is made, private, if it is not there.
+#[cfg(feature = "push")]
+async fn push(repo: &str, folder: &Path) -> Result<()> {
+    use updraft::store::NoProgress;
+    use updraft::store::hub::{HubClient, PushOptions, RepoRef};
+    let (client, repo) = (HubClient::from_env()?, RepoRef::model(repo)?);
+    let options = PushOptions::default();
+    let (progress, cancel) = (&NoProgress, &CancelToken::new());
+    client
+        .push_folder(&repo, folder, &options, progress, cancel)
+        .await?;
     Ok(())
+}
+
+#[cfg(not(feature = "push"))]
+async fn push(_: &str, _: &Path) -> Result<()> {
+    anyhow::bail!("this build is without the feature push")
 }
 
 /// One line of the data.
@@ -185,6 +284,7 @@ impl Options {
         for (name, value) in rest {
             let parsed = match serde_json::from_str(&value) {
                 Ok(parsed) => parsed,
+                Err(_) if name == "modules_to_save" => value.split(',').collect(),
                 Err(_) if name == "target_modules" && value != "all-linear" => {
                     value.split(',').collect()
                 }

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use lexopt::{Arg, Parser, ValueExt};
 use updraft::model::LoraConfig;
 use updraft::train::TrainConfig;
+use updraft::train::metrics::Sink;
 
 pub const HELP: &str = "\
 Fine-tunes a model on conversations and serves it behind an OpenAI-compatible URL.
@@ -22,6 +23,10 @@ flags:
   --epochs N        passes over the data                                         [1]
   --max-steps N     stop after N optimizer steps, whatever the epochs
   --save-steps N    optimizer steps between checkpoints                           [50]
+  --report-to NAMES where training's figures go, of jsonl, tensorboard, mlflow, wandb;
+                    the last two with the features of their names, and the servers that
+                    the environment names
+  --logging-dir DIR the folder of their files                                [updraft-logs]
   --date DATE       today, for templates that write it into every conversation, such as
                     Llama 3's; fixed, so that tomorrow's run finds today's work    [2026-01-01]
   --port PORT       where to serve                              [the first free from 30001]
@@ -57,6 +62,8 @@ pub struct Settings {
     pub epochs: f64,
     pub max_steps: Option<u64>,
     pub save_steps: u64,
+    pub report_to: String,
+    pub logging_dir: String,
     pub date: String,
     pub host: String,
     pub port: Option<u16>,
@@ -74,6 +81,8 @@ impl Settings {
             epochs: 1.0,
             max_steps: None,
             save_steps: 50,
+            report_to: String::new(),
+            logging_dir: "updraft-logs".to_owned(),
             date: "2026-01-01".to_owned(),
             host: "127.0.0.1".to_owned(),
             port: None,
@@ -89,6 +98,8 @@ impl Settings {
                 Arg::Long("epochs") => settings.epochs = parser.value()?.parse()?,
                 Arg::Long("max-steps") => settings.max_steps = Some(parser.value()?.parse()?),
                 Arg::Long("save-steps") => settings.save_steps = parser.value()?.parse()?,
+                Arg::Long("report-to") => settings.report_to = parser.value()?.string()?,
+                Arg::Long("logging-dir") => settings.logging_dir = parser.value()?.string()?,
                 Arg::Long("date") => settings.date = parser.value()?.string()?,
                 Arg::Long("host") => settings.host = parser.value()?.string()?,
                 Arg::Long("port") => settings.port = Some(parser.value()?.parse()?),
@@ -97,6 +108,13 @@ impl Settings {
                 other => bail!("{}; see --help", other.unexpected()),
             }
         }
+        // A task runs in a folder of its own.
+        let logging_dir = std::path::absolute(&settings.logging_dir)?;
+        settings.logging_dir = logging_dir.display().to_string();
+        if settings.logging_dir.contains(char::is_whitespace) {
+            bail!("--logging-dir with a space in it; the task file cannot carry it");
+        }
+        settings.sinks()?; // A wrong name is better known now than in the task.
         Ok(Some(settings))
     }
 
@@ -127,10 +145,25 @@ impl Settings {
     pub fn train_flags(&self) -> String {
         let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));
         let (epochs, save_steps, date) = (self.epochs, self.save_steps, &self.date);
+        let report_to = match self.report_to.as_str() {
+            "" => String::new(),
+            names => format!(" --report-to {names} --logging-dir {}", self.logging_dir),
+        };
         format!(
-            "--epochs {epochs} --save-steps {save_steps} --date {date}{}",
+            "--epochs {epochs} --save-steps {save_steps} --date {date}{}{report_to}",
             max_steps.unwrap_or_default()
         )
+    }
+
+    /// Where training's figures go: a folder for each model and data set.
+    pub fn sinks(&self) -> Result<Vec<Sink>> {
+        let folder = Path::new(&self.logging_dir)
+            .join(self.model_name())
+            .join(self.dataset_name());
+        let names = self.report_to.split(',').filter(|name| !name.is_empty());
+        Ok(names
+            .map(|name| Sink::named(name, &folder))
+            .collect::<Result<_, _>>()?)
     }
 
     /// The adapter: rank 16, alpha 16, all seven projections, as in the articles.

@@ -97,6 +97,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
             held_out: None,
             lora: settings.lora(),
             config: training.clone(),
+            report_to: settings.sinks()?,
             threads: Threads::new(available_threads()).context("could not start threads")?,
         };
         Ok(train_stage(&store, &run, source, &events, &cancel)

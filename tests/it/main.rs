@@ -1,6 +1,7 @@
-//! The pipeline example as its users meet it: a program, a store, and whatever may happen to both.
+//! The examples as their users meet them: a program, a store, and whatever may happen to both.
 
 mod bad_input;
+mod finetune;
 mod hub;
 mod imports;
 mod kill;

@@ -6,17 +6,22 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// The example's binary, which `cargo test` builds beside this one.
+/// The pipeline's binary.
 pub(crate) fn binary() -> PathBuf {
+    example("pipeline")
+}
+
+/// An example's binary, which `cargo test` builds beside this one.
+pub(crate) fn example(name: &str) -> PathBuf {
     let this = std::env::current_exe().expect("a test has a path");
     let profile = this
         .parent()
         .and_then(Path::parent)
         .expect("target/<profile>/deps/<test>");
-    let binary = profile.join("examples/pipeline");
+    let binary = profile.join("examples").join(name);
     assert!(
         binary.exists(),
-        "build it first: cargo build --example pipeline"
+        "build it first: cargo build --example {name}"
     );
     binary
 }

@@ -256,7 +256,7 @@ impl Decoder {
         Pass {
             ops,
             config: &self.config,
-            rope: &*self.rope,
+            rope: &self.rope,
             batch,
         }
     }

@@ -49,7 +49,11 @@ pub struct Working {
 ///   kept       L · layer, or L · C when activations are recomputed
 ///   working    3C + 2I + q, and one layer more when activations are recomputed
 ///   logits     V · min(512, 16 Mi / V rows but at least 64, N)
+/// export       4 · numbers of the model, and 8 · P; instead of all but the adapter
 /// ```
+///
+/// The export comes when training has let go: a decoder in f32, however it was trained, reads back
+/// what was written, adapter and merged model one after the other. Merging holds one file.
 ///
 /// The file the weights come from is mapped: its pages are the system's to take back and are not
 /// counted. Nor is what the process takes besides: code, data, allocator slack.
@@ -65,6 +69,8 @@ pub struct MemoryEstimate {
     pub optimizer: u64,
     /// What a micro-batch leaves for the backward pass, and works with.
     pub activations: u64,
+    /// Reading back what the run wrote, when everything but the adapter is gone.
+    pub export: u64,
 }
 
 impl MemoryEstimate {
@@ -78,12 +84,14 @@ impl MemoryEstimate {
             gradients: F32_BYTES * parameters * threads,
             optimizer: F32_BYTES * parameters * work.optimizer_moments,
             activations: F32_BYTES * activations(model, lora, batch, work),
+            export: F32_BYTES * (model.num_parameters() + parameters),
         }
     }
 
-    /// All of it.
+    /// The most that exists at once: all that training takes, or the export.
     pub fn total(&self) -> u64 {
-        self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+        let training = self.weights + self.gradients + self.optimizer + self.activations;
+        self.adapter + training.max(self.export)
     }
 }
 
@@ -199,5 +207,18 @@ mod tests {
         let recomputed =
             MemoryEstimate::new(&model, &lora, batch, working(Activations::Recomputed));
         assert!(recomputed.activations * 4 < stored.activations);
+        // In bf16 a short batch takes less than the decoder that checks the result.
+        let short = MicroBatch {
+            tokens: 64,
+            trained_tokens: 32,
+        };
+        let bf16 = Working {
+            weights: DType::BF16,
+            num_threads: 1,
+            ..working(Activations::Recomputed)
+        };
+        let short = MemoryEstimate::new(&model, &lora, short, bf16);
+        assert_eq!(short.total(), 4 * (494_032_768 + 2 * 8_798_208));
+        assert!(stored.total() > short.total());
     }
 }

@@ -22,7 +22,7 @@ pub const FUSED: &str = "fused";
 const MODEL_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 
 /// Writes what a run leaves behind below a plain folder: [`LORA_MODEL`], which PEFT loads, and
-/// [`FUSED`], which everything else loads.
+/// [`FUSED`], which everything else loads; the latter alone where every weight was trained.
 ///
 /// `decoder` is the base model in f32. Both folders are read back and asked for the logits of
 /// `probe`, as [`train_stage`](crate::train_stage) does, before they take the place of earlier ones.
@@ -33,15 +33,11 @@ const MODEL_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 pub fn export(
     folder: &Path,
     base: &ModelFiles,
-    decoder: &Decoder,
+    decoder: Decoder,
     adapter: &Adapter,
-    card: String,
+    card: &str,
     probe: &Example,
 ) -> Result<()> {
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::Model(updraft_model::Error::Io { path, source })
-    };
     let new = folder.join(".new");
     let write = |name: &str, bytes: &[u8]| {
         let path = new.join(name);
@@ -49,64 +45,74 @@ pub fn export(
         std::fs::create_dir_all(parent).map_err(io(parent))?;
         std::fs::write(&path, bytes).map_err(io(&path))
     };
-    for (name, bytes) in adapter_folder(adapter, card, &base.files)? {
-        write(&name, &bytes)?;
+    if new.exists() {
+        std::fs::remove_dir_all(&new).map_err(io(&new))?; // What a killed export left.
     }
-    for (name, bytes) in fused_folder(&base.files) {
+    let probe = Probe::new(probe);
+    let expected = probe.logits(&decoder, Some(adapter))?;
+    let learned = difference(&expected, &probe.logits(&decoder, None)?);
+    if !adapter.is_whole() {
+        for (name, bytes) in adapter_folder(adapter, card, &base.files)? {
+            write(&name, &bytes)?;
+        }
+        verify_adapter(&new, &decoder, &expected, &probe)?;
+    }
+    let threads = decoder.threads().clone();
+    drop(decoder); // A second one is loaded to verify the merged model.
+    for (name, bytes) in fused_folder(adapter, card, base)? {
         write(&name, &bytes)?;
     }
     for file in merge::merge(&base.weights, &base.config, adapter)? {
         let (name, bytes) = file?;
         write(&format!("{FUSED}/{name}"), &bytes)?;
     }
-    verify(&new, decoder, adapter, &Probe::new(probe))?;
+    let merged = ModelFiles::from_dir(&new.join(FUSED))?;
+    let tolerance = tolerance(&merged.weights, learned)?;
+    let (config, weights) = (&merged.config, &merged.weights);
+    let merged = Decoder::load(config, weights, DType::F32, &Device::Cpu, &threads)?;
+    compare(FUSED, &expected, &probe.logits(&merged, None)?, tolerance)?;
+
     for name in [LORA_MODEL, FUSED] {
-        let to = folder.join(name);
+        let (from, to) = (new.join(name), folder.join(name));
         if to.exists() {
             std::fs::remove_dir_all(&to).map_err(io(&to))?;
         }
-        std::fs::rename(new.join(name), &to).map_err(io(&to))?;
+        if from.exists() {
+            std::fs::rename(&from, &to).map_err(io(&to))?;
+        }
     }
     std::fs::remove_dir(&new).map_err(io(&new))
 }
 
-/// Reads both folders back and compares their logits with the trained model's.
-fn verify(folder: &Path, decoder: &Decoder, adapter: &Adapter, probe: &Probe) -> Result<()> {
-    let expected = probe.logits(decoder, Some(adapter))?;
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Model(updraft_model::Error::Io { path, source })
+}
+
+/// Reads the adapter's folder back and compares its logits with the trained model's.
+fn verify_adapter(folder: &Path, decoder: &Decoder, expected: &[f32], probe: &Probe) -> Result<()> {
     let read = |name: &str| {
         let path = folder.join(LORA_MODEL).join(name);
-        std::fs::read(&path).map_err(|source| updraft_model::Error::Io { path, source })
+        std::fs::read(&path).map_err(io(&path))
     };
     let (config, weights) = (read(peft::CONFIG_FILE)?, read(peft::WEIGHTS_FILE)?);
     let again = peft::read_adapter(&config, &weights, decoder.config())?;
     let found = probe.logits(decoder, Some(&again))?;
-    compare(LORA_MODEL, &expected, &found, 0.0)?;
-
-    let learned = difference(&expected, &probe.logits(decoder, None)?);
-    let merged = ModelFiles::from_dir(&folder.join(FUSED))?;
-    let tolerance = tolerance(&merged.weights, learned)?;
-    let merged = Decoder::load(
-        &merged.config,
-        &merged.weights,
-        DType::F32,
-        &Device::Cpu,
-        decoder.threads(),
-    )?;
-    compare(FUSED, &expected, &probe.logits(&merged, None)?, tolerance)
+    compare(LORA_MODEL, expected, &found, 0.0)
 }
 
 /// The adapter's folder: PEFT's two files, a model card, and what the base
 /// model needs to read text.
 pub(crate) fn adapter_folder(
     adapter: &Adapter,
-    card: String,
+    card: &str,
     base: &BTreeMap<String, Bytes>,
 ) -> Result<Vec<(String, Bytes)>> {
     let files = peft::write_adapter(adapter)?;
     let mut folder = vec![
         (peft::CONFIG_FILE.to_owned(), files.config_json.into()),
         (peft::WEIGHTS_FILE.to_owned(), files.safetensors.into()),
-        ("README.md".to_owned(), card.into_bytes().into()),
+        ("README.md".to_owned(), card.to_owned().into()),
     ];
     let reads_text = base
         .iter()
@@ -115,15 +121,21 @@ pub(crate) fn adapter_folder(
     Ok(prefixed(LORA_MODEL, folder))
 }
 
-/// The merged model's folder, but for its weights: all the base model's small
-/// files as they are.
-pub(crate) fn fused_folder(base: &BTreeMap<String, Bytes>) -> Vec<(String, Bytes)> {
-    prefixed(
-        FUSED,
-        base.iter()
-            .map(|(name, bytes)| (name.clone(), bytes.clone()))
-            .collect(),
-    )
+/// The merged model's folder, but for its weights: all the base model's small files as they are,
+/// but for a head that is tied no more; and the card, where there is no adapter to hold it.
+pub(crate) fn fused_folder(
+    adapter: &Adapter,
+    card: &str,
+    base: &ModelFiles,
+) -> Result<Vec<(String, Bytes)>> {
+    let mut files = base.files.clone();
+    if let Some(config) = files.get_mut("config.json") {
+        *config = merge::config_json(config, &base.config, adapter)?.into();
+    }
+    if adapter.is_whole() {
+        files.insert("README.md".to_owned(), card.to_owned().into());
+    }
+    Ok(prefixed(FUSED, files.into_iter().collect()))
 }
 
 fn prefixed(folder: &str, files: Vec<(String, Bytes)>) -> Vec<(String, Bytes)> {
@@ -133,8 +145,8 @@ fn prefixed(folder: &str, files: Vec<(String, Bytes)>) -> Vec<(String, Bytes)> {
         .collect()
 }
 
-/// The `README.md` beside an adapter: where it comes from, the recipe and the
-/// result. It holds no date, so that a rerun writes the same.
+/// The `README.md` beside an adapter, or beside a model whose every weight was trained: where it
+/// comes from, the recipe and the result. It holds no date, so that a rerun writes the same.
 pub fn model_card(
     dataset: &str,
     lora: &LoraConfig,
@@ -142,15 +154,24 @@ pub fn model_card(
     log: &[StepRecord],
 ) -> String {
     let base = lora.base_model_name_or_path.as_deref().unwrap_or("unknown");
+    let (library, tag, title) = match lora.adapts_nothing() {
+        true => ("transformers", "full", format!("{base}, fine-tuned")),
+        false => ("peft", "lora", format!("A LoRA adapter for {base}")),
+    };
     let mut card = format!(
-        "---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n- updraft\n---\n\n\
-         # A LoRA adapter for {base}\n\nTrained on `{dataset}` with [Updraft](https://crates.io/crates/updraft).\n\n\
+        "---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- {tag}\n- updraft\n---\n\n\
+         # {title}\n\nTrained on `{dataset}` with [Updraft](https://crates.io/crates/updraft).\n\n\
          | setting | value |\n| --- | --- |\n"
     );
-    let rows = [
+    let lora_rows = [
         ("r", json(&lora.r)),
         ("lora_alpha", json(&lora.lora_alpha)),
         ("target_modules", json(&lora.target_modules)),
+    ];
+    let saved = ("modules_to_save", json(&lora.modules_to_save));
+    let adapter_rows = lora_rows.into_iter().filter(|_| !lora.adapts_nothing());
+    let saved_row = Some(saved).filter(|_| !lora.modules_to_save.is_empty());
+    let rows = [
         ("optim", json(&config.optim)),
         ("learning_rate", json(&config.learning_rate)),
         ("lr_scheduler_type", json(&config.lr_scheduler_type)),
@@ -182,7 +203,7 @@ pub fn model_card(
             format!("{:.4}", log.last().map_or(0.0, |record| record.loss)),
         ),
     ];
-    for (setting, value) in rows {
+    for (setting, value) in adapter_rows.chain(saved_row).chain(rows) {
         // Writing to a string cannot fail.
         let _ = writeln!(card, "| {setting} | {} |", value.replace('"', ""));
     }

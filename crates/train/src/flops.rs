@@ -7,7 +7,11 @@ use candle_core::DType;
 use half::bf16;
 use updraft_chat::Example;
 use updraft_kernels::{Mat, MatMut, Threads, Weight, linear};
-use updraft_model::{ModelConfig, Projection};
+use updraft_model::{ModelConfig, Parameter, Projection, Role};
+
+/// The names of the two tables in a model's files.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// What a run has read, as far as it decides how much there is to compute.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,15 +33,15 @@ impl Work {
         self.squared_tokens += tokens * tokens;
     }
 
-    /// The useful floating-point operations of training on it: what LoRA needs, whatever the engine
+    /// The useful floating-point operations of training these parameters on it, whatever the engine
     /// does besides, such as recomputing.
     ///
     /// ```text
-    /// tokens · (4·linears + 6·adapter)   forward and by input; an adapter's own gradients too
-    /// + trained_tokens · 4·V·C           the head sees supervised rows only
-    /// + Σ tokens² · 7·layers·H·D         causal attention, backward 2.5 times forward
+    /// tokens · (4·linears + 6·pairs + 2·whole)   forward and by input; what is trained by itself too
+    /// + trained_tokens · (4·V·C, or 6·V·C)       the head, trained or not, sees supervised rows only
+    /// + Σ tokens² · 7·layers·H·D                 causal attention, backward 2.5 times forward
     /// ```
-    pub fn flops(&self, model: &ModelConfig, adapter_parameters: u64) -> f64 {
+    pub fn flops(&self, model: &ModelConfig, parameters: &[Parameter]) -> f64 {
         let numbers = |projection| {
             let (d_in, d_out) = model.projection_dims(projection);
             (d_in * d_out) as u64
@@ -45,9 +49,20 @@ impl Work {
         let layers = model.num_hidden_layers as u64;
         let linears = layers * Projection::ALL.map(numbers).iter().sum::<u64>();
         let head = (model.vocab_size * model.hidden_size) as u64;
+        let (mut own, mut own_head) = (0, 0);
+        for parameter in parameters {
+            let numbers = parameter.range.len() as u64;
+            match &parameter.role {
+                Role::A(..) | Role::B(..) => own += 6 * numbers,
+                // A table that is only looked up costs next to nothing.
+                Role::Saved(name) if name == EMBEDDING && !model.tie_word_embeddings => {}
+                Role::Saved(name) if name == EMBEDDING || name == HEAD => own_head = 2 * head,
+                Role::Saved(_) => own += 2 * numbers,
+            }
+        }
         let attention = 7 * layers * model.q_dim() as u64;
-        self.tokens as f64 * (4 * linears + 6 * adapter_parameters) as f64
-            + self.trained_tokens as f64 * (4 * head) as f64
+        self.tokens as f64 * (4 * linears + own) as f64
+            + self.trained_tokens as f64 * (4 * head + own_head) as f64
             + self.squared_tokens as f64 * attention as f64
     }
 }
@@ -102,10 +117,26 @@ mod tests {
             trained_tokens: 1000,
             squared_tokens: 1_000_000,
         };
-        let per_token = work.flops(&model, 8_798_208) / 1000.0;
+        let parameter = |role, numbers| Parameter {
+            name: String::new(),
+            shape: vec![numbers],
+            range: 0..numbers,
+            role,
+        };
+        let pairs = [parameter(Role::A(Projection::Q, 0), 8_798_208)];
+        let per_token = work.flops(&model, &pairs) / 1000.0;
         let expected = 4.0 * 357_826_560.0 + 6.0 * 8_798_208.0 + 4.0 * 136_134_656.0 + 150_528e3;
         assert_eq!(per_token, expected);
         assert!((per_token / 2.18e9 - 1.0).abs() < 0.01);
+
+        // Every weight: half as much again for maps and head, attention as before.
+        let whole = [
+            parameter(Role::Saved("maps".to_owned()), 357_826_560),
+            parameter(Role::Saved(EMBEDDING.to_owned()), 136_134_656),
+        ];
+        let per_token = work.flops(&model, &whole) / 1000.0;
+        let expected = 6.0 * (357_826_560.0 + 136_134_656.0) + 150_528e3;
+        assert_eq!(per_token, expected);
     }
 
     #[test]

@@ -4,11 +4,13 @@
 //! [`ExampleSource`] and a [`TrainConfig`] whose names are those of
 //! `transformers.TrainingArguments`, and runs from the first optimizer step to the last. A run
 //! killed at any point continues from its newest [`Checkpoint`] with the same examples in the
-//! same order, bit for bit on the same kind of machine. [`train_stage`] is the same as a stage of
+//! same order, bit for bit on the same kind of machine. What is trained is an adapter, with whole
+//! modules beside its pairs if asked, or every weight
+//! ([`LoraConfig::full_fine_tuning`](updraft_model::LoraConfig::full_fine_tuning)). [`train_stage`] is the same as a stage of
 //! a store: base model and data in, PEFT adapter, merged model and loss curve out.
 //!
 //! What it is not: it neither reads data sets nor tokenizes (that is `updraft-dataset`'s work, behind
-//! [`ExampleSource`]), holds no model code, and trains adapters only, not every weight.
+//! [`ExampleSource`]) nor holds model code.
 //!
 //! ```
 //! use updraft_train::{MemorySource, RunPlan, TrainConfig};

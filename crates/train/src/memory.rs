@@ -234,7 +234,7 @@ mod tests {
             optim: OptimizerKind::Sgd,
             ..config(16)
         };
-        assert!(estimate(&recomputed).total() < whole);
+        assert!(estimate(&recomputed).total() < whole, "recomputed");
         assert_eq!(estimate(&sgd).optimizer, 0);
     }
 

@@ -9,9 +9,13 @@
 //! | `RemoteLog::mlflow` | to an MLflow tracking server | `mlflow` |
 //! | `RemoteLog::wandb` | to Weights & Biases | `wandb` |
 //!
+//! [`Sink`] names one of them, for settings.
+//!
 //! A sink never stops or slows a run, whatever happens to its disk or server.
 
 mod jsonl;
+mod run_info;
+mod sink;
 mod sparkline;
 mod svg;
 
@@ -31,7 +35,9 @@ pub use remote::MlflowConfig;
 #[cfg(feature = "wandb")]
 pub use remote::WandbConfig;
 #[cfg(any(feature = "mlflow", feature = "wandb"))]
-pub use remote::{RemoteLog, RunInfo, Secret};
+pub use remote::{RemoteLog, Secret};
+pub use run_info::RunInfo;
+pub use sink::Sink;
 pub use sparkline::sparkline;
 pub use svg::loss_curve_svg;
 pub use tensorboard::TensorBoard;

@@ -54,6 +54,24 @@ pub trait Observer: Debug + Send {
     fn on_end(&mut self, _report: &TrainReport) {}
 }
 
+impl<O: Observer + ?Sized> Observer for Box<O> {
+    fn on_step(&mut self, stats: &StepStats<'_>) {
+        (**self).on_step(stats);
+    }
+
+    fn on_evaluation(&mut self, eval: &EvalRecord) {
+        (**self).on_evaluation(eval);
+    }
+
+    fn on_checkpoint(&mut self, step: u64) {
+        (**self).on_checkpoint(step);
+    }
+
+    fn on_end(&mut self, report: &TrainReport) {
+        (**self).on_end(report);
+    }
+}
+
 /// Hands each step to a [`ProgressSink`], with loss, learning rate, gradient
 /// norm, epoch and tokens per second as metrics, and the newest held-out loss.
 #[derive(Debug, Clone)]

@@ -84,13 +84,14 @@ fn decays(name: &str) -> bool {
         && !name.split('.').any(is_norm)
 }
 
-/// By how much a parameter's learning rate differs from the schedule's: LoRA+ lets `B` learn faster.
+/// By how much a parameter's learning rate differs from the schedule's: LoRA+ lets `B` learn faster,
+/// and PEFT's also vectors, which norms and biases are.
 ///
 /// # Source
 /// Hayou et al. 2024, <https://arxiv.org/abs/2402.12354>; peft 0.21, `create_loraplus_optimizer`.
 fn learning_rate_ratio(name: &str, loraplus_lr_ratio: Option<f64>) -> f64 {
     match loraplus_lr_ratio {
-        Some(ratio) if name.contains("lora_B") => ratio,
+        Some(ratio) if name.contains("lora_B") || !decays(name) => ratio,
         _ => 1.0,
     }
 }

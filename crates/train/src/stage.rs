@@ -23,7 +23,7 @@ use crate::evaluation::EvalRecord;
 use crate::export::{FUSED, LORA_MODEL, adapter_folder, fused_folder, model_card};
 use crate::flops::gemm_ceiling;
 use crate::memory::check_memory;
-use crate::metrics::{loss_curve_svg, write_log};
+use crate::metrics::{RunInfo, Sink, loss_curve_svg, write_log};
 use crate::observer::ProgressObserver;
 use crate::source::ExampleSource;
 use crate::trainer::{TrainReport, Trainer};
@@ -53,6 +53,8 @@ pub struct TrainStage {
     pub lora: LoraConfig,
     /// The run's settings.
     pub config: TrainConfig,
+    /// Where the figures go while it trains. They decide nothing, and are not part of its key.
+    pub report_to: Vec<Sink>,
     /// Threads to train on. They decide the last bits of the result and are
     /// not part of its key.
     pub threads: Threads,
@@ -79,8 +81,8 @@ impl From<Arc<dyn ExampleSource>> for Sources {
 /// A trained model in the store.
 #[derive(Debug)]
 pub struct Trained {
-    /// `done/<model>/<dataset>/<key16>/`, with `lora_model/`, `fused/`,
-    /// `loss.jsonl`, `loss.svg` and, where data was held out, `eval.jsonl`.
+    /// `done/<model>/<dataset>/<key16>/`, with `lora_model/` (unless every weight was trained),
+    /// `fused/`, `loss.jsonl`, `loss.svg` and, where data was held out, `eval.jsonl`.
     pub stage: FinishedStage,
     /// How the training went; `None` when it was finished before.
     pub report: Option<TrainReport>,
@@ -223,12 +225,8 @@ impl Work {
         let (lora, threads) = (&self.stage.lora, &self.stage.threads);
         check_memory(config, lora, self.sources.train.plan(), settings, threads)?;
         let decoder = self.decoder(self.stage.config.dtype())?;
-        let adapter = Adapter::init(
-            &self.stage.lora,
-            config,
-            self.stage.config.seed,
-            &Device::Cpu,
-        )?;
+        let seed = self.stage.config.seed;
+        let adapter = Adapter::init_over(lora, config, &self.base.weights, seed, &Device::Cpu)?;
         let Run {
             report,
             adapter,
@@ -245,11 +243,15 @@ impl Work {
         };
         let probe = self.probe()?;
         let expected = probe.logits(&decoder, Some(&adapter))?;
-        let mut objects = self.write_adapter(&adapter, &log)?;
-        self.verify_adapter(&probe, &decoder, &expected)?;
+        let card = model_card(&self.stage.dataset, lora, settings, &log);
+        let mut objects = Vec::new();
+        if !adapter.is_whole() {
+            objects = self.put_all(adapter_folder(&adapter, &card, &self.base.files)?)?;
+            self.verify_adapter(&probe, &decoder, &expected)?;
+        }
         let learned = difference(&expected, &probe.logits(&decoder, None)?);
         drop(decoder); // A second one is loaded to verify the merged model.
-        objects.extend(self.write_fused(&adapter)?);
+        objects.extend(self.write_fused(&adapter, &card)?);
         self.verify_fused(&objects, &probe, &expected, learned)?;
         objects.extend(self.write_curve(&log)?);
         if !evals.is_empty() {
@@ -299,6 +301,9 @@ impl Work {
         .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
         .with_gemm_ceiling(gemm_ceiling(decoder.threads(), self.stage.config.dtype()))
         .with_observer(ProgressObserver::new(events));
+        for sink in &self.stage.report_to {
+            trainer = trainer.with_observer(sink.open(&self.run_info()?)?);
+        }
         if let Some(held_out) = &self.sources.held_out {
             trainer = trainer.with_evaluation(&**held_out);
         }
@@ -326,24 +331,20 @@ impl Work {
         })
     }
 
-    fn write_adapter(&self, adapter: &Adapter, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
-        let TrainStage {
-            dataset,
-            lora,
-            config,
-            ..
-        } = &self.stage;
-        let card = model_card(dataset, lora, config, log);
-        self.put_all(adapter_folder(adapter, card, &self.base.files)?)
-    }
-
-    fn write_fused(&self, adapter: &Adapter) -> Result<Vec<ObjectEntry>> {
-        let mut objects = self.put_all(fused_folder(&self.base.files))?;
+    fn write_fused(&self, adapter: &Adapter, card: &str) -> Result<Vec<ObjectEntry>> {
+        let mut objects = self.put_all(fused_folder(adapter, card, &self.base)?)?;
         for file in merge::merge(&self.base.weights, &self.base.config, adapter)? {
             let (name, bytes) = file?;
             objects.push(self.put_large(&format!("{FUSED}/{name}"), bytes.into())?);
         }
         Ok(objects)
+    }
+
+    fn run_info(&self) -> Result<RunInfo> {
+        let TrainStage { model, dataset, .. } = &self.stage;
+        RunInfo::new(format!("{model} on {dataset}"))
+            .with_params(&self.stage.lora)?
+            .with_params(&self.stage.config)
     }
 
     fn write_curve(&self, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {

@@ -1,5 +1,8 @@
 //! The training loop.
 
+mod report;
+mod resume;
+
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -11,13 +14,11 @@ use updraft_model::{Adapter, Decoder, Gradients, Parameter};
 use updraft_store::{CancelToken, sha256_hex};
 
 use crate::batch::{Noise, noisy_parts};
-use crate::checkpoint::{Checkpoint, Machine, RunState};
 use crate::checkpoints::Checkpoints;
 use crate::collective::{Alone, Collective};
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::flops::Work;
 use crate::loader::{StepExamples, StepReader, read_ahead};
-use crate::memory::peak_memory;
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
 use crate::plan::{Cursor, RunPlan};
@@ -25,15 +26,18 @@ use crate::schedule::Schedule;
 use crate::source::ExampleSource;
 use crate::{Error, Result, TrainConfig};
 
+pub use report::TrainReport;
+
 /// How often a run that waits for data looks whether it was cancelled.
 const CANCEL_CHECK: Duration = Duration::from_millis(50);
 
 /// Trains one adapter over a frozen decoder, from the first step to the last,
-/// as one continuous run over all of a source's data.
+/// as one continuous run over all of a source's data. An adapter may hold whole weights of the
+/// decoder's, or nothing else ([`LoraConfig::full_fine_tuning`](updraft_model::LoraConfig::full_fine_tuning)).
 ///
 /// ```text
 /// loss = Σ cross-entropy / Σ trained tokens       over the whole optimizer step
-/// g    = ∂loss/∂(A, B) · min(1, max_grad_norm / (‖g‖₂ + 1e-6))
+/// g    = ∂loss/∂θ · min(1, max_grad_norm / (‖g‖₂ + 1e-6))
 /// ```
 ///
 /// then one optimizer step at the schedule's learning rate.
@@ -64,44 +68,6 @@ pub struct Trainer<'a> {
     /// Work of this process.
     work: Work,
     gemm_ceiling: Option<f64>,
-}
-
-/// What a run was, as `Trainer.train()` of transformers prints it. The rates
-/// count this process alone, not what a checkpoint brought along.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TrainReport {
-    /// Optimizer steps of the whole run.
-    pub steps: u64,
-    /// Passes over the data.
-    pub epoch: f64,
-    /// Mean of the steps' losses.
-    pub train_loss: f64,
-    /// The evaluation of the adapter that the run ends with, where examples
-    /// were held out.
-    pub eval: Option<EvalRecord>,
-    /// Tokens read in the whole run.
-    pub tokens: u64,
-    /// Tokens that counted towards the loss in the whole run.
-    pub trained_tokens: u64,
-    /// Examples read in the whole run.
-    pub examples: u64,
-    /// Time this process trained.
-    pub train_runtime: Duration,
-    /// Examples per second.
-    pub train_samples_per_second: f64,
-    /// Optimizer steps per second.
-    pub train_steps_per_second: f64,
-    /// Tokens per second, padding-free.
-    pub train_tokens_per_second: f64,
-    /// Useful floating-point operations per second; see [`Work::flops`].
-    pub flops_per_second: f64,
-    /// Model FLOPs utilization: their share of what the processor's matrix
-    /// products reach, where that was given.
-    pub mfu: Option<f64>,
-    /// The most memory this process has held so far, where the system tells.
-    pub peak_memory_bytes: Option<u64>,
-    /// The step this process continued from; zero for a fresh start.
-    pub resumed_from: u64,
 }
 
 impl<'a> Trainer<'a> {
@@ -198,50 +164,6 @@ impl<'a> Trainer<'a> {
     pub fn with_gemm_ceiling(mut self, flops_per_second: f64) -> Self {
         self.gemm_ceiling = Some(flops_per_second);
         self
-    }
-
-    /// Continues from a checkpoint instead of the start.
-    ///
-    /// # Errors
-    /// [`Error::ForeignCheckpoint`] when it was written with other data or
-    /// other settings.
-    pub fn resume(mut self, checkpoint: Checkpoint) -> Result<Self> {
-        let Checkpoint {
-            state,
-            adapter,
-            optimizer,
-            log,
-            evals,
-            best,
-        } = checkpoint;
-        let step = state.cursor.step;
-        let ours = [
-            ("the data", state.cursor.plan == self.cursor.plan),
-            (
-                "TrainConfig",
-                state.config.deciding() == self.config.deciding(),
-            ),
-            ("LoraConfig", adapter.config() == self.adapter.config()),
-            (
-                "the adapter's shape",
-                adapter.parameters() == self.adapter.parameters(),
-            ),
-            ("the loss log", log.len() as u64 == step),
-        ];
-        if let Some((what, _)) = ours.into_iter().find(|(_, same)| !same) {
-            return Err(Error::ForeignCheckpoint { step, what });
-        }
-        let here = Machine::here(self.decoder.threads());
-        if state.machine != here {
-            tracing::warn!(
-                step, written_on = ?state.machine, ?here,
-                "continuing within tolerance, not to the bit: the checkpoint was computed differently"
-            );
-        }
-        self.optimizer.restore(optimizer)?;
-        (self.cursor, self.adapter, self.log) = (state.cursor, adapter, log);
-        (self.evals, self.best) = (evals, best);
-        Ok(self)
     }
 
     /// The adapter as trained so far.
@@ -553,61 +475,5 @@ impl<'a> Trainer<'a> {
             observer.on_checkpoint(self.cursor.step);
         }
         Ok(())
-    }
-
-    /// The run as it stands, to be continued by [`resume`](Self::resume).
-    ///
-    /// # Errors
-    /// [`Error::Model`] when the adapter cannot be copied.
-    pub fn checkpoint(&self) -> Result<Checkpoint> {
-        let optimizer = self.optimizer.state();
-        Ok(Checkpoint {
-            state: RunState {
-                cursor: self.cursor.clone(),
-                optimizer_step: optimizer.step,
-                config: self.config.clone(),
-                machine: Machine::here(self.decoder.threads()),
-            },
-            adapter: self.adapter.to_dtype(self.adapter.dtype())?,
-            optimizer,
-            log: self.log.clone(),
-            evals: self.evals.clone(),
-            best: match &self.best {
-                Some(best) => Some(best.to_dtype(best.dtype())?),
-                None => None,
-            },
-        })
-    }
-
-    fn summary(&self, train_runtime: Duration, resumed_from: u64) -> TrainReport {
-        let sum =
-            |log: &[StepRecord], field: fn(&StepRecord) -> u64| log.iter().map(field).sum::<u64>();
-        let new = &self.log[resumed_from as usize..];
-        let rate = |count: u64| count as f64 / train_runtime.as_secs_f64();
-        let flops = self
-            .work
-            .flops(self.decoder.config(), self.adapter.num_parameters() as u64);
-        let flops_per_second = flops / train_runtime.as_secs_f64();
-        let losses: f64 = self.log.iter().map(|record| record.loss).sum();
-        TrainReport {
-            steps: self.cursor.step,
-            epoch: self.log.last().map_or(0.0, |record| record.epoch),
-            train_loss: losses / self.log.len().max(1) as f64,
-            eval: match self.config.load_best_model_at_end {
-                true => best(&self.evals).copied(),
-                false => self.evals.last().copied(),
-            },
-            tokens: sum(&self.log, |record| record.tokens),
-            trained_tokens: sum(&self.log, |record| record.trained_tokens),
-            examples: sum(&self.log, |record| record.examples),
-            train_runtime,
-            train_samples_per_second: rate(sum(new, |record| record.examples)),
-            train_steps_per_second: rate(new.len() as u64),
-            train_tokens_per_second: rate(sum(new, |record| record.tokens)),
-            flops_per_second,
-            mfu: self.gemm_ceiling.map(|ceiling| flops_per_second / ceiling),
-            peak_memory_bytes: peak_memory(),
-            resumed_from,
-        }
     }
 }

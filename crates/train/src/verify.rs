@@ -33,6 +33,9 @@ impl Probe {
     pub(crate) fn logits(&self, decoder: &Decoder, adapter: Option<&Adapter>) -> Result<Vec<f32>> {
         let mut batch = self.batch.clone();
         batch.adapters = vec![adapter.map(|_| 0)];
+        let own = adapter.map(|adapter| decoder.with_saved_modules(adapter));
+        let own = own.transpose()?;
+        let decoder = own.as_ref().unwrap_or(decoder);
         let hidden = decoder.forward(&batch, adapter.as_slice(), None)?;
         let logits = decoder.logits(&hidden)?;
         Ok(logits

@@ -49,7 +49,7 @@ impl Adapter {
             let reason = format!("{name:?} begins as the base's weight: use Adapter::init_over");
             return Err(config_error("modules_to_save", reason));
         }
-        Self::random(config, model, seed)?.to_device(device)
+        Self::random(config, model, seed)?.into_device(device)
     }
 
     /// [`init`](Self::init) over a base model, whose weights are where the modules that are trained
@@ -86,7 +86,7 @@ impl Adapter {
             let begin = decode::<f32>(name, base.dtype(name)?, &base.bytes(name)?)?;
             adapter.update(|values| values[parameter.range].copy_from_slice(&begin))?;
         }
-        adapter.to_device(device)
+        adapter.into_device(device)
     }
 
     /// Random pairs; whole weights are still zero.
@@ -108,7 +108,7 @@ impl Adapter {
         Self::from_values(config.clone(), plan, values)
     }
 
-    fn to_device(self, device: &Device) -> Result<Self> {
+    fn into_device(self, device: &Device) -> Result<Self> {
         let values = self.values.to_device(device)?;
         Self::from_values(self.config, self.plan, values)
     }

@@ -122,6 +122,11 @@ impl LoraConfig {
         }
     }
 
+    /// Whether no linear map gets a low-rank update: whole weights are all there is.
+    pub fn adapts_nothing(&self) -> bool {
+        matches!(&self.target_modules, TargetModules::Names(names) if names.is_empty())
+    }
+
     /// The part of [`validate`](Self::validate) that also holds for adapters trained elsewhere.
     pub(crate) fn validate_numbers(&self) -> Result<()> {
         for (field, &rank) in std::iter::once(("r", &self.r))

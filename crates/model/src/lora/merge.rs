@@ -1,6 +1,7 @@
 //! Merging an adapter into its base model's files.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -138,40 +139,43 @@ impl Iterator for Merged<'_> {
 
 impl Merged<'_> {
     fn merge_shard(&self, shard: &Shard) -> Result<Vec<u8>> {
+        let failed = RefCell::new(None);
         let tensors = self
             .written(shard)
-            .map(|name| Ok((name, self.merge_tensor(name)?)))
+            .map(|name| {
+                let source = self.source(name);
+                let tensor = Stored {
+                    merged: self,
+                    name,
+                    dtype: self.weights.dtype(source)?,
+                    shape: self.weights.shape(source)?,
+                    base: self.weights.bytes(source)?,
+                    failed: &failed,
+                };
+                Ok((name, tensor))
+            })
             .collect::<Result<Vec<_>>>()?;
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize(tensors, Some(metadata)).map_err(|error| Error::Corrupt {
-            file: shard.name.clone(),
-            reason: error.to_string(),
-        })
+        let bytes = safetensors::serialize(tensors, Some(metadata));
+        match failed.into_inner() {
+            Some(error) => Err(error),
+            None => bytes.map_err(|error| Error::Corrupt {
+                file: shard.name.clone(),
+                reason: error.to_string(),
+            }),
+        }
     }
 
-    fn merge_tensor(&self, name: &str) -> Result<Stored<'_>> {
-        let source = self.source(name);
-        let (dtype, shape, base) = (
-            self.weights.dtype(source)?,
-            self.weights.shape(source)?,
-            self.weights.bytes(source)?,
-        );
-        let bytes = match self.adapted.get(name) {
-            None => base,
+    /// A tensor's new bytes, if it changes.
+    fn merge_tensor(&self, name: &str, dtype: Dtype, base: &[u8]) -> Result<Option<Vec<u8>>> {
+        let values = match self.adapted.get(name) {
+            None => return Ok(None),
             Some(&Change::Update(projection, layer)) => {
-                let sum = self.add_update(name, dtype, &base, projection, layer)?;
-                encode(name, dtype, &sum)?.into()
+                self.add_update(name, dtype, base, projection, layer)?
             }
-            Some(Change::Replace(range)) => {
-                let own = self.adapter.part(range)?;
-                encode(name, dtype, &own)?.into()
-            }
+            Some(Change::Replace(range)) => self.adapter.part(range)?,
         };
-        Ok(Stored {
-            dtype,
-            shape,
-            bytes,
-        })
+        encode(name, dtype, &values).map(Some)
     }
 
     /// `W + s·(B·A)`: the product is summed over ranks in order, then scaled, then added.
@@ -293,11 +297,15 @@ fn encode(name: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A tensor on its way to a file.
+/// A tensor on its way to a file, merged when it is written, so that one exists at a time.
 struct Stored<'a> {
+    merged: &'a Merged<'a>,
+    name: &'a str,
     dtype: Dtype,
     shape: &'a [usize],
-    bytes: bytes::Bytes,
+    base: bytes::Bytes,
+    /// The first failure; a view cannot return it.
+    failed: &'a RefCell<Option<Error>>,
 }
 
 impl View for Stored<'_> {
@@ -310,11 +318,18 @@ impl View for Stored<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
+        match self.merged.merge_tensor(self.name, self.dtype, &self.base) {
+            Ok(None) => Cow::Borrowed(&self.base),
+            Ok(Some(bytes)) => Cow::Owned(bytes),
+            Err(error) => {
+                self.failed.borrow_mut().get_or_insert(error);
+                Cow::Borrowed(&self.base)
+            }
+        }
     }
 
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.base.len()
     }
 }
 

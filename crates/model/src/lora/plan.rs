@@ -200,7 +200,7 @@ impl Plan {
                 "A",
                 [rank, d_in],
                 Role::A(projection, layer),
-                projection.path(layer),
+                &projection.path(layer),
             );
             let ranks = rank_end..rank_end + rank;
             rank_end = ranks.end;
@@ -220,7 +220,7 @@ impl Plan {
                 "B",
                 shape,
                 Role::B(projection, layer),
-                projection.path(layer),
+                &projection.path(layer),
             );
         }
         GroupPlan { a, pairs }
@@ -231,7 +231,7 @@ impl Plan {
         matrix: &str,
         shape: [usize; 2],
         role: Role,
-        path: String,
+        path: &str,
     ) -> Range<usize> {
         self.add(
             format!("{PREFIX}{path}.lora_{matrix}.weight"),

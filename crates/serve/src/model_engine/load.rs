@@ -148,6 +148,11 @@ pub(super) async fn load_adapter(
     let weights = adapter_file(&found, "adapter_model.safetensors").await?;
     let loaded = peft::read_adapter(&config, &weights, base);
     let loaded = loaded.map_err(|source| failed(&found.root, source))?;
+    if loaded.saves_modules() {
+        let reason = "it holds whole modules (modules_to_save), which requests with other adapters \
+                      cannot share; serve its merged model";
+        return Err(failed(&found.root, reason));
+    }
     let name = adapter.name.clone();
     Ok(ServedAdapter {
         name,

@@ -7,7 +7,9 @@ use futures::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 use tokio::io::AsyncReadExt;
 use updraft_model::{Adapter, Architecture, LoraConfig, ModelConfig, Threads, merge, peft, tiny};
-use updraft_serve::{AdapterSource, EngineOptions, ModelEngine, ModelSource, Result, ServeOptions};
+use updraft_serve::{
+    AdapterSource, EngineOptions, Error, ModelEngine, ModelSource, Result, ServeOptions,
+};
 use updraft_store::{ManifestDraft, Opened, StageId, Store, open_stage};
 
 use crate::client::Server;
@@ -322,6 +324,40 @@ async fn two_names_cannot_be_the_same() {
             .expect_err("a name twice")
             .to_string()
             .contains("`tiny`")
+    );
+}
+
+#[tokio::test]
+async fn an_adapter_with_whole_modules_is_refused_for_its_merged_model() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let config = ModelConfig::from_json(&model_files()[0].1).expect("sound");
+    let lora = LoraConfig {
+        modules_to_save: vec!["lm_head".to_owned()],
+        ..LoraConfig::default()
+    };
+    let device = candle_core::Device::Cpu;
+    let saving = Adapter::init_over(&lora, &config, &tiny::weights(&config, 3), 1, &device);
+    let files = peft::write_adapter(&saving.expect("sound settings")).expect("sound");
+    let lora = tempfile::tempdir().expect("a temporary folder");
+    write(
+        lora.path(),
+        &[
+            ("adapter_config.json", files.config_json),
+            ("adapter_model.safetensors", files.safetensors),
+        ],
+    );
+    let adapter = AdapterSource {
+        name: "lora".into(),
+        source: ModelSource::folder(lora.path()),
+    };
+    let refused = load(&ModelSource::folder(folder.path()), &[adapter]).await;
+    let Err(Error::Load { source, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert!(
+        source.to_string().contains("serve its merged model"),
+        "{source}"
     );
 }
 

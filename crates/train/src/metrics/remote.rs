@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
-use serde_json::{Map, Value};
-
+use super::RunInfo;
 use super::entry::Entry;
 use super::json_lines::LogFile;
 use crate::observer::{Observer, StepStats};
@@ -30,41 +28,6 @@ pub use wandb::WandbConfig;
 
 use sender::{Pace, Service, Shared};
 use state::{Identity, SentFile};
-
-/// What a tracking server is told about a run before its figures.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct RunInfo {
-    /// What people call it.
-    pub name: String,
-    /// Its settings, flat.
-    pub params: Map<String, Value>,
-}
-
-impl RunInfo {
-    /// A run of this name.
-    pub fn new(name: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            params: Map::new(),
-        }
-    }
-
-    /// The same run with the fields of some settings, such as a [`TrainConfig`](crate::TrainConfig)
-    /// or a `LoraConfig`, as parameters.
-    ///
-    /// # Panics
-    /// If the settings do not serialize to an object; configurations do.
-    #[must_use]
-    pub fn with_params(mut self, settings: &impl Serialize) -> Self {
-        let settings = serde_json::to_value(settings).expect("settings serialize");
-        let Value::Object(fields) = settings else {
-            panic!("settings have named fields");
-        };
-        let set = fields.into_iter().filter(|(_, value)| !value.is_null());
-        self.params.extend(set);
-        self
-    }
-}
 
 /// Records a run in a file and sends the file's lines to a tracking server from a thread of its own.
 ///

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use tokio::runtime::Runtime;
+use updraft_model::LoraConfig;
 use updraft_store::faults::{Fault, inject};
 use updraft_store::{CancelToken, Store};
 use updraft_train::{
     Checkpoints, Error, ExampleSource, Observer, StepRecord, StepStats, TrainConfig, Trainer,
 };
 
-use crate::world::{adapter, config, decoder, decoder_in, model, source};
+use crate::world::{adapter, adapter_of, config, decoder, decoder_in, lora, model, saving, source};
 
 const DIR: &str = "done/tiny/world/0123456789abcdef/checkpoints";
 
@@ -36,9 +37,18 @@ struct End {
 /// Starts, or continues from the store's newest checkpoint, and goes on until
 /// `step`; then the process is gone.
 fn life(store: &Store, config: &TrainConfig, step: u64) -> Result<End, Error> {
+    life_of(&lora(), store, config, step)
+}
+
+fn life_of(
+    lora: &LoraConfig,
+    store: &Store,
+    config: &TrainConfig,
+    step: u64,
+) -> Result<End, Error> {
     let (runtime, source) = (runtime(), source(26));
     let decoder = decoder_in(config.dtype(), 2);
-    let mut trainer = Trainer::new(&decoder, adapter(), &source, config.clone())?
+    let mut trainer = Trainer::new(&decoder, adapter_of(lora), &source, config.clone())?
         .with_checkpoints(checkpoints(store), runtime.handle().clone());
     if let Some(checkpoint) = runtime.block_on(checkpoints(store).latest(&model()))? {
         trainer = trainer.resume(checkpoint)?;
@@ -85,6 +95,61 @@ fn ten_steps_are_five_and_a_kill_and_five_twice_in_a_row() {
             assert_eq!(life(&store, &config, 10).expect("five more"), whole);
         }
     }
+}
+
+#[test]
+fn whole_weights_stop_and_continue_to_the_bit_too() {
+    for lora in [saving(), LoraConfig::full_fine_tuning()] {
+        let whole = life_of(&lora, &Store::memory(), &config(), 10).expect("ten steps");
+        assert!(whole.log[9].loss < whole.log[1].loss, "it learns");
+        for _ in 0..2 {
+            let store = Store::memory();
+            life_of(&lora, &store, &config(), 5).expect("five steps");
+            assert_eq!(
+                life_of(&lora, &store, &config(), 10).expect("five more"),
+                whole
+            );
+        }
+        let store = Store::memory();
+        life_of(&lora, &store, &config(), 5).expect("five steps");
+        let error = life(&store, &config(), 10).expect_err("other parameters");
+        let foreign = matches!(
+            error,
+            Error::ForeignCheckpoint {
+                what: "LoraConfig",
+                ..
+            }
+        );
+        assert!(foreign, "{error}");
+    }
+}
+
+/// A disk that is full refuses every write from some call on, in the middle of a checkpoint too,
+/// and goes on refusing.
+#[test]
+fn a_disk_that_fills_up_leaves_the_last_checkpoint_as_it_was() {
+    let config = TrainConfig {
+        save_steps: 2,
+        ..config()
+    };
+    let whole = life(&Store::memory(), &config, 10).expect("ten steps");
+    let (store, runtime) = (Store::memory(), runtime());
+    let (counted, calls) = updraft_store::faults::count(&store);
+    life(&counted, &config, 4).expect("four steps");
+    let to_the_middle_of_the_third = calls.total() + 4;
+    let store = Store::memory();
+    let (full, injected) = inject(&store, Fault::KillBefore, to_the_middle_of_the_third);
+    let error = life(&full, &config, 10).expect_err("the disk is full");
+    assert!(
+        matches!(error, Error::Store(_)) && injected.struck(),
+        "{error}"
+    );
+    let latest = runtime
+        .block_on(checkpoints(&store).latest(&model()))
+        .expect("the store can be read")
+        .expect("the last good checkpoint");
+    assert_eq!(latest.state.cursor.step, 4);
+    assert_eq!(life(&store, &config, 10).expect("with room again"), whole);
 }
 
 #[test]

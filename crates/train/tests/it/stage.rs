@@ -11,7 +11,7 @@ use updraft_store::{
     CancelToken, FinishedStage, ManifestDraft, NoProgress, Opened, Progress, ProgressSink, StageId,
     Store, open_stage,
 };
-use updraft_train::metrics::parse_log;
+use updraft_train::metrics::{Sink, parse_log};
 use updraft_train::{
     Error, EvalRecord, ExamplePlan, ExampleSource, ExampleStream, Sources, StepRecord, TrainConfig,
     TrainStage, Trained, train_stage,
@@ -69,6 +69,7 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
             save_steps: 2,
             ..config()
         },
+        report_to: Vec::new(),
         threads: Threads::new(2).expect("threads"),
     };
     (store, stage)
@@ -180,6 +181,57 @@ async fn it_leaves_an_adapter_a_merged_model_and_a_curve() {
         expected.len() + 1,
         "no checkpoint is left beside the manifest"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sinks_have_every_step_and_decide_nothing() {
+    let (store, stage) = world().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let sinks = ["jsonl", "tensorboard"].map(|name| Sink::named(name, folder.path()));
+    let told = TrainStage {
+        report_to: sinks
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .expect("their names"),
+        ..stage.clone()
+    };
+    let done = train(&store, &told).await.expect("trained").stage;
+    let lines = std::fs::read_to_string(folder.path().join("metrics.jsonl")).expect("a log");
+    assert_eq!(lines.matches("\"grad_norm\"").count(), 4, "{lines}");
+    assert!(folder.path().join("runs").is_dir());
+    let (other_store, stage) = world().await;
+    let untold = train(&other_store, &stage).await.expect("trained").stage;
+    assert_eq!(
+        snapshot(&other_store, &untold).await,
+        snapshot(&store, &done).await
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_every_weight_trained_it_leaves_a_model_and_a_curve() {
+    let (store, stage) = world().await;
+    let full = TrainStage {
+        lora: LoraConfig::full_fine_tuning(),
+        ..stage
+    };
+    let done = train(&store, &full).await.expect("trained").stage;
+    let manifest = done.manifest().await.expect("a manifest");
+    let names: Vec<&str> = manifest
+        .objects
+        .iter()
+        .map(|object| &object.path[..])
+        .collect();
+    assert!(
+        names.iter().all(|name| !name.starts_with("lora_model/")),
+        "{names:?}"
+    );
+    assert!(names.contains(&"fused/README.md") && names.contains(&"fused/model.safetensors"));
+    let fused = load_model_files(&done, "fused")
+        .await
+        .expect("the model opens");
+    assert_eq!(fused.config, model());
+    let again = train(&store, &full).await.expect("found");
+    assert!(again.stage.reused());
 }
 
 #[tokio::test(flavor = "multi_thread")]

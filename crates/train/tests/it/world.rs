@@ -30,7 +30,20 @@ pub(crate) fn lora() -> LoraConfig {
 }
 
 pub(crate) fn adapter() -> Adapter {
-    Adapter::init(&lora(), &model(), 7, &Device::Cpu).expect("an adapter")
+    adapter_of(&lora())
+}
+
+pub(crate) fn adapter_of(lora: &LoraConfig) -> Adapter {
+    let weights = tiny::weights(&model(), 1);
+    Adapter::init_over(lora, &model(), &weights, 7, &Device::Cpu).expect("an adapter")
+}
+
+/// Pairs beside whole copies of the head, which is tied, and of the last norm.
+pub(crate) fn saving() -> LoraConfig {
+    LoraConfig {
+        modules_to_save: vec!["lm_head".to_owned(), "model.norm".to_owned()],
+        ..lora()
+    }
 }
 
 /// One loss span. (A range in `vec![]` looks like a slip to clippy.)
