@@ -49,6 +49,7 @@
 //! # Features
 //! | feature | adds |
 //! | --- | --- |
+//! | `candle-transformers` | `CandleEngine`: Gemma, Phi-3 and others, one request at a time |
 //! | `constrained` | [`Constraint`]s: answers that follow a JSON schema, through llguidance |
 //! | `tls` | [`Tls`]: HTTPS, through rustls with ring |
 //! | `conformance` | [`conformance_tests!`]: the suite every [`Engine`] passes |
@@ -57,6 +58,8 @@ mod constraint;
 mod engine;
 mod error;
 
+#[cfg(feature = "candle-transformers")]
+mod candle_engine;
 mod echo;
 mod engines;
 mod model_engine;
@@ -91,6 +94,8 @@ pub mod conformance;
 pub use app::ServeOptions;
 pub use auth::ApiKeys;
 pub use blocks::BlockAllocator;
+#[cfg(feature = "candle-transformers")]
+pub use candle_engine::{CANDLE_ARCHITECTURES, CandleEngine};
 pub use clock::Clock;
 pub use constraint::Constraint;
 pub use echo::EchoEngine;

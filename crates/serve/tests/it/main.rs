@@ -3,6 +3,8 @@
 mod adapters;
 mod auth;
 mod browser;
+#[cfg(feature = "candle-transformers")]
+mod candle;
 mod chat;
 mod client;
 mod completions;
