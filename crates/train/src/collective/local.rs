@@ -21,13 +21,12 @@ pub fn local_group(num_workers: usize) -> Vec<LocalCollective> {
     let mut links: Vec<Vec<Option<Pipe>>> = (0..num_workers)
         .map(|_| (0..num_workers).map(|_| None).collect())
         .collect();
-    for a in 0..num_workers {
-        for b in a + 1..num_workers {
-            let (to_b, from_a) = channel();
-            let (to_a, from_b) = channel();
-            links[a][b] = Some(Pipe::new(to_b, from_b));
-            links[b][a] = Some(Pipe::new(to_a, from_a));
-        }
+    let pairs = (0..num_workers).flat_map(|a| (a + 1..num_workers).map(move |b| (a, b)));
+    for (a, b) in pairs {
+        let (to_b, from_a) = channel();
+        let (to_a, from_b) = channel();
+        links[a][b] = Some(Pipe::new(to_b, from_b));
+        links[b][a] = Some(Pipe::new(to_a, from_a));
     }
     let workers = links.into_iter().enumerate();
     workers

@@ -112,7 +112,7 @@ impl<L: Link> Mesh<L> {
             |rank, link| {
                 let len = receive_header(link, Kind::Message)?;
                 if len > MAX_MESSAGE {
-                    return Err(out_of_step(format!("a message of {len} bytes")));
+                    return Err(out_of_step(&format!("a message of {len} bytes")));
                 }
                 all[rank].resize(len, 0);
                 link.receive(&mut all[rank])
@@ -205,23 +205,23 @@ fn receive_header(link: &impl Link, expected: Kind) -> io::Result<usize> {
     link.receive(&mut header)?;
     let (kind, len) = header.split_first().expect("nine bytes");
     if *kind != expected as u8 {
-        return Err(out_of_step(format!("{expected:?} expected, {kind} came")));
+        return Err(out_of_step(&format!("{expected:?} expected, {kind} came")));
     }
     let len = u64::from_le_bytes(len.try_into().expect("eight bytes"));
-    usize::try_from(len).map_err(|_| out_of_step(format!("{len} bytes")))
+    usize::try_from(len).map_err(|_| out_of_step(&format!("{len} bytes")))
 }
 
 fn receive_floats(link: &impl Link, kind: Kind, count: usize) -> io::Result<Vec<u8>> {
     let len = receive_header(link, kind)?;
     if len != 4 * count {
-        return Err(out_of_step(format!("{len} bytes for {count} values")));
+        return Err(out_of_step(&format!("{len} bytes for {count} values")));
     }
     let mut bytes = vec![0; len];
     link.receive(&mut bytes)?;
     Ok(bytes)
 }
 
-fn out_of_step(what: String) -> io::Error {
+fn out_of_step(what: &str) -> io::Error {
     let what = format!("{what}: the workers run different programs or settings");
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
