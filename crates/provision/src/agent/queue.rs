@@ -117,12 +117,16 @@ impl JobRow {
     /// Takes in what the same job is on another node: it is over when it is over on all of them, and
     /// has failed as soon as it has on one.
     pub(crate) fn join(&mut self, other: &JobRow) {
-        let has_failed =
-            |job: &JobRow| job.status.is_final() && job.status != QueueStatus::Succeeded;
-        if has_failed(self) {
+        // A job that failed on one node was cancelled on the others because of it.
+        let weight = |job: &JobRow| match job.status {
+            QueueStatus::Cancelled => 1,
+            QueueStatus::Failed | QueueStatus::FailedSetup | QueueStatus::FailedDriver => 2,
+            _ => 0,
+        };
+        if weight(self) > 0 && weight(self) >= weight(other) {
             return;
         }
-        if has_failed(other) {
+        if weight(other) > 0 {
             (self.status, self.exit_code, self.ended) =
                 (other.status, other.exit_code, other.ended);
         } else if !other.status.is_final() {
@@ -440,6 +444,8 @@ mod tests {
             (Succeeded, Failed, Failed),
             (Failed, Running, Failed),
             (Cancelled, Succeeded, Cancelled),
+            (Cancelled, Failed, Failed),
+            (Failed, Cancelled, Failed),
         ] {
             let row = |status: QueueStatus, ended: i64| JobRow {
                 id: 1,

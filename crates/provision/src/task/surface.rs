@@ -88,74 +88,56 @@ const VOLUME_MOUNT: Shape = Fields(&[
     refused("volume_config", MAPPING),
 ]);
 
-const RESOURCES: Shape = Fields(&[
-    field("cloud", Choice(CLOUDS)),
-    field("region", Text),
-    field("zone", Text),
-    field("infra", Text),
-    field("cpus", TEXT_OR_NUMBER),
-    field("memory", TEXT_OR_NUMBER),
-    field("accelerators", ACCELERATORS),
-    field("gpus", ACCELERATORS),
-    field("instance_type", Text),
-    field("use_spot", Boolean),
-    field("disk_size", Size),
-    field("max_hourly_cost", Number(f64::MIN_POSITIVE)),
-    field("ports", PORTS),
-    field("labels", LABELS),
-    field("autostop", AUTOSTOP),
-    field("any_of", List(0, &CANDIDATE)),
-    field("ordered", List(0, &CANDIDATE)),
-    refused("job_recovery", RECOVERY),
-    refused("volumes", List(0, &MAPPING)),
-    refused("ephemeral_storage", Size),
-    refused("disk_tier", DISK_TIER),
-    refused("network_tier", NETWORK_TIER),
-    refused("local_disk", Text),
-    refused("accelerator_args", ACCELERATOR_ARGS),
-    refused("image_id", IMAGE),
-    refused("priority", PRIORITY),
-    refused("priority_class", Text),
-    refused("_no_missing_accel_warnings", Boolean),
-    refused("_docker_login_config", MAPPING),
-    refused("_is_image_managed", Boolean),
-    refused("_requires_fuse", Boolean),
-    refused("_cluster_config_overrides", MAPPING),
-]);
+/// What may be said of one machine: everything of `resources`, with `$more` where it may have
+/// alternatives.
+macro_rules! machine {
+    ($accelerators:expr, [$($more:expr),*]) => {
+        Fields(&[
+            field("cloud", Choice(CLOUDS)),
+            field("region", Text),
+            field("zone", Text),
+            field("infra", Text),
+            field("cpus", TEXT_OR_NUMBER),
+            field("memory", TEXT_OR_NUMBER),
+            field("accelerators", $accelerators),
+            field("gpus", $accelerators),
+            field("instance_type", Text),
+            field("use_spot", Boolean),
+            field("disk_size", Size),
+            field("max_hourly_cost", Number(f64::MIN_POSITIVE)),
+            field("ports", PORTS),
+            field("labels", LABELS),
+            field("autostop", AUTOSTOP),
+            $($more,)*
+            refused("job_recovery", RECOVERY),
+            refused("volumes", List(0, &MAPPING)),
+            refused("ephemeral_storage", Size),
+            refused("disk_tier", DISK_TIER),
+            refused("network_tier", NETWORK_TIER),
+            refused("local_disk", Text),
+            refused("accelerator_args", ACCELERATOR_ARGS),
+            refused("image_id", IMAGE),
+            refused("priority", PRIORITY),
+            refused("priority_class", Text),
+            refused("_no_missing_accel_warnings", Boolean),
+            refused("_docker_login_config", MAPPING),
+            refused("_is_image_managed", Boolean),
+            refused("_requires_fuse", Boolean),
+            refused("_cluster_config_overrides", MAPPING),
+        ])
+    };
+}
 
-/// An entry of `any_of` or `ordered`: everything of `resources` but further alternatives.
-const CANDIDATE: Shape = Fields(&[
-    field("cloud", Choice(CLOUDS)),
-    field("region", Text),
-    field("zone", Text),
-    field("infra", Text),
-    field("cpus", TEXT_OR_NUMBER),
-    field("memory", TEXT_OR_NUMBER),
-    field("accelerators", ONE_ACCELERATOR),
-    field("gpus", ONE_ACCELERATOR),
-    field("instance_type", Text),
-    field("use_spot", Boolean),
-    field("disk_size", Size),
-    field("max_hourly_cost", Number(f64::MIN_POSITIVE)),
-    field("ports", PORTS),
-    field("labels", LABELS),
-    field("autostop", AUTOSTOP),
-    refused("job_recovery", RECOVERY),
-    refused("volumes", List(0, &MAPPING)),
-    refused("ephemeral_storage", Size),
-    refused("disk_tier", DISK_TIER),
-    refused("network_tier", NETWORK_TIER),
-    refused("local_disk", Text),
-    refused("accelerator_args", ACCELERATOR_ARGS),
-    refused("image_id", IMAGE),
-    refused("priority", PRIORITY),
-    refused("priority_class", Text),
-    refused("_no_missing_accel_warnings", Boolean),
-    refused("_docker_login_config", MAPPING),
-    refused("_is_image_managed", Boolean),
-    refused("_requires_fuse", Boolean),
-    refused("_cluster_config_overrides", MAPPING),
-]);
+const RESOURCES: Shape = machine!(
+    ACCELERATORS,
+    [
+        field("any_of", List(0, &CANDIDATE)),
+        field("ordered", List(0, &CANDIDATE))
+    ]
+);
+
+/// An entry of `any_of` or `ordered`.
+const CANDIDATE: Shape = machine!(ONE_ACCELERATOR, []);
 
 const ACCELERATORS: Shape = Either(&[Text, MapOf(MANY, &Either(&[REAL, Null])), List(0, &Text)]);
 const ONE_ACCELERATOR: Shape = Either(&[Text, MapOf(1, &REAL)]);

@@ -247,14 +247,16 @@ impl Lab {
         until("a network of its own", || {
             network(&pid.to_string()) != network("self")
         });
+        // The same card after a reboot: neighbours remember it.
         ip(&format!(
-            "link add cable{number} type veth peer name port{number}"
+            "link add cable{number} type veth peer name port{number} address 02:77:00:00:00:{number:02x}"
         ));
         ip(&format!("link set cable{number} master lab up"));
         ip(&format!("link set port{number} netns {pid}"));
-        let address = (address(number), 22);
+        let address = (address(number), 22).into();
+        let soon = Duration::from_secs(1);
         until("an ssh server", || {
-            std::net::TcpStream::connect(address).is_ok()
+            std::net::TcpStream::connect_timeout(&address, soon).is_ok()
         });
         running
     }
