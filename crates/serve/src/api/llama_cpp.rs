@@ -396,8 +396,8 @@ impl Answer {
                 } => {
                     let end = self.end(reason, usage, stopped);
                     let tokens = std::mem::take(&mut self.tokens);
-                    let told = self.return_tokens.then_some(tokens).unwrap_or_default();
-                    return Ok(self.select(end, &self.text, &told, &self.probabilities));
+                    let told = if self.return_tokens { &tokens[..] } else { &[] };
+                    return Ok(self.select(end, &self.text, told, &self.probabilities));
                 }
             }
         }

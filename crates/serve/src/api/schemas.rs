@@ -248,15 +248,22 @@ pub(super) fn node(name: &str) -> Value {
 }
 
 fn or_null(schema: Value) -> Value {
-    json!({"anyOf": [schema, {"type": "null"}]})
+    let mut either = json!({"anyOf": [null, {"type": "null"}]});
+    either["anyOf"][0] = schema;
+    either
 }
 
 fn list(items: Value) -> Value {
-    json!({"type": "array", "items": items})
+    let mut list = json!({"type": "array"});
+    list["items"] = items;
+    list
 }
 
 pub(super) fn array(items: Value, least: usize, most: usize) -> Value {
-    json!({"type": "array", "minItems": least, "maxItems": most, "items": items})
+    let mut array = list(items);
+    array["minItems"] = json!(least);
+    array["maxItems"] = json!(most);
+    array
 }
 
 pub(super) fn string() -> Value {
