@@ -6,6 +6,8 @@
 //! output, and takes everything down. It needs nothing but `bash`. A task for a machine of yours says
 //! `cloud: ssh`; the provider beside it is then `SshProvider`.
 
+#![expect(clippy::print_stdout, reason = "a program talks to a person")]
+
 use std::sync::Arc;
 
 use anyhow::{Result, bail};

@@ -160,6 +160,19 @@ impl GenerateRequest {
             cache_salt: None,
         }
     }
+
+    /// Stop tokens that would come too early, and tokens that would complete a bad word.
+    pub(crate) fn forbidden(&self, generated: &[u32]) -> Vec<u32> {
+        let early = generated.len() < self.min_tokens as usize;
+        let mut forbidden = match early {
+            true => self.stop_token_ids.clone(),
+            false => Vec::new(),
+        };
+        let ends = self.bad_words.iter().filter_map(|word| word.split_last());
+        let begun = ends.filter(|(_, start)| generated.ends_with(start));
+        forbidden.extend(begun.map(|(last, _)| *last));
+        forbidden
+    }
 }
 
 /// What happens to a request, in order.

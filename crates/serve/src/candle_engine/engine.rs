@@ -131,14 +131,11 @@ impl Engine for CandleEngine {
     fn stats(&self) -> Vec<EngineStats> {
         let (running, waiting) = self.status.counts();
         vec![EngineStats {
-            model: self.info.id.clone(),
             alive: !self.inbox.is_closed(),
             running,
             waiting,
-            kv_cache_usage: 0.0,
-            preemptions: 0,
-            prefix_cache_queries: 0,
-            prefix_cache_hits: 0,
+            max_num_seqs: 1,
+            ..EngineStats::idle(&self.info.id)
         }]
     }
 }

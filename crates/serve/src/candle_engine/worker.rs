@@ -147,16 +147,21 @@ impl<'a> Answer<'a> {
             if self.events.is_closed() {
                 return Ok(None);
             }
-            let token = sampler::sample(&logits, &request.sampling, self.past());
+            let past = Past {
+                prompt: &request.prompt_ids,
+                generated: &self.generated,
+                forbidden: &request.forbidden(&self.generated),
+            };
+            let token = sampler::sample(&logits, &request.sampling, past);
             let token = token.ok_or("the model gave no finite logit")?;
             self.generated.push(token);
             if request.stop_token_ids.contains(&token) {
                 return Ok(Some(self.finished(FinishReason::Stop)));
             }
-            let top = request.logprobs;
+            let (top, named) = (request.logprobs, &request.logprob_ids);
             self.tell(TokenEvent::Token {
                 id: token,
-                logprobs: top.map(|top| sampler::token_logprobs(&logits, token, top)),
+                logprobs: top.map(|top| sampler::token_logprobs(&logits, token, top, named)),
             });
             if self.generated.len() < request.max_tokens as usize {
                 logits = self.forward(&[token])?;
@@ -170,7 +175,7 @@ impl<'a> Answer<'a> {
         let (mut all, mut logits) = (vec![None], Vec::new());
         for (position, &id) in self.request.prompt_ids.iter().enumerate() {
             if position > 0 {
-                all.push(Some(sampler::token_logprobs(&logits, id, top)));
+                all.push(Some(sampler::token_logprobs(&logits, id, top, &[])));
             }
             logits = self.forward(&[id])?;
         }
@@ -184,19 +189,6 @@ impl<'a> Answer<'a> {
         let logits = self.model.forward(&input, self.seen)?;
         self.seen += ids.len();
         Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-    }
-
-    fn past(&self) -> Past<'_> {
-        let early = self.generated.len() < self.request.min_tokens as usize;
-        Past {
-            prompt: &self.request.prompt_ids,
-            generated: &self.generated,
-            forbidden: if early {
-                &self.request.stop_token_ids
-            } else {
-                &[]
-            },
-        }
     }
 
     fn finished(&self, reason: FinishReason) -> TokenEvent {

@@ -44,27 +44,9 @@ impl Sequence {
         let past = Past {
             prompt: &self.request.prompt_ids,
             generated: self.generated(),
-            forbidden: &self.forbidden(),
+            forbidden: &self.request.forbidden(self.generated()),
         };
         sampler::sample(logits, &self.request.sampling, past)
-    }
-
-    /// Stop tokens that would come too early, and tokens that would complete a bad word.
-    fn forbidden(&self) -> Vec<u32> {
-        let generated = self.generated();
-        let early = generated.len() < self.request.min_tokens as usize;
-        let mut forbidden = match early {
-            true => self.request.stop_token_ids.clone(),
-            false => Vec::new(),
-        };
-        let ends = self
-            .request
-            .bad_words
-            .iter()
-            .filter_map(|word| word.split_last());
-        let begun = ends.filter(|(_, start)| generated.ends_with(start));
-        forbidden.extend(begun.map(|(last, _)| *last));
-        forbidden
     }
 
     /// The log-probabilities of a chosen token, if they were asked for.

@@ -37,7 +37,7 @@ fn run<C: Collective, R: Send>(workers: Vec<C>, work: impl Fn(C) -> R + Sync) ->
             .into_iter()
             .map(|worker| scope.spawn(move || work(worker)))
             .collect();
-        let ended = running.into_iter().map(|worker| worker.join());
+        let ended = running.into_iter().map(thread::ScopedJoinHandle::join);
         ended
             .map(|worker| worker.expect("no worker panics"))
             .collect()
