@@ -1,9 +1,9 @@
 """Clients that connect, ask and vanish at random points: is the server's memory flat afterwards?
 
-    updraft-serve --model M --port 8000 & python .ci/peers/vanish.py http://127.0.0.1:8000 $! [--rounds 6]
+    updraft-serve --model M --port 8000 & python .ci/peers/vanish.py http://127.0.0.1:8000 $! [--rounds 12]
 
 Rounds of 1,000 clients, 100 at a time. Prints what is resident after each; ends with 1 if anything
-still runs, waits or holds blocks, or if the last rounds grew by more than 8 MiB over the second.
+still runs, waits or holds blocks, or if the second half of the rounds grew by more than 4 MiB.
 """
 
 import argparse
@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("url")
 parser.add_argument("pid", type=int)
 parser.add_argument("--key", default="none")
-parser.add_argument("--rounds", type=int, default=6)
+parser.add_argument("--rounds", type=int, default=12)
 args = parser.parse_args()
 where = urlsplit(args.url)
 draw = random.Random(1)
@@ -73,4 +73,5 @@ for round in range(args.rounds):
         time.sleep(.05)
     sizes.append(resident_mib())
     print(f"{(round + 1) * 1000} clients: {sizes[-1]:.1f} MiB", flush=True)
-sys.exit(max(sizes[2:]) - sizes[1] > 8)
+half = len(sizes) // 2
+sys.exit(max(sizes[half:]) - max(sizes[:half]) > 4)
