@@ -105,6 +105,10 @@ fn logs(
                 _ => Ok(()),
             };
         }
+        // A node that was taken down leaves nobody to write the job's end.
+        if let Err(gone) = path.metadata() {
+            return Err(Error::io(&path)(gone));
+        }
         std::thread::sleep(FOLLOW);
     }
 }
@@ -122,5 +126,43 @@ fn number(text: &str) -> Result<i64> {
 fn no_such_job() -> Error {
     Error::InvalidTask {
         what: "there is no such job; `queue` lists those there are".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tells where the log has come to.
+    struct Told(std::sync::mpsc::Sender<usize>);
+
+    impl Write for Told {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let _ = self.0.send(bytes.len()); // nobody listens at the end
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn following_a_log_ends_when_its_node_is_gone() {
+        let node = tempfile::tempdir().expect("a temporary folder");
+        let dir = node.path().join(".updraft");
+        let queue = Queue::open(&dir).expect("a queue");
+        let id = queue.submit(&JobSpec::default(), 1).expect("a job");
+        let log = queue.log(id);
+        std::fs::create_dir_all(log.parent().expect("a folder")).expect("made");
+        std::fs::write(&log, "begun").expect("written");
+        let (told, lines) = std::sync::mpsc::channel();
+        let follower = std::thread::spawn(move || {
+            let mut about = Vec::new();
+            logs(&queue, id, true, &mut Told(told), &mut about)
+        });
+        assert_eq!(lines.recv(), Ok("begun".len()));
+        drop(node);
+        let ended = follower.join().expect("no panic").expect_err("gone");
+        assert!(matches!(ended, Error::Io { .. }), "{ended}");
     }
 }
