@@ -43,7 +43,7 @@ impl State {
     /// Records a cluster, or what a new launch changes of it.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn put_cluster(&self, row: &ClusterRow) -> Result<()> {
         self.execute(
             "INSERT INTO clusters (name, status, task, num_nodes, idle_seconds, down, created, wait_for)
@@ -65,7 +65,7 @@ impl State {
     /// The cluster of that name.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn cluster(&self, name: &str) -> Result<Option<ClusterRow>> {
         let query = "SELECT * FROM clusters WHERE name = ?1";
         let row = self.db().query_row(query, [name], read_cluster).optional();
@@ -75,7 +75,7 @@ impl State {
     /// Every cluster, by name.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn clusters(&self) -> Result<Vec<ClusterRow>> {
         self.query("SELECT * FROM clusters ORDER BY name", [], read_cluster)
     }
@@ -83,7 +83,7 @@ impl State {
     /// Changes what a cluster does.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn set_status(&self, name: &str, status: ClusterStatus) -> Result<()> {
         self.execute(
             "UPDATE clusters SET status = ?2 WHERE name = ?1",
@@ -94,7 +94,7 @@ impl State {
     /// Forgets a cluster, unless it still has instances.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn forget_cluster(&self, name: &str) -> Result<()> {
         self.execute(
             "DELETE FROM clusters WHERE name = ?1 AND NOT EXISTS

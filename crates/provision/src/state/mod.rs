@@ -72,7 +72,7 @@ impl State {
     /// Opens the state in `dir`, making both if need be.
     ///
     /// # Errors
-    /// [`Error::Io`] if the folder cannot be made, [`Error::State`] if the file is no database.
+    /// [`Error::Io`] if the folder cannot be made, [`Error::State`](crate::Error::State) if the file is no database.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref().to_path_buf();
         let locks = dir.join("locks");
@@ -139,7 +139,7 @@ impl State {
     /// Records a service, or its new version.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn put_service(&self, name: &str, spec: &serde_json::Value) -> Result<()> {
         self.execute(
             "INSERT INTO services VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET spec = ?2",
@@ -150,7 +150,7 @@ impl State {
     /// The services by name.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn services(&self) -> Result<Vec<(String, serde_json::Value)>> {
         self.query("SELECT name, spec FROM services ORDER BY name", [], |row| {
             let text: String = row.get(1)?;
@@ -161,7 +161,7 @@ impl State {
     /// Forgets a service.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn forget_service(&self, name: &str) -> Result<()> {
         self.execute("DELETE FROM services WHERE name = ?1", [name])
     }

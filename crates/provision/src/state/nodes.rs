@@ -51,7 +51,7 @@ impl State {
     /// Records that the provider of `offer` is about to be asked for an instance; returns its token.
     ///
     /// # Errors
-    /// [`Error::State`]; then the provider must not be asked.
+    /// [`Error::State`](crate::Error::State); then the provider must not be asked.
     pub fn intend(
         &self,
         cluster: &str,
@@ -75,7 +75,7 @@ impl State {
     /// Records the provider's answer.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn created(&self, token: &str, instance: &InstanceId, now: SystemTime) -> Result<()> {
         self.execute(
             "UPDATE nodes SET state = 'live', instance = ?2, created = coalesce(created, ?3) WHERE id = ?1",
@@ -86,7 +86,7 @@ impl State {
     /// Records that the instance, if there is one, is to be ended.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn set_node(&self, token: &str, state: NodeState) -> Result<()> {
         self.execute(
             "UPDATE nodes SET state = ?2 WHERE id = ?1",
@@ -97,7 +97,7 @@ impl State {
     /// Removes a row whose instance never came to be.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn never_was(&self, token: &str) -> Result<()> {
         self.execute("DELETE FROM nodes WHERE id = ?1", [row_id(token)])
     }
@@ -105,7 +105,7 @@ impl State {
     /// Records the provider's confirmation that the instance is gone.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn ended(&self, token: &str, now: SystemTime) -> Result<()> {
         self.execute(
             "UPDATE nodes SET ended = ?2 WHERE id = ?1 AND ended IS NULL",
@@ -116,7 +116,7 @@ impl State {
     /// The instances that are not confirmed gone, by cluster and rank.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn open_nodes(&self) -> Result<Vec<NodeRow>> {
         self.nodes("ended IS NULL")
     }
@@ -124,7 +124,7 @@ impl State {
     /// Every instance there ever was, for the bill.
     ///
     /// # Errors
-    /// [`Error::State`].
+    /// [`Error::State`](crate::Error::State).
     pub fn all_nodes(&self) -> Result<Vec<NodeRow>> {
         self.nodes("created IS NOT NULL")
     }

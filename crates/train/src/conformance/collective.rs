@@ -1,4 +1,4 @@
-//! What every [`Collective`](crate::Collective) promises.
+//! What every [`Collective`] promises.
 
 use std::thread;
 

@@ -34,7 +34,7 @@ pub struct TrainReport {
     pub train_steps_per_second: f64,
     /// Tokens per second, padding-free.
     pub train_tokens_per_second: f64,
-    /// Useful floating-point operations per second; see [`Work::flops`].
+    /// Useful floating-point operations per second; see [`Work::flops`](crate::Work::flops).
     pub flops_per_second: f64,
     /// Model FLOPs utilization: their share of what the processor's matrix
     /// products reach, where that was given.
