@@ -116,7 +116,7 @@ pub struct JobRow {
 impl JobRow {
     /// Takes in what the same job is on another node: it is over when it is over on all of them, and
     /// has failed as soon as it has on one.
-    pub(crate) fn join(&mut self, other: &JobRow) {
+    pub fn join(&mut self, other: &JobRow) {
         // A job that failed on one node was cancelled on the others because of it.
         let weight = |job: &JobRow| match job.status {
             QueueStatus::Cancelled => 1,
