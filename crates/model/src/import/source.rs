@@ -159,6 +159,10 @@ impl Source {
     }
 
     /// All bytes of a file, wherever they come from now, held to what the source says of them.
+    #[cfg_attr(
+        not(feature = "hub"),
+        expect(unused_variables, reason = "only the Hub says what a file must be")
+    )]
     pub(super) fn checked(&self, file: &SourceFile, body: Body) -> Result<Body> {
         match self {
             Self::Folder(_) => Ok(body),

@@ -70,6 +70,10 @@ impl Sink {
     ///
     /// # Errors
     /// [`Error::MetricsFile`] if its files cannot be used, and those of the servers' settings.
+    #[cfg_attr(
+        not(any(feature = "mlflow", feature = "wandb")),
+        expect(unused_variables, reason = "only a server is told of the run")
+    )]
     pub fn open(&self, run: &RunInfo) -> Result<Box<dyn Observer>> {
         Ok(match self {
             Self::JsonLines(path) => {
