@@ -53,16 +53,7 @@ impl AdamW {
             (len, len, len),
             "the parameter's length"
         );
-        let step = step as f64;
-        let factors = Factors {
-            decay: F::from_f64(1.0 - self.learning_rate * self.weight_decay),
-            toward_grad: F::from_f64(1.0 - self.beta1),
-            beta2: F::from_f64(self.beta2),
-            toward_square: F::from_f64(1.0 - self.beta2),
-            step_size: F::from_f64(self.learning_rate / (1.0 - self.beta1.powf(step))),
-            root_correction: F::from_f64((1.0 - self.beta2.powf(step)).sqrt()),
-            eps: F::from_f64(self.eps),
-        };
+        let factors = self.factors_of::<F>(step);
         threads.split(
             (param, grad, exp_avg, exp_avg_sq),
             1 << 14,
@@ -76,6 +67,34 @@ impl AdamW {
                 });
             },
         );
+    }
+
+    fn factors_of<F: Float>(&self, step: u64) -> Factors<F> {
+        let step = step as f64;
+        Factors {
+            decay: F::from_f64(1.0 - self.learning_rate * self.weight_decay),
+            toward_grad: F::from_f64(1.0 - self.beta1),
+            beta2: F::from_f64(self.beta2),
+            toward_square: F::from_f64(1.0 - self.beta2),
+            step_size: F::from_f64(self.learning_rate / (1.0 - self.beta1.powf(step))),
+            root_correction: F::from_f64((1.0 - self.beta2.powf(step)).sqrt()),
+            eps: F::from_f64(self.eps),
+        }
+    }
+
+    /// The factors of a step in the order of `Factors` in `cuda/adamw.cu`.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn factors(&self, step: u64) -> [f32; 7] {
+        let f = self.factors_of::<f32>(step);
+        [
+            f.decay,
+            f.toward_grad,
+            f.beta2,
+            f.toward_square,
+            f.step_size,
+            f.root_correction,
+            f.eps,
+        ]
     }
 }
 

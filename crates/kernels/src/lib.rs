@@ -35,7 +35,8 @@
 //!   chunks and on however many threads: the serving path is made of these and of row-wise operations.
 //!
 //! # Features
-//! None.
+//! - `cuda`: [`cuda`], the operations on NVIDIA GPUs.
+//! - `cuda-emulator`: the same on the CPU, to test them.
 
 mod float;
 mod mat;
@@ -49,6 +50,8 @@ mod weight;
 pub mod adamw;
 pub mod attention;
 pub mod clip;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub mod cuda;
 pub mod embedding;
 pub mod kv_scatter;
 pub mod linear;

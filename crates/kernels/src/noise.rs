@@ -86,8 +86,8 @@ fn run<F: Float>(
         (out.num_rows(), out.num_cols()),
         "the output's shape"
     );
-    let threshold = (p * f64::from(u32::MAX)) as u32;
-    let scale = F::from_f64(1.0 / (1.0 - p));
+    let (threshold, scale) = threshold_and_scale(p);
+    let scale = F::from_f64(scale);
     threads.split((keys, x, out), MIN_ROWS, |(keys, x, out)| {
         dispatch(Dropout {
             threshold,
@@ -98,6 +98,11 @@ fn run<F: Float>(
             out,
         });
     });
+}
+
+/// Random bits below the one drop a number; the other takes their place in what is kept.
+pub(crate) fn threshold_and_scale(p: f64) -> (u32, f64) {
+    ((p * f64::from(u32::MAX)) as u32, 1.0 / (1.0 - p))
 }
 
 /// `out = x · keep · scale + beta · out`

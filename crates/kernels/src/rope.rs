@@ -52,6 +52,12 @@ impl<F: Float> Table<F> {
         self.half_dim * 2
     }
 
+    /// Both tables, `[positions, D / 2]` each.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn cos_sin(&self) -> (&[F], &[F]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Number of positions it reaches.
     #[must_use]
     pub fn num_positions(&self) -> usize {

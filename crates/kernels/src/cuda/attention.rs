@@ -1,0 +1,296 @@
+//! Causal attention over packed sequences on a GPU; see [`crate::attention`].
+//!
+//! Head dims 64 and 128 in f16 and bf16 go to tensor cores on `sm_80` and later; everything else takes a simpler way.
+
+use super::launch::{Arguments, Kernel};
+use super::memory::Number;
+use super::{Buffer, Gpu, Mat, MatMut, Result, View, ViewMut};
+use crate::attention::Heads;
+
+/// Rows of a tile, threads of a block: as in the kernels.
+const TILE: usize = 64;
+const THREADS: u32 = 128;
+const WARPS: usize = 4;
+/// The largest head dim.
+const MAX_HEAD_DIM: usize = 256;
+
+/// The sequences of a packed batch on the device, cut into tiles.
+#[derive(Debug)]
+pub struct Sequences {
+    /// A tile's sequence and its first row: start, end, first.
+    tiles: Buffer<[i32; 3]>,
+    num_tokens: usize,
+}
+
+impl Sequences {
+    /// Sequence `s` is the tokens `seq_starts[s]..seq_starts[s + 1]`. The longest tiles' walks come first, so that none
+    /// of them starts when all others have ended.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](super::Error::OutOfMemory), [`Error::Driver`](super::Error::Driver).
+    ///
+    /// # Panics
+    /// If `seq_starts` does not rise from 0.
+    pub fn new(gpu: &Gpu, seq_starts: &[u32]) -> Result<Self> {
+        assert_eq!(
+            seq_starts.first(),
+            Some(&0),
+            "the first sequence starts at 0"
+        );
+        let number = |row: usize| i32::try_from(row).expect("fewer than 2³¹ tokens");
+        let mut tiles = Vec::new();
+        for ends in seq_starts.windows(2) {
+            let (start, end) = (ends[0] as usize, ends[1] as usize);
+            assert!(start <= end, "sequences follow each other");
+            let firsts = (start..end).step_by(TILE);
+            tiles.extend(firsts.map(|first| [number(start), number(end), number(first)]));
+        }
+        tiles.sort_by_key(|&[start, _, first]| std::cmp::Reverse(first - start));
+        Ok(Self {
+            tiles: gpu.upload(&tiles)?,
+            num_tokens: seq_starts[seq_starts.len() - 1] as usize,
+        })
+    }
+}
+
+/// What attention reads, after the rotary embedding; see [`crate::attention::Qkv`].
+#[derive(Clone, Copy, Debug)]
+pub struct Qkv<'a, T> {
+    /// `[T, H · D]`
+    pub q: Mat<'a, T>,
+    /// `[T, H_kv · D]`
+    pub k: Mat<'a, T>,
+    /// `[T, H_kv · D]`, its rows as far apart as those of `k`
+    pub v: Mat<'a, T>,
+}
+
+/// What the backward pass needs of the forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved<'a, T> {
+    /// The output, `[T, H · D]`.
+    pub out: Mat<'a, T>,
+    /// The log-sum-exp of the scaled scores, `[T, H]`.
+    pub lse: View<'a, f32>,
+}
+
+/// The gradients of [`Qkv`], overwritten.
+#[derive(Debug)]
+pub struct QkvGrads<'a, T> {
+    /// `[T, H · D]`
+    pub dq: MatMut<'a, T>,
+    /// `[T, H_kv · D]`
+    pub dk: MatMut<'a, T>,
+    /// `[T, H_kv · D]`, its rows as far apart as those of `dk`
+    pub dv: MatMut<'a, T>,
+}
+
+/// As [`crate::attention::forward`].
+///
+/// # Shapes
+/// `q: [T, H · D]`, `k`, `v: [T, H_kv · D]` → `out: [T, H · D]`, `lse: [T, H]`
+///
+/// # Errors
+/// [`Error::Driver`](super::Error::Driver).
+///
+/// # Panics
+/// If the shapes do not agree or `D` is over 256.
+pub fn forward<T: Number>(
+    gpu: &Gpu,
+    heads: &Heads<f32>,
+    sequences: &Sequences,
+    qkv: Qkv<'_, T>,
+    out: &MatMut<'_, T>,
+    lse: &ViewMut<'_, f32>,
+) -> Result<()> {
+    check(heads, sequences, &qkv, out.as_mat(), lse.len());
+    let path = Path::of(gpu, heads, &qkv, &[out.as_mat()]);
+    let kernel = path.kernel::<T>(heads, "forward");
+    let arguments = inputs(&qkv)
+        .view(sequences.tiles.view())
+        .int(heads.num_heads)
+        .int(heads.group());
+    let arguments = path
+        .head_dim(arguments, heads)
+        .float(heads.scale)
+        .out_mat(out)
+        .long(out.stride())
+        .out(lse);
+    let grid = [sequences.tiles.len(), heads.num_heads, 1];
+    // SAFETY: the kernel's parameters, with the shapes just compared.
+    unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments) }
+}
+
+/// As [`crate::attention::backward`].
+///
+/// # Shapes
+/// as [`forward`]; `dout: [T, H · D]`, its rows as far apart as those of the output
+///
+/// # Errors
+/// [`Error::Driver`](super::Error::Driver), [`Error::OutOfMemory`](super::Error::OutOfMemory).
+///
+/// # Panics
+/// If the shapes do not agree or `D` is over 256.
+pub fn backward<T: Number>(
+    gpu: &Gpu,
+    heads: &Heads<f32>,
+    sequences: &Sequences,
+    qkv: Qkv<'_, T>,
+    saved: Saved<'_, T>,
+    dout: Mat<'_, T>,
+    grads: &QkvGrads<'_, T>,
+) -> Result<()> {
+    check(heads, sequences, &qkv, saved.out, saved.lse.len());
+    let shape = |mat: Mat<'_, T>| (mat.num_rows(), mat.num_cols());
+    assert_eq!(shape(dout), shape(saved.out), "dout's shape");
+    assert_eq!(dout.stride(), saved.out.stride(), "dout's rows");
+    let QkvGrads { dq, dk, dv } = grads;
+    assert_eq!(shape(dq.as_mat()), shape(qkv.q), "dq's shape");
+    assert_eq!(shape(dk.as_mat()), shape(qkv.k), "dk's shape");
+    assert_eq!(shape(dv.as_mat()), shape(qkv.v), "dv's shape");
+    assert_eq!(dk.stride(), dv.stride(), "the rows of dk and dv");
+
+    let (rows, num_heads) = (sequences.num_tokens, heads.num_heads);
+    let delta = gpu.zeros::<f32>(rows * num_heads)?;
+    let arguments = Arguments::new()
+        .mat(saved.out)
+        .mat(dout)
+        .int(rows)
+        .int(num_heads)
+        .int(heads.head_dim)
+        .long(dout.stride())
+        .view(delta.view());
+    let kernel = Kernel::of::<T>("attention_simple", "attention_delta");
+    let grid = [rows.div_ceil(WARPS), num_heads, 1];
+    // SAFETY: the kernel's parameters, with the shapes just compared.
+    unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments)? };
+
+    let outputs = [dout, dq.as_mat(), dk.as_mat(), dv.as_mat()];
+    let path = Path::of(gpu, heads, &qkv, &outputs);
+    let inputs = || {
+        let arguments = inputs(&qkv)
+            .mat(dout)
+            .long(dout.stride())
+            .view(saved.lse)
+            .view(delta.view())
+            .view(sequences.tiles.view())
+            .int(num_heads)
+            .int(heads.group());
+        path.head_dim(arguments, heads).float(heads.scale)
+    };
+    let shared = path.shared::<T>(heads);
+    let kernel = path.kernel::<T>(heads, "backward_keys").shared(shared);
+    let grid = [sequences.tiles.len(), heads.num_kv_heads, 1];
+    let arguments = inputs().out_mat(dk).out_mat(dv).long(dk.stride());
+    // SAFETY: the kernel's parameters, with the shapes just compared.
+    unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments)? };
+    let kernel = path.kernel::<T>(heads, "backward_queries").shared(shared);
+    let grid = [sequences.tiles.len(), num_heads, 1];
+    let arguments = inputs().out_mat(dq).long(dq.stride());
+    // SAFETY: the kernel's parameters, with the shapes just compared.
+    unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments) }
+}
+
+/// Which kernels run.
+#[derive(Clone, Copy, PartialEq)]
+enum Path {
+    TensorCores,
+    Simple,
+}
+
+impl Path {
+    fn of<T: Number>(
+        gpu: &Gpu,
+        heads: &Heads<f32>,
+        qkv: &Qkv<'_, T>,
+        others: &[Mat<'_, T>],
+    ) -> Self {
+        let mut all = [qkv.q, qkv.k, qkv.v]
+            .into_iter()
+            .chain(others.iter().copied());
+        let fits = size_of::<T>() == 2
+            && matches!(heads.head_dim, 64 | 128)
+            && gpu.has_async_copies()
+            && all.all(|mat| mat.is_aligned());
+        if fits {
+            Self::TensorCores
+        } else {
+            Self::Simple
+        }
+    }
+
+    fn kernel<T: Number>(self, heads: &Heads<f32>, pass: &str) -> Kernel {
+        match self {
+            Self::TensorCores => {
+                let name = format!("attention_{pass}_{}_d{}", T::NAME, heads.head_dim);
+                Kernel::named("attention", name)
+            }
+            Self::Simple => {
+                Kernel::of::<T>("attention_simple", &format!("attention_simple_{pass}"))
+            }
+        }
+    }
+
+    /// The simple kernels take the head dim as an argument.
+    fn head_dim(self, arguments: Arguments, heads: &Heads<f32>) -> Arguments {
+        match self {
+            Self::TensorCores => arguments,
+            Self::Simple => arguments.int(heads.head_dim),
+        }
+    }
+
+    /// Bytes of the backward pass's four tiles: two of the block's own rows, two of the other side's.
+    fn shared<T: Number>(self, heads: &Heads<f32>) -> usize {
+        let other = if heads.head_dim == 64 { 64 } else { 32 };
+        match self {
+            Self::TensorCores => 2 * (TILE + other) * (heads.head_dim + 8) * size_of::<T>(),
+            Self::Simple => 0,
+        }
+    }
+}
+
+fn inputs<T: Number>(qkv: &Qkv<'_, T>) -> Arguments {
+    Arguments::new()
+        .mat(qkv.q)
+        .mat(qkv.k)
+        .mat(qkv.v)
+        .long(qkv.q.stride())
+        .long(qkv.k.stride())
+}
+
+fn check<T>(
+    heads: &Heads<f32>,
+    sequences: &Sequences,
+    qkv: &Qkv<'_, T>,
+    out: Mat<'_, T>,
+    lse: usize,
+) {
+    let (rows, width) = (sequences.num_tokens, heads.num_heads * heads.head_dim);
+    let kv_width = heads.num_kv_heads * heads.head_dim;
+    assert!(heads.head_dim <= MAX_HEAD_DIM, "a head dim of at most 256");
+    assert_eq!(
+        (qkv.q.num_rows(), qkv.q.num_cols()),
+        (rows, width),
+        "q's shape"
+    );
+    assert_eq!(
+        (qkv.k.num_rows(), qkv.k.num_cols()),
+        (rows, kv_width),
+        "k's shape"
+    );
+    assert_eq!(
+        (qkv.v.num_rows(), qkv.v.num_cols()),
+        (rows, kv_width),
+        "v's shape"
+    );
+    assert_eq!(qkv.k.stride(), qkv.v.stride(), "the rows of k and v");
+    assert_eq!(
+        (out.num_rows(), out.num_cols()),
+        (rows, width),
+        "the output's shape"
+    );
+    assert_eq!(
+        lse,
+        rows * heads.num_heads,
+        "one log-sum-exp for each row and head"
+    );
+}

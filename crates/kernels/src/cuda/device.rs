@@ -1,0 +1,201 @@
+//! A GPU, or its emulator: memory and launches.
+
+use std::sync::Arc;
+
+use super::launch::{Arguments, Kernel};
+use super::linear::Product;
+use super::memory::{Buffer, Element, Mat, MatMut, Memory, Number, View};
+use super::{Error, Result};
+
+/// A device with its kernels, and the stream that everything runs on in order. Clones are the same device.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    pub(super) backend: Backend,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Backend {
+    #[cfg(feature = "cuda")]
+    Driver(Arc<super::driver::Driver>),
+    #[cfg(feature = "cuda-emulator")]
+    Emulator(Arc<super::emulator::Emulator>),
+}
+
+impl Gpu {
+    /// Opens the GPU `ordinal`, as `CUDA_VISIBLE_DEVICES` counts them.
+    ///
+    /// # Errors
+    /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::OldDriver`], [`Error::Capability`], [`Error::NotCompiled`].
+    #[cfg(feature = "cuda")]
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let driver = super::driver::Driver::open(ordinal)?;
+        Ok(Self {
+            backend: Backend::Driver(Arc::new(driver)),
+        })
+    }
+
+    /// A device that runs kernels on the CPU, for tests; memory is the host's.
+    #[cfg(feature = "cuda-emulator")]
+    #[must_use]
+    pub fn emulated() -> Self {
+        Self {
+            backend: Backend::Emulator(Arc::default()),
+        }
+    }
+
+    /// The device's name, as its driver gives it.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn name(&self) -> Result<String> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.name(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => Ok("emulator".to_owned()),
+        }
+    }
+
+    /// Copies numbers to the device.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn upload<T: Element>(&self, values: &[T]) -> Result<Buffer<T>> {
+        let bytes = T::bytes_of(values);
+        let memory = match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => Memory::Driver(driver.upload(bytes)?),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => Memory::host(bytes),
+        };
+        Ok(Buffer::new(memory, values.len(), self.clone()))
+    }
+
+    /// Device memory of `len` zeros.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
+        let memory = match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => Memory::Driver(driver.zeros(bytes)?),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => Memory::host(&vec![0; bytes]),
+        };
+        Ok(Buffer::new(memory, len, self.clone()))
+    }
+
+    /// Waits for what was launched, and copies numbers back.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in a kernel before.
+    ///
+    /// # Panics
+    /// If the view is of another device.
+    pub fn download<T: Element>(&self, view: View<'_, T>) -> Result<Vec<T>> {
+        view.check(self);
+        let mut values = vec![T::default(); view.len()];
+        let bytes = T::bytes_of_mut(&mut values);
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.download(view.address(), bytes)?,
+            #[cfg(feature = "cuda-emulator")]
+            // SAFETY: the view is of this emulator's memory, which is the host's, and as long as `bytes`.
+            Backend::Emulator(_) => unsafe {
+                std::ptr::copy_nonoverlapping(
+                    view.address() as *const u8,
+                    bytes.as_mut_ptr(),
+                    bytes.len(),
+                );
+            },
+        }
+        Ok(values)
+    }
+
+    /// Waits until everything launched so far is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in a kernel before.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.synchronize(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => Ok(()),
+        }
+    }
+
+    /// # Safety
+    /// The arguments are those of the kernel, and every address among them is good for what the kernel does with it.
+    pub(super) unsafe fn launch(&self, kernel: &Kernel, mut arguments: Arguments) -> Result<()> {
+        if kernel.grid.contains(&0) {
+            return Ok(()); // nothing to do, and no valid launch
+        }
+        arguments.check(self);
+        let mut pointers = arguments.pointers();
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            // SAFETY: the caller's promise.
+            Backend::Driver(driver) => unsafe { driver.launch(kernel, &mut pointers) },
+            #[cfg(feature = "cuda-emulator")]
+            // SAFETY: the caller's promise.
+            Backend::Emulator(_) => unsafe { super::emulator::launch(kernel, &mut pointers) },
+        }
+    }
+
+    pub(super) fn product<T: Number, O: Number>(
+        &self,
+        product: Product,
+        a: Mat<'_, T>,
+        b: Mat<'_, T>,
+        c: &MatMut<'_, O>,
+    ) -> Result<()> {
+        assert_eq!(
+            (c.num_rows(), c.num_cols()),
+            (product.rows, product.cols),
+            "the product's shape"
+        );
+        assert!(
+            O::NAME == T::NAME || O::NAME == "f32",
+            "a product in f32 or the factors' type"
+        );
+        a.view.check(self);
+        b.view.check(self);
+        c.view.as_view().check(self);
+        if product.rows == 0 || product.cols == 0 {
+            return Ok(());
+        }
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.product(product, a, b, c),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => {
+                super::emulator::product(product, a, b, c);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether blocks can copy to shared memory beside their work: `sm_80` and later.
+    pub(super) fn has_async_copies(&self) -> bool {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.capability() >= 80,
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => true,
+        }
+    }
+
+    /// What tells this device's memory from another's.
+    pub(super) fn id(&self) -> usize {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => Arc::as_ptr(driver) as usize,
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Arc::as_ptr(emulator) as usize,
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The kernels compiled for the CPU.
+
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+
+use super::launch::Kernel;
+use super::linear::Product;
+use super::memory::{Mat, MatMut, Number};
+use super::{Error, Result};
+
+/// A device of its own, so that memory of one is not taken for another's.
+#[derive(Debug, Default)]
+pub(super) struct Emulator {
+    _identity: u8,
+}
+
+// SAFETY: as declared in emulator.cpp.
+unsafe extern "C" {
+    fn updraft_emulator_launch(
+        kernel: *const c_char,
+        grid: *const c_uint,
+        threads: c_uint,
+        shared: c_uint,
+        arguments: *mut *mut c_void,
+    ) -> c_int;
+}
+
+/// Runs a kernel to its end.
+///
+/// # Safety
+/// The arguments are those of the kernel, and every address among them is good for what the kernel does with it.
+pub(super) unsafe fn launch(kernel: &Kernel, arguments: &mut [*mut c_void]) -> Result<()> {
+    let name = CString::new(kernel.name.as_str()).expect("a kernel's name");
+    let grid = kernel
+        .grid
+        .map(|blocks| c_uint::try_from(blocks).expect("blocks of a grid"));
+    // SAFETY: the name ends in 0, the grid has three numbers; the rest is the caller's promise.
+    let status = unsafe {
+        updraft_emulator_launch(
+            name.as_ptr(),
+            grid.as_ptr(),
+            kernel.threads,
+            kernel.shared,
+            arguments.as_mut_ptr(),
+        )
+    };
+    match status {
+        0 => Ok(()),
+        _ => Err(Error::Driver(format!("there is no kernel {}", kernel.name))),
+    }
+}
+
+/// What cuBLAS does, in the plainest way.
+pub(super) fn product<T: Number, O: Number>(
+    product: Product,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    c: &MatMut<'_, O>,
+) {
+    let at = |mat: Mat<'_, T>, transposed: bool, row: usize, col: usize| {
+        let (row, col) = if transposed { (col, row) } else { (row, col) };
+        let index = row * mat.stride() + col;
+        assert!(index < mat.view.len(), "inside of the factor");
+        // SAFETY: the view is of an emulator's memory, which is the host's, and the index is inside.
+        unsafe { (mat.view.address() as *const T).add(index).read() }.widen()
+    };
+    for row in 0..product.rows {
+        for col in 0..product.cols {
+            let sum: f32 = (0..product.inner)
+                .map(|k| at(a, product.a_transposed, row, k) * at(b, product.b_transposed, k, col))
+                .sum();
+            let index = row * c.stride() + col;
+            assert!(index < c.view.len(), "inside of the product");
+            // SAFETY: as above; the view is lent for writing.
+            unsafe {
+                let to = (c.view.address() as *mut O).add(index);
+                let before = match product.beta {
+                    0.0 => 0.0,
+                    beta => beta * to.read().widen(),
+                };
+                to.write(O::narrow(product.alpha * sum + before));
+            }
+        }
+    }
+}
