@@ -128,7 +128,7 @@ mod nvcc {
         programs.find(|program| program.is_file()).unwrap_or_else(|| {
             panic!(
                 "no nvcc: install the CUDA toolkit, or make one without root by `tools/cuda-toolkit DIR` \
-                 and set CUDA_HOME=DIR"
+                 and put DIR/bin on PATH"
             )
         })
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::launch::{Arguments, Kernel};
 use super::linear::Product;
-use super::memory::{Buffer, Element, Mat, MatMut, Memory, Number, View};
+use super::memory::{Buffer, Element, Mat, MatMut, Memory, Number, View, ViewMut};
 use super::{Error, Result};
 
 /// A device with its kernels, and the stream that everything runs on in order. Clones are the same device.
@@ -25,7 +25,7 @@ impl Gpu {
     /// Opens the GPU `ordinal`, as `CUDA_VISIBLE_DEVICES` counts them.
     ///
     /// # Errors
-    /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::OldDriver`], [`Error::Capability`], [`Error::NotCompiled`].
+    /// [`Error::NoDriver`], [`Error::NoBlas`], [`Error::NoDevice`], [`Error::OldDriver`], [`Error::Capability`], [`Error::NotCompiled`].
     #[cfg(feature = "cuda")]
     pub fn new(ordinal: usize) -> Result<Self> {
         let driver = super::driver::Driver::open(ordinal)?;
@@ -113,6 +113,35 @@ impl Gpu {
             },
         }
         Ok(values)
+    }
+
+    /// Copies elements to another place on the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    ///
+    /// # Panics
+    /// If the lengths differ or a view is of another device.
+    pub fn copy<T: Element>(&self, from: View<'_, T>, to: &ViewMut<'_, T>) -> Result<()> {
+        assert_eq!(from.len(), to.len(), "as many elements");
+        from.check(self);
+        to.as_view().check(self);
+        let bytes = from.len() * size_of::<T>();
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.copy(from.address(), to.address(), bytes),
+            #[cfg(feature = "cuda-emulator")]
+            // SAFETY: the views are of this emulator's memory, which is the host's, as long as `bytes`, and lent for
+            // reading and for writing, so they do not overlap.
+            Backend::Emulator(_) => unsafe {
+                std::ptr::copy_nonoverlapping(
+                    from.address() as *const u8,
+                    to.address() as *mut u8,
+                    bytes,
+                );
+                Ok(())
+            },
+        }
     }
 
     /// Waits until everything launched so far is done.

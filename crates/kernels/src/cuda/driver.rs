@@ -42,6 +42,10 @@ impl Driver {
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoDriver);
         }
+        // SAFETY: as above, libcublas.
+        if !unsafe { blas_sys::is_culib_present() } {
+            return Err(Error::NoBlas);
+        }
         let count = match CudaContext::device_count() {
             Ok(count) => usize::try_from(count).unwrap_or(0),
             Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => 0,
@@ -121,6 +125,13 @@ impl Driver {
         unsafe { result::memcpy_dtoh_async(bytes, address, self.stream.cu_stream()) }
             .map_err(|error| Error::of(error, 0))?;
         self.synchronize()
+    }
+
+    pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the views that the addresses are of have as many bytes, and everything runs on one stream.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .map_err(|error| Error::of(error, 0))
     }
 
     pub(super) fn synchronize(&self) -> Result<()> {

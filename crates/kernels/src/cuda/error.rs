@@ -9,6 +9,12 @@ pub enum Error {
         "no NVIDIA driver: libcuda is not installed here; install the driver, or run on the CPU"
     )]
     NoDriver,
+    /// There is no cuBLAS of the version that this program was compiled for.
+    #[error(
+        "no cuBLAS: libcublas of the CUDA version that this program was compiled with is not on the library path; \
+         install the CUDA runtime, or add its folder to LD_LIBRARY_PATH"
+    )]
+    NoBlas,
     /// The driver knows no such device.
     #[error(
         "no GPU {ordinal}: the driver sees {count}; choose a lower number, or look at CUDA_VISIBLE_DEVICES"

@@ -1,7 +1,10 @@
 //! Every kernel against the CPU's operation in f64, on the emulator and on a GPU if there is one: random inputs, ragged
 //! lengths, outputs that hold NaNs before, in f32, f16 and bf16.
 
-#![cfg_attr(feature = "cuda", expect(clippy::print_stderr, reason = "says what it skips"))]
+#![cfg_attr(
+    feature = "cuda",
+    expect(clippy::print_stderr, reason = "says what it skips")
+)]
 
 use half::{bf16, f16};
 
@@ -952,6 +955,17 @@ mod steps {
             };
             assert_eq!(after(), after());
         }
+    }
+}
+
+#[test]
+fn copies_are_equal() {
+    for gpu in gpus() {
+        let from = gpu.upload(&[1_u32, 2, 3]).expect("memory");
+        let mut to = gpu.zeros::<u32>(2).expect("memory");
+        gpu.copy(from.view().part(1..3), &to.view_mut())
+            .expect("launched");
+        assert_eq!(gpu.download(to.view()).expect("finished"), [2, 3]);
     }
 }
 
