@@ -32,7 +32,7 @@
 //! - [`Part`], [`Gradients`], [`Activations`]: training an [`Adapter`].
 //! - [`peft`], [`merge`], [`combine`]: the files others read, and one adapter out of several.
 //! - [`memory`]: what training will take, before anything is loaded.
-//! - [`import_model`], [`load_model_files`]: models in the store.
+//! - [`import_model`], [`load_model_config`], [`load_model_files`]: models in the store.
 //!
 //! # Features
 //! | feature | adds |
@@ -76,8 +76,8 @@ pub use lora::{
     Adapter, Combination, Gradients, LoraConfig, Parameter, Role, TargetModules, combine, merge,
     peft,
 };
-pub use model_files::{ModelFiles, load_model_files};
+pub use model_files::{ModelFiles, load_model_config, load_model_files};
 pub use quantized::Quantization;
 pub use training::Activations;
 pub use updraft_kernels::Threads;
-pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights};
+pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights, f32_bytes, f32_header, f32_pieces};

@@ -32,6 +32,8 @@ pub struct Working {
     pub num_threads: usize,
     /// Numbers the optimizer keeps for each parameter: two for AdamW.
     pub optimizer_moments: u64,
+    /// Adapters that are kept beside the one in training: the best so far.
+    pub kept_adapters: u64,
 }
 
 /// The bytes a training step takes on the CPU, by what takes them.
@@ -41,7 +43,7 @@ pub struct Working {
 ///
 /// ```text
 /// weights      4 · numbers of the model, a tied head once; 2 in bf16
-/// adapter      4 · P
+/// adapter      4 · P · (1 + kept adapters)
 /// gradients    4 · P · j
 /// optimizer    4 · P · moments
 /// activations  4 · T · (kept + working) + 4 · 3·N·C + 4 · logits · j
@@ -49,8 +51,12 @@ pub struct Working {
 ///   kept       L · layer, or L · C when activations are recomputed
 ///   working    3C + 2I + q, and one layer more when activations are recomputed
 ///   logits     V · min(512, 16 Mi / V rows but at least 64, N)
+/// checkpoint   4 · P · (1 + the most of moments and 2); instead of activations
 /// export       4 · numbers of the model, and 8 · P; instead of all but the adapter
 /// ```
+///
+/// A checkpoint that is read holds a second adapter and one file of it; one that is written goes out
+/// in pieces that are less than that, or than 80 MiB, whichever is less.
 ///
 /// The export comes when training has let go: a decoder in f32, however it was trained, reads back
 /// what was written, adapter and merged model one after the other. Merging holds one file.
@@ -69,6 +75,8 @@ pub struct MemoryEstimate {
     pub optimizer: u64,
     /// What a micro-batch leaves for the backward pass, and works with.
     pub activations: u64,
+    /// Reading a checkpoint, or writing one, when no micro-batch is under way.
+    pub checkpoint: u64,
     /// Reading back what the run wrote, when everything but the adapter is gone.
     pub export: u64,
 }
@@ -80,17 +88,19 @@ impl MemoryEstimate {
         let threads = work.num_threads as u64;
         Self {
             weights: work.weights.size_in_bytes() as u64 * model.num_parameters(),
-            adapter: F32_BYTES * parameters,
+            adapter: F32_BYTES * parameters * (1 + work.kept_adapters),
             gradients: F32_BYTES * parameters * threads,
             optimizer: F32_BYTES * parameters * work.optimizer_moments,
             activations: F32_BYTES * activations(model, lora, batch, work),
+            checkpoint: F32_BYTES * parameters * (1 + work.optimizer_moments.max(2)),
             export: F32_BYTES * (model.num_parameters() + parameters),
         }
     }
 
     /// The most that exists at once: all that training takes, or the export.
     pub fn total(&self) -> u64 {
-        let training = self.weights + self.gradients + self.optimizer + self.activations;
+        let passing = self.activations.max(self.checkpoint);
+        let training = self.weights + self.gradients + self.optimizer + passing;
         self.adapter + training.max(self.export)
     }
 }
@@ -154,6 +164,7 @@ mod tests {
             activations,
             num_threads: 2,
             optimizer_moments: 2,
+            kept_adapters: 0,
         }
     }
 
@@ -180,6 +191,31 @@ mod tests {
             assert_eq!(estimate.gradients, 2 * estimate.adapter);
             assert_eq!(estimate.optimizer, 2 * estimate.adapter);
         }
+    }
+
+    /// Where every weight is trained, a short batch takes less than a checkpoint being read.
+    #[test]
+    fn a_checkpoint_counts_where_it_takes_more_than_a_micro_batch() {
+        let model = tiny::config(Architecture::Qwen2);
+        let batch = MicroBatch {
+            tokens: 2,
+            trained_tokens: 1,
+        };
+        let kept = |kept_adapters| Working {
+            num_threads: 1,
+            kept_adapters,
+            ..working(Activations::Recomputed)
+        };
+        let full = LoraConfig::full_fine_tuning();
+        let estimate =
+            |kept_adapters| MemoryEstimate::new(&model, &full, batch, kept(kept_adapters));
+        let parameters = adapter_parameters(&model, &full);
+        let one = estimate(0);
+        assert_eq!(one.checkpoint, 12 * parameters);
+        assert!(one.activations < one.checkpoint);
+        // Weights and adapter, gradients, two moments, and the checkpoint.
+        assert_eq!(one.total(), 4 * (model.num_parameters() + 7 * parameters));
+        assert_eq!(estimate(1).total(), one.total() + 4 * parameters);
     }
 
     /// Qwen2.5-0.5B: 494,032,768 numbers, 8,798,208 in a rank-16 adapter of all projections.

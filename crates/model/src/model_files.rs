@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use bytes::Bytes;
-use updraft_store::FinishedStage;
+use updraft_store::{FinishedStage, sha256_hex};
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -79,6 +79,16 @@ impl ModelFiles {
         })
     }
 
+    /// Names the content: the SHA-256 of every file's name and SHA-256, weights, tokenizer and
+    /// template included. It reads all of the weights.
+    pub fn fingerprint(&self) -> String {
+        let small = self.files.iter().map(|(name, bytes)| (name, bytes));
+        let shards = self.weights.shards().iter();
+        let all = small.chain(shards.map(|shard| (&shard.name, &shard.bytes)));
+        let lines = all.map(|(name, bytes)| format!("{} {name}\n", sha256_hex(bytes)));
+        sha256_hex(lines.collect::<String>().as_bytes())
+    }
+
     fn new(
         folder: &str,
         files: BTreeMap<String, Bytes>,
@@ -92,6 +102,22 @@ impl ModelFiles {
             files,
         })
     }
+}
+
+/// The configuration of the model that a stage holds, without its weights; `prefix` as for
+/// [`load_model_files`].
+///
+/// # Errors
+/// [`Error::Store`]; [`Error::MissingFile`] if there is none; those of [`ModelConfig::from_json`].
+pub async fn load_model_config(stage: &FinishedStage, prefix: &str) -> Result<ModelConfig> {
+    let manifest = stage.manifest().await?;
+    let path = match prefix.trim_end_matches('/') {
+        "" => CONFIG_FILE.to_owned(),
+        prefix => format!("{prefix}/{CONFIG_FILE}"),
+    };
+    let folder = stage.store().url_of(&stage.path(prefix));
+    let object = required(manifest.object(&path), &folder, CONFIG_FILE)?;
+    ModelConfig::from_json(&stage.read(object).await?)
 }
 
 /// Opens the model that a stage holds, in its folder itself (`prefix` is `""`, as in `models/…`)

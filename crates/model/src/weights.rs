@@ -14,6 +14,10 @@ use crate::bridge::Real;
 use crate::error::{Error, Result};
 use crate::huge_pages;
 
+mod write;
+
+pub use write::{f32_bytes, f32_header, f32_pieces};
+
 /// The file of an unsharded model.
 pub const SINGLE_FILE: &str = "model.safetensors";
 /// The file that says which shard holds which tensor.
@@ -40,7 +44,7 @@ pub struct Shard {
     pub name: String,
     /// The names of its tensors in the order of their bytes.
     pub tensors: Vec<String>,
-    bytes: Bytes,
+    pub(crate) bytes: Bytes,
 }
 
 /// Where one tensor lies.

@@ -8,17 +8,19 @@ use serde::{Deserialize, Serialize};
 use updraft_model::ModelConfig;
 use updraft_store::{ObjectEntry, Store, sha256_hex};
 
-use crate::checkpoint::{Checkpoint, RunState};
+use crate::checkpoint::{Checkpoint, Parts, RunState, Snapshot};
+use crate::identity::{SHAPE, shape_of};
 use crate::{Error, Result};
 
 const MANIFEST: &str = "checkpoint.json";
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 /// The folder of one run's checkpoints.
 ///
 /// Each lies in a folder named by its step and counts only once its
 /// `checkpoint.json`, written last, lists the others with their hashes. Being
-/// killed at any call leaves the previous checkpoint as it was.
+/// killed at any call leaves the previous checkpoint as it was. Old ones are deleted when the step
+/// after a newer one has shown that the run can go on from there.
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     store: Store,
@@ -33,6 +35,12 @@ struct Manifest {
     objects: Vec<ObjectEntry>,
 }
 
+/// What a manifest of any version says.
+#[derive(Debug, Deserialize)]
+struct Version {
+    format_version: u32,
+}
+
 impl Checkpoints {
     /// Checkpoints under `dir`, of which the newest `keep` are kept.
     pub fn new(store: &Store, dir: impl Into<String>, keep: usize) -> Self {
@@ -43,21 +51,24 @@ impl Checkpoints {
         }
     }
 
-    /// Commits a checkpoint, then deletes what is no longer needed.
+    /// Commits a checkpoint beside the earlier ones. Its files go out in bounded pieces, those
+    /// beyond 16 MiB as multipart uploads.
     ///
     /// # Errors
     /// [`Error::Store`]; earlier checkpoints are then intact.
-    pub async fn save(&self, checkpoint: &Checkpoint) -> Result<()> {
+    pub(crate) async fn save(&self, checkpoint: &Snapshot<'_>) -> Result<()> {
         let step = checkpoint.state.cursor.step;
         let mut objects = Vec::new();
-        for (name, bytes) in checkpoint.files()? {
+        for (name, pieces) in checkpoint.files()? {
+            let mut writer = self.store.writer(&self.path(step, name))?;
+            for piece in pieces {
+                writer.write(piece?).await?;
+            }
+            let entry = writer.finish().await?;
             objects.push(ObjectEntry {
                 path: name.to_owned(),
-                rows: None,
-                bytes: bytes.len() as u64,
-                sha256: sha256_hex(&bytes),
+                ..entry
             });
-            self.store.put(&self.path(step, name), bytes).await?;
         }
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
@@ -65,16 +76,18 @@ impl Checkpoints {
             objects,
         };
         let manifest = serde_json::to_vec_pretty(&manifest).expect("plain data serializes");
-        self.store
+        Ok(self
+            .store
             .put(&self.path(step, MANIFEST), manifest.into())
-            .await?;
-        self.prune(step).await
+            .await?)
     }
 
     /// The newest checkpoint whose bytes are what its manifest lists; a
     /// damaged one is passed over with a warning.
     ///
     /// # Errors
+    /// [`Error::ForeignCheckpoint`] when the newest is of a base model of another shape, or of
+    /// another version of this crate: nothing is passed over, overwritten or deleted then;
     /// [`Error::Store`] when the store does not answer.
     pub async fn latest(&self, model: &ModelConfig) -> Result<Option<Checkpoint>> {
         for (step, names) in self.folders().await?.into_iter().rev() {
@@ -108,25 +121,29 @@ impl Checkpoints {
             path: self.path(step, name),
             what,
         };
+        let unreadable = |error: serde_json::Error| damaged(MANIFEST, error.to_string());
+        let foreign = |what| Error::ForeignCheckpoint { step, what };
         let manifest = self.object(step, MANIFEST).await?;
-        let manifest: Manifest = serde_json::from_slice(&manifest)
-            .map_err(|error| damaged(MANIFEST, error.to_string()))?;
-        if manifest.format_version != FORMAT_VERSION {
-            return Err(damaged(
-                MANIFEST,
-                format!("format {}", manifest.format_version),
-            ));
+        let version: Version = serde_json::from_slice(&manifest).map_err(unreadable)?;
+        if version.format_version != FORMAT_VERSION {
+            return Err(foreign("the format"));
         }
-        let mut files = BTreeMap::new();
+        let manifest: Manifest = serde_json::from_slice(&manifest).map_err(unreadable)?;
+        // Told before any tensor is read: of another shape none of them could be.
+        if manifest.state.run.shape != shape_of(model) {
+            return Err(foreign(SHAPE));
+        }
+        let mut parts = Parts::default();
         for entry in manifest.objects {
             let bytes = self.object(step, &entry.path).await?;
             if bytes.len() as u64 != entry.bytes || sha256_hex(&bytes) != entry.sha256 {
                 return Err(damaged(&entry.path, "its hash differs".to_owned()));
             }
-            files.insert(entry.path, bytes);
+            let taken = parts.take(&entry.path, bytes, model);
+            taken.map_err(|what| damaged(MANIFEST, what))?;
         }
-        Checkpoint::from_files(manifest.state, &files, model)
-            .map_err(|what| damaged(MANIFEST, what))
+        let whole = parts.finish(manifest.state);
+        whole.map_err(|what| damaged(MANIFEST, what))
     }
 
     async fn object(&self, step: u64, name: &str) -> Result<Bytes> {
@@ -138,9 +155,12 @@ impl Checkpoints {
         })
     }
 
-    /// Keeps the newest complete checkpoints up to `newest` and deletes the
-    /// rest, cut-short saves included.
-    async fn prune(&self, newest: u64) -> Result<()> {
+    /// Keeps the newest complete checkpoints up to `newest`, which a run has gone on from, and
+    /// deletes the rest, cut-short saves included.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub(crate) async fn prune(&self, newest: u64) -> Result<()> {
         let folders = self.folders().await?;
         let complete = folders
             .range(..=newest)

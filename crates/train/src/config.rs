@@ -217,6 +217,37 @@ impl TrainConfig {
         }
     }
 
+    /// Refuses settings that follow from evaluations where there are none before the end.
+    ///
+    /// # Errors
+    /// [`Error::Config`], as `EarlyStoppingCallback` and `TrainingArguments` of transformers refuse.
+    pub(crate) fn check_evaluation(&self, has_held_out: bool) -> Result<()> {
+        let wanted = [
+            (
+                "early_stopping_patience",
+                self.early_stopping_patience
+                    .map(|patience| patience.to_string()),
+            ),
+            (
+                "load_best_model_at_end",
+                self.load_best_model_at_end.then(|| "true".to_owned()),
+            ),
+        ];
+        let evaluates = has_held_out && self.eval_steps.is_some();
+        let unmet = wanted.into_iter().filter(|_| !evaluates);
+        match unmet
+            .filter_map(|(field, value)| Some((field, value?)))
+            .next()
+        {
+            Some((field, value)) => Err(Error::Config {
+                field,
+                value,
+                expected: "it needs eval_steps and held-out examples",
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// The settings that decide the result, the others at their defaults: what
     /// a stage's key is made of.
     pub(crate) fn deciding(&self) -> Self {

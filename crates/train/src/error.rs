@@ -96,6 +96,25 @@ pub enum Error {
         /// NaN or an infinity.
         norm: f64,
     },
+    /// A parameter left the finite numbers, so no checkpoint of it was written; the last one is
+    /// intact.
+    #[error(
+        "after step {step} a parameter is no longer a finite number: lower learning_rate or max_grad_norm"
+    )]
+    ParametersNotFinite {
+        /// The optimizer step, counted from one.
+        step: u64,
+    },
+    /// The held-out loss left the finite numbers; the last checkpoint is intact.
+    #[error(
+        "the held-out loss became {loss} after step {step}: lower learning_rate or max_grad_norm"
+    )]
+    EvalLossNotFinite {
+        /// The optimizer step, counted from one.
+        step: u64,
+        /// NaN or an infinity.
+        loss: f64,
+    },
     /// A variable that a launcher sets is missing or makes no sense.
     #[error(
         "{variable} {problem}: start the workers with torchrun, SkyPilot or Kubernetes, or set it"

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use updraft_model::{Adapter, Decoder};
+use updraft_store::CancelToken;
 
 use crate::batch::parts;
 use crate::source::ExampleSource;
@@ -34,16 +35,21 @@ impl EvalRecord {
 /// `batch_size`, which decides how much memory is taken.
 ///
 /// # Errors
-/// [`Error::NothingToLearn`] when no token counts; else as the decoder's loss.
+/// [`Error::NothingToLearn`] when no token counts; [`Error::Cancelled`] within a batch of one of
+/// `cancels` being cancelled; else as the decoder's loss.
 pub fn evaluate(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
     held_out: &dyn ExampleSource,
     batch_size: usize,
+    cancels: &[CancelToken],
 ) -> Result<(f64, u64)> {
     let (mut sum, mut tokens) = (0.0, 0);
     let mut examples = held_out.open(0, 0)?;
     loop {
+        if cancels.iter().any(CancelToken::is_cancelled) {
+            return Err(Error::Cancelled { step: 0 });
+        }
         let batch: Vec<_> = examples.by_ref().take(batch_size).collect::<Result<_>>()?;
         if batch.is_empty() {
             break;
@@ -67,9 +73,10 @@ pub fn evaluate(
     Ok((sum / tokens as f64, tokens))
 }
 
-/// The evaluation with the lowest loss, the earliest of equals.
+/// The evaluation with the lowest loss, the earliest of equals; a loss that is no number is none.
 pub fn best(evals: &[EvalRecord]) -> Option<&EvalRecord> {
-    evals.iter().reduce(|best, eval| {
+    let numbers = evals.iter().filter(|eval| !eval.eval_loss.is_nan());
+    numbers.reduce(|best, eval| {
         if eval.eval_loss < best.eval_loss {
             eval
         } else {
@@ -140,6 +147,8 @@ mod tests {
             Some(2)
         );
         assert_eq!(best(&[]), None);
+        let after_nan = evals(&[f64::NAN, 3.0, 2.0]);
+        assert_eq!(best(&after_nan).map(|eval| eval.step), Some(3));
         let e = std::f64::consts::E;
         assert!((evals(&[1.0])[0].perplexity() - e).abs() < 1e-12);
     }

@@ -95,13 +95,14 @@ impl<'a> StepReader<'a> {
             Some(open) => open,
             None => self.open_epoch()?,
         };
-        if open.window.is_empty() {
+        if open.window.is_empty() && self.cursor.micro_batch == 0 {
             self.read_window(&mut open)?;
         }
-        let micro_batch = open
-            .window
-            .pop_front()
-            .expect("a window holds a micro-batch");
+        let nowhere = || Error::ForeignCheckpoint {
+            step: self.cursor.step,
+            what: "the place in the data",
+        };
+        let micro_batch = open.window.pop_front().ok_or_else(nowhere)?;
         open.micro_batches_done += 1;
         let passes =
             self.cursor.epoch as f64 + open.micro_batches_done as f64 / open.micro_batches as f64;
@@ -277,6 +278,40 @@ mod tests {
             assert_eq!(read, 3 * tokens);
             let last = steps.last().expect("steps");
             assert_eq!((last.epoch, last.next.epoch, last.next.window), (3.0, 3, 0));
+        }
+    }
+
+    #[test]
+    fn a_cursor_that_is_nowhere_in_the_plan_is_an_error() {
+        let source = source();
+        for config in configs() {
+            let plan = RunPlan::new(&source, &config).expect("a plan");
+            let all = read(&source, &config, None);
+            assert!(plan.holds(&plan.start()));
+            assert!(all.iter().all(|step| plan.holds(&step.next)));
+            let there = all[0].next.clone();
+            let moved = |change: fn(&mut Cursor)| {
+                let mut cursor = there.clone();
+                change(&mut cursor);
+                cursor
+            };
+            let nowhere = [
+                moved(|cursor| cursor.micro_batch = 99),
+                moved(|cursor| (cursor.window, cursor.micro_batch) = (99, 0)),
+            ];
+            for cursor in nowhere {
+                assert!(!plan.holds(&cursor), "{cursor:?}");
+                let step = StepReader::new(&source, plan, cursor).next();
+                let error = step.expect("not over").expect_err("nowhere");
+                assert!(matches!(error, Error::ForeignCheckpoint { .. }), "{error}");
+            }
+            // Where it would train nothing and say that it did.
+            assert!(!plan.holds(&moved(|cursor| cursor.step = 0)));
+            let mut over = there.clone();
+            over.step = plan.total_steps();
+            assert!(!plan.holds(&over));
+            over.step += 1;
+            assert!(!plan.holds(&over));
         }
     }
 

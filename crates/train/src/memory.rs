@@ -30,6 +30,7 @@ pub fn estimate_memory(
             OptimizerKind::Sgd => 0,
             OptimizerKind::AdamwTorch | OptimizerKind::Adamw8bit => 2,
         },
+        kept_adapters: u64::from(config.load_best_model_at_end),
     };
     MemoryEstimate::new(
         model,
@@ -133,19 +134,36 @@ pub fn peak_memory() -> Option<u64> {
 /// What is left of a limit of control groups, version 2 or 1.
 fn container_rest() -> Option<u64> {
     let folder = Path::new("/sys/fs/cgroup");
-    let rest = |limit: &str, used: &str| {
-        let read = |name: &str| {
-            let text = std::fs::read_to_string(folder.join(name)).ok()?;
-            text.trim().parse::<u64>().ok() // "max" is no limit.
-        };
-        Some(read(limit)?.saturating_sub(read(used)?))
-    };
-    rest("memory.max", "memory.current").or_else(|| {
-        rest(
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-        )
+    rest_of(folder, ["memory.max", "memory.current"], "").or_else(|| {
+        let files = ["memory.limit_in_bytes", "memory.usage_in_bytes"];
+        rest_of(&folder.join("memory"), files, "total_")
     })
+}
+
+/// What is left of a control group's limit. Pages of files count as used, but the system takes them
+/// back before anything is refused, unless they have yet to be written.
+fn rest_of(folder: &Path, [limit, used]: [&str; 2], prefix: &str) -> Option<u64> {
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(folder.join(name)).ok()?;
+        text.trim().parse::<u64>().ok() // "max" is no limit.
+    };
+    let (limit, used) = (read(limit)?, read(used)?);
+    let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let of = |names: [&str; 2]| {
+        let lines = stat.lines().filter_map(|line| line.split_once(' '));
+        let own = lines.filter(|(name, _)| {
+            let name = name.strip_prefix(prefix);
+            name.is_some_and(|name| names.contains(&name))
+        });
+        own.filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok())
+            .sum::<u64>()
+    };
+    let unwritten = match prefix {
+        "" => of(["file_dirty", "file_writeback"]),
+        _ => of(["dirty", "writeback"]),
+    };
+    let reclaimable = of(["inactive_file", "active_file"]).saturating_sub(unwritten);
+    Some(limit.saturating_sub(used.saturating_sub(reclaimable)))
 }
 
 fn kib_of(file: &str, name: &str) -> Option<u64> {
@@ -236,6 +254,32 @@ mod tests {
         };
         assert!(estimate(&recomputed).total() < whole, "recomputed");
         assert_eq!(estimate(&sgd).optimizer, 0);
+    }
+
+    #[test]
+    fn pages_of_files_that_can_be_taken_back_are_free() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            std::fs::write(folder.path().join(name), text).expect(name);
+        };
+        let two = || rest_of(folder.path(), ["memory.max", "memory.current"], "");
+        write("memory.current", "900\n");
+        write("memory.max", "max\n");
+        assert_eq!(two(), None);
+        write("memory.max", "1000\n");
+        assert_eq!(two(), Some(100), "without statistics");
+        let stat = "anon 300\nfile 600\nfile_mapped 500\nfile_dirty 40\nfile_writeback 10\n\
+                    inactive_anon 7\nactive_file 200\ninactive_file 350\n";
+        write("memory.stat", stat);
+        assert_eq!(two(), Some(100 + 350 + 200 - 50));
+        write("memory.limit_in_bytes", "1000");
+        write("memory.usage_in_bytes", "900");
+        // Version 1 tells of the group alone, and under `total_` of those below it too.
+        let stat =
+            "active_file 1\ntotal_active_file 200\ntotal_inactive_file 350\ntotal_dirty 50\n";
+        write("memory.stat", stat);
+        let files = ["memory.limit_in_bytes", "memory.usage_in_bytes"];
+        assert_eq!(rest_of(folder.path(), files, "total_"), Some(600));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The optimizer seam: apply one step to named tensors, remember the rest.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
@@ -36,24 +37,37 @@ pub trait Optimizer: Debug + Send + Sync {
     /// name had before.
     fn update(&mut self, name: &str, values: &mut [f32], gradient: &[f32]) -> Result<()>;
 
-    /// Everything a later process needs to continue.
-    fn state(&self) -> OptimizerState;
+    /// Everything a later process needs to continue, without a copy.
+    fn state(&self) -> OptimizerState<'_>;
 
     /// Takes over such a state.
     ///
     /// # Errors
     /// [`Error::Shape`] when its tensors do not belong together.
-    fn restore(&mut self, state: OptimizerState) -> Result<()>;
+    fn restore(&mut self, state: OptimizerState<'_>) -> Result<()>;
 }
 
 /// An optimizer's memory, as a checkpoint stores it.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct OptimizerState {
+pub struct OptimizerState<'a> {
     /// Steps begun.
     pub step: u64,
     /// Moments by `<moment>.<parameter name>`, such as
     /// `exp_avg.base_model…lora_A.weight`.
-    pub tensors: BTreeMap<String, Vec<f32>>,
+    pub tensors: BTreeMap<String, Cow<'a, [f32]>>,
+}
+
+impl OptimizerState<'_> {
+    /// The same with its own memory.
+    #[must_use]
+    pub fn into_owned(self) -> OptimizerState<'static> {
+        let own =
+            |(name, values): (String, Cow<'_, [f32]>)| (name, Cow::Owned(values.into_owned()));
+        OptimizerState {
+            step: self.step,
+            tensors: self.tensors.into_iter().map(own).collect(),
+        }
+    }
 }
 
 /// The optimizer a configuration names.

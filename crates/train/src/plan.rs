@@ -98,6 +98,7 @@ impl<'a> RunPlan<'a> {
     /// # Errors
     /// [`Error::Config`] for settings no run could follow,
     /// [`Error::NothingToLearn`] when no token of the source is trained,
+    /// [`Error::EmptyStep`] when none of a step is,
     /// [`Error::TooLong`] when an example does not fit `max_seq_len`,
     /// [`Error::PlanMismatch`] when the source's plan contradicts itself.
     pub fn new(source: &'a dyn ExampleSource, config: &TrainConfig) -> Result<Self> {
@@ -113,7 +114,70 @@ impl<'a> RunPlan<'a> {
             Some(steps) => steps,
             None => plan.steps_of(config.num_train_epochs),
         };
+        plan.check_steps()?;
         Ok(plan)
+    }
+
+    /// Checks that each step has a trained token.
+    fn check_steps(&self) -> Result<()> {
+        let trained = &self.source.plan().trained_tokens;
+        if trained.iter().all(|&tokens| tokens > 0) {
+            return Ok(()); // Whatever the steps are.
+        }
+        let mut step = 0;
+        for epoch in 0.. {
+            let (mut in_step, mut tokens) = (0, 0);
+            for window in 0..self.num_windows() {
+                let rows = self.window_rows(epoch, window);
+                for micro_batch in self.micro_batches(epoch, window) {
+                    let of_row = |position: usize| u64::from(trained[rows[position] as usize]);
+                    tokens += micro_batch.into_iter().map(of_row).sum::<u64>();
+                    in_step += 1;
+                    if in_step == self.grad_accum_steps {
+                        step = self.check_step(step, tokens)?;
+                        (in_step, tokens) = (0, 0);
+                    }
+                }
+            }
+            if in_step > 0 {
+                step = self.check_step(step, tokens)?;
+            }
+            if step >= self.total_steps {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a step, which must have trained tokens if the run gets that far.
+    fn check_step(&self, done: u64, tokens: u64) -> Result<u64> {
+        match done < self.total_steps && tokens == 0 {
+            true => Err(Error::EmptyStep { step: done + 1 }),
+            false => Ok(done + 1),
+        }
+    }
+
+    /// Whether a run of this plan ever stands there.
+    pub(crate) fn holds(&self, cursor: &Cursor) -> bool {
+        let Cursor {
+            epoch,
+            window,
+            micro_batch,
+            step,
+            ..
+        } = *cursor;
+        // Each epoch has a step at least, which bounds the counting below.
+        if step > self.total_steps || epoch > step || window >= self.num_windows() {
+            return false;
+        }
+        let micro_batches = |window| self.micro_batches(epoch, window).len() as u64;
+        if micro_batch > 0 && micro_batch >= micro_batches(window) {
+            return false;
+        }
+        let before: u64 = (0..epoch).map(|epoch| self.epoch(epoch).steps).sum();
+        let within = (0..window).map(micro_batches).sum::<u64>() + micro_batch;
+        within.is_multiple_of(self.grad_accum_steps)
+            && before + within / self.grad_accum_steps == step
     }
 
     /// Checks that every example fits a model's context.

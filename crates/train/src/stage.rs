@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use updraft_model::{
     Adapter, Decoder, INDEX_FILE, LoraConfig, ModelConfig, ModelFiles, Threads, Weights,
-    load_model_files, merge, peft,
+    load_model_config, load_model_files, merge, peft,
 };
 use updraft_store::{
     CancelToken, FinishedStage, ManifestDraft, ObjectEntry, Opened, Progress, ProgressSink,
@@ -106,7 +106,8 @@ struct Inputs<'a> {
 /// `sources` read `stage.data` in an order that `stage.config` decides and
 /// `stage.held_out`; they are awaited only when there is something to train. A run that was killed or
 /// cancelled continues from its newest checkpoint and ends with the same
-/// objects. Both folders are read back from the store and asked for logits
+/// objects. Checkpoints are deleted when the stage is committed; what a kill just then leaves of
+/// them, [`garbage`](updraft_store::garbage) lists and nobody reads. Both folders are read back from the store and asked for logits
 /// before the manifest is written: the adapter must give the trained ones
 /// exactly, the merged model within `1e-4` of their norm in f32, and within
 /// what the rounding of its weights explains in 16-bit types.
@@ -129,6 +130,7 @@ pub async fn train_stage(
         .get_or_insert_with(|| stage.model.clone());
     stage.lora.validate()?;
     stage.config.validate()?;
+    stage.config.check_evaluation(stage.held_out.is_some())?;
     let id = StageId::done(&stage.model, &stage.dataset)?;
     let inputs = Inputs {
         version: VERSION,
@@ -148,8 +150,12 @@ pub async fn train_stage(
         Opened::Open(writer) => writer,
     };
 
-    let base = load_model_files(&stage.base, "").await?;
+    // What does not fit is said before the weights are fetched.
+    let model = load_model_config(&stage.base, "").await?;
     let sources = sources.await?;
+    let (data, threads) = (sources.train.plan(), &stage.threads);
+    check_memory(&model, &stage.lora, data, &stage.config, threads)?;
+    let base = load_model_files(&stage.base, "").await?;
     let checkpoints = Checkpoints::new(
         store,
         writer.path(CHECKPOINTS),
@@ -172,7 +178,10 @@ pub async fn train_stage(
     }
     let (draft, report) = work.await.map_err(|error| Error::Thread(error.into()))??;
     let stage = writer.commit(draft).await?;
-    checkpoints.delete_all().await?;
+    // The result stands. What is left, here or by a kill, `updraft_store::garbage` lists.
+    if let Err(error) = checkpoints.delete_all().await {
+        tracing::warn!(%error, "checkpoints are left beside the finished stage");
+    }
     Ok(Trained {
         stage,
         report: Some(report),
@@ -222,8 +231,7 @@ impl Work {
     /// Trains, exports and verifies; returns what is to be committed.
     fn run(self, events: Events) -> Result<(ManifestDraft, TrainReport)> {
         let (config, settings) = (&self.base.config, &self.stage.config);
-        let (lora, threads) = (&self.stage.lora, &self.stage.threads);
-        check_memory(config, lora, self.sources.train.plan(), settings, threads)?;
+        let lora = &self.stage.lora;
         let decoder = self.decoder(self.stage.config.dtype())?;
         let seed = self.stage.config.seed;
         let adapter = Adapter::init_over(lora, config, &self.base.weights, seed, &Device::Cpu)?;
@@ -298,6 +306,7 @@ impl Work {
             &*self.sources.train,
             self.stage.config.clone(),
         )?
+        .with_base(self.stage.base.key().to_string())
         .with_checkpoints(self.checkpoints.clone(), self.runtime.clone())
         .with_gemm_ceiling(gemm_ceiling(decoder.threads(), self.stage.config.dtype()))
         .with_observer(ProgressObserver::new(events));

@@ -62,7 +62,11 @@ pub struct Trainer<'a> {
     /// The adapter of the best evaluation so far, if that is the one wanted.
     best: Option<Adapter>,
     observers: Vec<Box<dyn Observer + 'a>>,
+    /// The base model's content.
+    base: Option<String>,
     checkpoints: Option<(Checkpoints, Handle)>,
+    /// The step of a checkpoint that no later step has gone on from yet.
+    unproven: Option<u64>,
     cancels: Vec<CancelToken>,
     workers: Box<dyn Collective + 'a>,
     /// Work of this process.
@@ -100,7 +104,9 @@ impl<'a> Trainer<'a> {
             evals: Vec::new(),
             best: None,
             observers: Vec::new(),
+            base: None,
             checkpoints: None,
+            unproven: None,
             cancels: Vec::new(),
             workers: Box::new(Alone),
             work: Work::default(),
@@ -116,17 +122,26 @@ impl<'a> Trainer<'a> {
     }
 
     /// Evaluates the loss on these examples every `eval_steps` steps and at
-    /// the end. What `early_stopping_patience` and `load_best_model_at_end`
-    /// say is then followed.
+    /// the end. `early_stopping_patience` and `load_best_model_at_end` need
+    /// both.
     pub fn with_evaluation(mut self, held_out: &'a dyn ExampleSource) -> Self {
         self.held_out = Some(held_out);
+        self
+    }
+
+    /// Names the base model's content, such as by
+    /// [`ModelFiles::fingerprint`](updraft_model::ModelFiles::fingerprint) or a stage's key.
+    /// Checkpoints carry it, and a run over another base refuses them.
+    pub fn with_base(mut self, id: impl Into<String>) -> Self {
+        self.base = Some(id.into());
         self
     }
 
     /// Shares the run with other workers: each is given the same model, data and settings, takes
     /// its part of every step's micro-batches, and ends with the same bits. A step stays what the
     /// settings say, so `gradient_accumulation_steps` counts the micro-batches of all workers
-    /// together. The first worker alone evaluates and writes checkpoints.
+    /// together. The first worker alone evaluates and writes checkpoints, and the others wait for it:
+    /// no longer than the timeout that [`TcpCollective::join`](crate::TcpCollective::join) was given.
     pub fn with_workers(mut self, workers: impl Collective + 'a) -> Self {
         let (micro_batches, num_workers) = (
             self.config.gradient_accumulation_steps as usize,
@@ -153,7 +168,8 @@ impl<'a> Trainer<'a> {
     /// Writes checkpoints every `save_steps` steps, at the end and when
     /// cancelled. The store is asynchronous: `runtime` carries its calls, so
     /// [`run`](Self::run) must be called outside of asynchronous code, such as
-    /// from `spawn_blocking`.
+    /// from `spawn_blocking`. Old ones are deleted once the step after a newer
+    /// one had a finite loss, so a run that explodes leaves a good one behind.
     pub fn with_checkpoints(mut self, checkpoints: Checkpoints, runtime: Handle) -> Self {
         self.checkpoints = Some((checkpoints, runtime));
         self
@@ -212,10 +228,15 @@ impl<'a> Trainer<'a> {
         let began = Instant::now();
         let resumed_from = self.cursor.step;
         self.work = Work::default();
+        self.config.check_evaluation(self.held_out.is_some())?;
         self.check_workers()?;
         let reader = StepReader::new(self.source, self.plan, self.cursor.clone());
         std::thread::scope(|scope| {
             let steps = read_ahead(scope, reader);
+            // A run that was cancelled while it evaluated goes on with that.
+            if self.evaluation_is_due() && self.finish_step()?.is_break() {
+                return self.cancelled();
+            }
             while self.cursor.step < step.min(self.plan.total_steps())
                 && !patience_is_out(&self.evals, &self.config)
             {
@@ -225,10 +246,10 @@ impl<'a> Trainer<'a> {
                     }
                     ControlFlow::Break(()) => return self.cancelled(),
                 }
+                self.prune()?;
                 self.report(began, resumed_from);
-                self.evaluate_if_due()?;
-                if self.cursor.step.is_multiple_of(self.config.save_steps) || self.is_over() {
-                    self.save()?;
+                if self.finish_step()?.is_break() {
+                    return self.cancelled();
                 }
             }
             Ok(())
@@ -424,26 +445,69 @@ impl<'a> Trainer<'a> {
         self.cursor.step == self.plan.total_steps() || patience_is_out(&self.evals, &self.config)
     }
 
-    fn evaluate_if_due(&mut self) -> Result<()> {
+    /// What follows a step: an evaluation and a checkpoint where they are due, unless some worker
+    /// is cancelled.
+    fn finish_step(&mut self) -> Result<ControlFlow<()>> {
+        if self.evaluation_is_due() && self.evaluate()?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        if self.cursor.step.is_multiple_of(self.config.save_steps) || self.is_over() {
+            self.save()?;
+        }
+        // There is no step after the last, but its held-out loss says as much.
+        if self.is_over() && self.has_evaluated() {
+            self.prune()?;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Whether the newest evaluation is of the newest step.
+    fn has_evaluated(&self) -> bool {
+        let newest = self.evals.last();
+        newest.is_some_and(|eval| eval.step == self.cursor.step)
+    }
+
+    fn evaluation_is_due(&self) -> bool {
         let step = self.cursor.step;
-        let due = |every: u64| step.is_multiple_of(every);
-        let due = self.config.eval_steps.is_some_and(due) || step == self.plan.total_steps();
-        let Some(held_out) = self.held_out.filter(|_| due) else {
-            return Ok(());
+        let every = |every: u64| step.is_multiple_of(every);
+        let now = self.config.eval_steps.is_some_and(every) || step == self.plan.total_steps();
+        now && step > 0 && self.held_out.is_some() && !self.has_evaluated()
+    }
+
+    /// Evaluates on the first worker, until it is cancelled.
+    fn evaluate(&mut self) -> Result<ControlFlow<()>> {
+        const CANCELLED: [f64; 2] = [0.0, -1.0];
+        let Some(held_out) = self.held_out else {
+            return Ok(ControlFlow::Continue(()));
         };
+        let step = self.cursor.step;
         let batch_size = self.config.per_device_eval_batch_size as usize;
+        let adapter = Some(&self.adapter);
         let own = match self.workers.leads() {
-            true => evaluate(self.decoder, Some(&self.adapter), held_out, batch_size)?,
-            false => (0.0, 0),
+            true => match evaluate(self.decoder, adapter, held_out, batch_size, &self.cancels) {
+                Ok((loss, tokens)) => [loss, tokens as f64],
+                Err(Error::Cancelled { .. }) => CANCELLED,
+                Err(error) => return Err(error),
+            },
+            false => [0.0, 0.0],
         };
         // What follows from it must follow on all workers.
-        let [eval_loss, trained_tokens] = self.workers.of_the_first([own.0, own.1 as f64])?;
-        let trained_tokens = trained_tokens as u64;
+        let told = self.workers.of_the_first(own)?;
+        if told == CANCELLED {
+            return Ok(ControlFlow::Break(()));
+        }
+        let [eval_loss, trained_tokens] = told;
+        if !eval_loss.is_finite() {
+            return Err(Error::EvalLossNotFinite {
+                step,
+                loss: eval_loss,
+            });
+        }
         let eval = EvalRecord {
             step,
             epoch: self.log.last().map_or(0.0, |record| record.epoch),
             eval_loss,
-            trained_tokens,
+            trained_tokens: trained_tokens as u64,
         };
         self.evals.push(eval);
         if self.config.load_best_model_at_end && best(&self.evals) == Some(&eval) {
@@ -452,7 +516,7 @@ impl<'a> Trainer<'a> {
         for observer in &mut self.observers {
             observer.on_evaluation(&eval);
         }
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     }
 
     fn cancelled(&mut self) -> Result<()> {
@@ -465,14 +529,29 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
+        let step = self.cursor.step;
+        let all_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+        if !self.adapter.with(all_finite)? {
+            return Err(Error::ParametersNotFinite { step });
+        }
         self.check_adapters()?;
         let place = self.checkpoints.as_ref().filter(|_| self.workers.leads());
         let Some((checkpoints, runtime)) = place else {
             return Ok(());
         };
-        runtime.block_on(checkpoints.save(&self.checkpoint()?))?;
+        runtime.block_on(checkpoints.save(&self.snapshot()))?;
+        self.unproven = Some(step);
         for observer in &mut self.observers {
-            observer.on_checkpoint(self.cursor.step);
+            observer.on_checkpoint(step);
+        }
+        Ok(())
+    }
+
+    /// Deletes what a checkpoint made superfluous, now that the run has gone on from it.
+    fn prune(&mut self) -> Result<()> {
+        let place = self.checkpoints.as_ref().filter(|_| self.workers.leads());
+        if let (Some((checkpoints, runtime)), Some(step)) = (place, self.unproven.take()) {
+            runtime.block_on(checkpoints.prune(step))?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, TensorId};
 use super::config::LoraConfig;
 use super::plan::{LayerAdapter, PairAdapter, Parameter, Plan, Role, Views};
 use super::saved::{Saved, SavedModules};
-use crate::bridge::edit_slice;
+use crate::bridge::{edit_slice, read};
 use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::layers::Group;
@@ -166,6 +166,14 @@ impl Adapter {
     /// [`Error::Candle`] if the device fails.
     pub fn values(&self) -> Result<Vec<f32>> {
         Ok(self.values.to_dtype(DType::F32)?.to_vec1()?)
+    }
+
+    /// Calls `look` with the flat buffer, without a copy.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the adapter is not F32.
+    pub fn with<R>(&self, look: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        Ok(look(read::<f32>(&self.values)?.slice()))
     }
 
     /// Changes the flat buffer in place: an optimizer step, or a checkpoint coming back.

@@ -1,10 +1,8 @@
 //! PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, read and written.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use bytes::Bytes;
-use safetensors::tensor::{Dtype, View};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -14,7 +12,7 @@ use super::plan::{PREFIX, Parameter};
 use super::saved::{SavedModules, module};
 use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
-use crate::weights::{Weights, decode};
+use crate::weights::{Weights, decode, f32_bytes, f32_header, f32_pieces};
 
 /// The settings file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -118,33 +116,50 @@ pub fn read_adapter(
 /// # Errors
 /// [`Error::Corrupt`] if safetensors refuses the tensors, which no adapter makes it do.
 pub fn write_adapter(adapter: &Adapter) -> Result<PeftFiles> {
-    let values = adapter.values()?;
-    let tensor = |parameter: &'_ Parameter| Float32 {
-        shape: parameter.shape.clone(),
-        bytes: values[parameter.range.clone()]
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect(),
-    };
+    let mut safetensors = Vec::new();
+    for piece in weights_pieces(adapter)? {
+        safetensors.extend_from_slice(&piece?);
+    }
+    Ok(PeftFiles {
+        config_json: config_json(adapter),
+        safetensors,
+    })
+}
+
+/// [`CONFIG_FILE`] of an adapter.
+pub fn config_json(adapter: &Adapter) -> Vec<u8> {
+    write_config(adapter.config())
+}
+
+/// [`WEIGHTS_FILE`] of an adapter in pieces of about a mebibyte, so that one too large to exist twice
+/// can be written.
+///
+/// # Errors
+/// As [`write_adapter`]; from the iterator [`Error::Candle`] if the adapter is not F32.
+pub fn weights_pieces(adapter: &Adapter) -> Result<impl Iterator<Item = Result<Bytes>>> {
     let parameters = adapter.parameters().iter();
     let mut tensors: Vec<_> = parameters
-        .map(|parameter| (parameter.name.clone(), tensor(parameter)))
+        .map(|parameter| (parameter.name.clone(), parameter))
         .collect();
     if adapter.plan().tied_head() {
         let own = |parameter: &&Parameter| parameter.name.ends_with(EMBEDDING);
-        let embedding = adapter.parameters().iter().find(own).map(tensor);
-        tensors.extend(embedding.map(|tensor| (format!("{PREFIX}{HEAD}"), tensor)));
+        let embedding = adapter.parameters().iter().find(own);
+        tensors.extend(embedding.map(|parameter| (format!("{PREFIX}{HEAD}"), parameter)));
     }
+    tensors.sort_by(|a, b| a.0.cmp(&b.0)); // As safetensors itself orders them.
+    let shapes = tensors
+        .iter()
+        .map(|(name, parameter)| (name.clone(), parameter.shape.clone()));
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let safetensors =
-        safetensors::serialize(tensors, Some(metadata)).map_err(|error| Error::Corrupt {
-            file: WEIGHTS_FILE.to_owned(),
-            reason: error.to_string(),
-        })?;
-    Ok(PeftFiles {
-        config_json: write_config(adapter.config()),
-        safetensors,
-    })
+    let header = f32_header(shapes, Some(metadata)).map_err(|error| Error::Corrupt {
+        file: WEIGHTS_FILE.to_owned(),
+        reason: error.to_string(),
+    })?;
+    let pieces = tensors
+        .into_iter()
+        .flat_map(|(_, parameter)| f32_pieces(parameter.range.clone()))
+        .map(|piece| adapter.with(|values| f32_bytes(&values[piece])));
+    Ok(std::iter::once(Ok(header)).chain(pieces))
 }
 
 fn read_config(json: &[u8]) -> Result<LoraConfig> {
@@ -359,30 +374,6 @@ fn write_config(config: &LoraConfig) -> Vec<u8> {
 
 fn whole(alpha: f64) -> Value {
     whole_if_whole(&alpha, serde_json::value::Serializer).unwrap_or(Value::Null)
-}
-
-/// A parameter on its way to a file.
-struct Float32 {
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-impl View for Float32 {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
 }
 
 #[cfg(test)]

@@ -104,7 +104,7 @@ pub fn a_restored_optimizer_continues_to_the_bit(make: Make<'_>) {
     let mut halfway = None;
     for number in 0..10 {
         if number == 5 {
-            halfway = Some((whole.state(), expected));
+            halfway = Some((whole.state().into_owned(), expected));
         }
         step(whole.as_mut(), &mut expected, number, [0, 1]);
     }

@@ -1,5 +1,6 @@
 //! Adam with decoupled weight decay.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use updraft_kernels::{Threads, adamw};
@@ -93,11 +94,14 @@ impl Optimizer for AdamW {
         Ok(())
     }
 
-    fn state(&self) -> OptimizerState {
+    fn state(&self) -> OptimizerState<'_> {
         let mut tensors = BTreeMap::new();
         for (name, moments) in &self.moments {
-            tensors.insert(format!("{EXP_AVG}{name}"), moments.exp_avg.clone());
-            tensors.insert(format!("{EXP_AVG_SQ}{name}"), moments.exp_avg_sq.clone());
+            let both = [
+                (EXP_AVG, &moments.exp_avg),
+                (EXP_AVG_SQ, &moments.exp_avg_sq),
+            ];
+            tensors.extend(both.map(|(kind, values)| (format!("{kind}{name}"), Cow::from(values))));
         }
         OptimizerState {
             step: self.step,
@@ -105,7 +109,7 @@ impl Optimizer for AdamW {
         }
     }
 
-    fn restore(&mut self, mut state: OptimizerState) -> Result<()> {
+    fn restore(&mut self, mut state: OptimizerState<'_>) -> Result<()> {
         let mut moments = BTreeMap::new();
         while let Some((key, exp_avg)) = state.tensors.pop_first() {
             let missing = |name: &str| Error::Shape {
@@ -123,8 +127,8 @@ impl Optimizer for AdamW {
             moments.insert(
                 name.to_owned(),
                 Moments {
-                    exp_avg,
-                    exp_avg_sq,
+                    exp_avg: exp_avg.into_owned(),
+                    exp_avg_sq: exp_avg_sq.into_owned(),
                 },
             );
         }

@@ -53,14 +53,14 @@ impl Optimizer for Sgd {
         Ok(())
     }
 
-    fn state(&self) -> OptimizerState {
+    fn state(&self) -> OptimizerState<'_> {
         OptimizerState {
             step: self.step,
             ..Default::default()
         }
     }
 
-    fn restore(&mut self, state: OptimizerState) -> Result<()> {
+    fn restore(&mut self, state: OptimizerState<'_>) -> Result<()> {
         self.step = state.step;
         Ok(())
     }

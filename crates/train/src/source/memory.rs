@@ -1,6 +1,7 @@
 //! Examples held in memory, in their own order or shuffled per epoch.
 
 use updraft_chat::Example;
+use updraft_store::sha256_hex;
 
 use super::{ExamplePlan, ExampleSource, ExampleStream};
 use crate::Result;
@@ -16,11 +17,12 @@ pub struct MemorySource {
 }
 
 impl MemorySource {
-    /// The examples in the order given, every epoch alike. `id` names their
-    /// content.
-    pub fn new(id: impl Into<String>, examples: Vec<Example>) -> Self {
+    /// The examples in the order given, every epoch alike. The plan's id is
+    /// `name` with a hash of all token ids and loss spans: where the data, the
+    /// tokenizer or the template changes, it is another source.
+    pub fn new(name: impl std::fmt::Display, examples: Vec<Example>) -> Self {
         let plan = ExamplePlan {
-            id: id.into(),
+            id: format!("{name}@{}", &content_hash(&examples)[..16]),
             lengths: examples
                 .iter()
                 .map(|example| example.input_ids.len() as u32)
@@ -62,6 +64,25 @@ impl ExampleSource for MemorySource {
     }
 }
 
+fn content_hash(examples: &[Example]) -> String {
+    let mut bytes = Vec::new();
+    for example in examples {
+        let spans = example
+            .loss_spans
+            .iter()
+            .flat_map(|span| [span.start, span.end]);
+        let counts = [example.input_ids.len(), example.loss_spans.len()];
+        bytes.extend(
+            counts
+                .iter()
+                .flat_map(|&count| (count as u64).to_le_bytes()),
+        );
+        let numbers = example.input_ids.iter().copied().chain(spans);
+        bytes.extend(numbers.flat_map(u32::to_le_bytes));
+    }
+    sha256_hex(&bytes)
+}
+
 /// A permutation of `0..len` that needs no table: a four-round Feistel network
 /// over the next power of four, walked until it falls inside.
 fn permute(index: u64, len: u64, seed: u64, epoch: u64) -> u64 {
@@ -99,6 +120,25 @@ mod tests {
 
     mod shuffled {
         crate::example_source_tests!(super::examples().shuffled(3));
+    }
+
+    #[test]
+    fn another_content_is_another_id() {
+        let id = |examples| MemorySource::new("data.jsonl", examples).plan.id;
+        let first = id((2..12).map(example).collect());
+        assert_eq!(first, id((2..12).map(example).collect()));
+        assert!(first.starts_with("data.jsonl@"), "{first}");
+        let changed = |change: fn(&mut Vec<Example>)| {
+            let mut examples = (2..12).map(example).collect();
+            change(&mut examples);
+            id(examples)
+        };
+        assert_ne!(first, changed(|examples| examples[3].input_ids[1] ^= 1));
+        assert_ne!(
+            first,
+            changed(|examples| examples[9].loss_spans[0].end -= 1)
+        );
+        assert_ne!(first, changed(|examples| examples.swap(0, 1)));
     }
 
     #[test]

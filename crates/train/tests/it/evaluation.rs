@@ -1,9 +1,10 @@
 //! Evaluation on held-out examples: its figure, what it stops, what it keeps.
 
 use updraft_model::Adapter;
-use updraft_store::Store;
+use updraft_store::{CancelToken, Store};
 use updraft_train::{
-    Checkpoints, EvalRecord, ExampleSource, MemorySource, TrainConfig, Trainer, evaluate, parts,
+    Checkpoints, Error, EvalRecord, ExamplePlan, ExampleSource, ExampleStream, MemorySource,
+    TrainConfig, Trainer, evaluate, parts,
 };
 
 use crate::world::{adapter, config, decoder, examples, model, source};
@@ -36,7 +37,7 @@ fn the_loss_is_the_mean_over_tokens_whatever_the_batches() {
     let tokens: u32 = all.iter().map(updraft_chat::Example::trained_tokens).sum();
     for batch_size in [1, 2, 5, 8] {
         let (loss, counted) =
-            evaluate(&decoder, Some(&adapter), &source, batch_size).expect("a loss");
+            evaluate(&decoder, Some(&adapter), &source, batch_size, &[]).expect("a loss");
         assert_eq!(counted, u64::from(tokens));
         assert!(
             (loss - sum / f64::from(tokens)).abs() < 1e-6,
@@ -119,5 +120,114 @@ fn a_killed_run_stops_where_the_calm_one_does() {
             calm,
             "killed after {killed_after}"
         );
+    }
+}
+
+/// Held-out examples during the reading of which the switch is thrown.
+#[derive(Debug)]
+struct Switch(MemorySource, CancelToken);
+
+impl ExampleSource for Switch {
+    fn plan(&self) -> &ExamplePlan {
+        self.0.plan()
+    }
+
+    fn row(&self, epoch: u64, index: u64) -> u64 {
+        self.0.row(epoch, index)
+    }
+
+    fn open(&self, epoch: u64, index: u64) -> Result<ExampleStream<'_>, Error> {
+        let throw = |_: &Result<_, _>| self.1.cancel();
+        Ok(Box::new(self.0.open(epoch, index)?.inspect(throw)))
+    }
+}
+
+#[test]
+fn cancelled_while_it_evaluates_it_stops_and_evaluates_when_it_goes_on() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let (decoder, source, held_out) = (decoder(1), source(26), held_out());
+    let config = TrainConfig {
+        per_device_eval_batch_size: 1,
+        ..every_two_steps()
+    };
+    let run = || Trainer::new(&decoder, adapter(), &source, config.clone()).expect("a run");
+    let mut calm = run().with_evaluation(&held_out);
+    calm.run().expect("trained");
+
+    let store = Store::memory();
+    let checkpoints = || Checkpoints::new(&store, "checkpoints", 2);
+    let cancel = CancelToken::new();
+    let switch = Switch(held_out.clone(), cancel.clone());
+    let mut stopped = run()
+        .with_evaluation(&switch)
+        .with_cancel(cancel)
+        .with_checkpoints(checkpoints(), runtime.handle().clone());
+    let error = stopped.run().expect_err("cancelled");
+    assert!(matches!(error, Error::Cancelled { step: 2 }), "{error}");
+    assert!(stopped.evals().is_empty());
+
+    let checkpoint = runtime.block_on(checkpoints().latest(&model()));
+    let checkpoint = checkpoint.expect("read").expect("one of step 2");
+    let mut rest = run().with_evaluation(&held_out).resume(checkpoint);
+    let rest = rest.as_mut().expect("its own");
+    rest.run().expect("trained");
+    assert_eq!(rest.evals(), calm.evals());
+    assert_eq!(bits(rest.adapter()), bits(calm.adapter()));
+}
+
+#[test]
+fn a_held_out_loss_that_is_no_number_is_an_error_and_no_record() {
+    let (decoder, train, held_out) = (decoder(1), source(26), held_out());
+    let config = TrainConfig {
+        learning_rate: 1e30,
+        optim: updraft_train::OptimizerKind::Sgd,
+        max_grad_norm: 0.0,
+        warmup_steps: 0,
+        eval_steps: Some(1),
+        ..config()
+    };
+    let trainer = Trainer::new(&decoder, adapter(), &train, config).expect("a run");
+    let mut trainer = trainer.with_evaluation(&held_out);
+    let error = trainer.run().expect_err("it explodes");
+    assert!(
+        matches!(error, Error::EvalLossNotFinite { step: 1, .. }),
+        "{error}"
+    );
+    assert!(trainer.evals().is_empty());
+}
+
+#[test]
+fn what_follows_from_evaluations_needs_some() {
+    let (decoder, train, held_out) = (decoder(1), source(26), held_out());
+    let wishes = [
+        TrainConfig {
+            early_stopping_patience: Some(2),
+            ..config()
+        },
+        TrainConfig {
+            load_best_model_at_end: true,
+            ..config()
+        },
+    ];
+    for (config, wish) in wishes
+        .into_iter()
+        .zip(["early_stopping_patience", "load_best_model_at_end"])
+    {
+        let refused = |mut trainer: Trainer<'_>| {
+            let error = trainer.run().expect_err("nothing to follow");
+            assert!(
+                matches!(error, Error::Config { field, .. } if field == wish),
+                "{error}"
+            );
+        };
+        let run = |config| Trainer::new(&decoder, adapter(), &train, config).expect("a run");
+        refused(run(config.clone()).with_evaluation(&held_out));
+        let every_two = TrainConfig {
+            eval_steps: Some(2),
+            ..config
+        };
+        refused(run(every_two.clone()));
+        let mut trainer = run(every_two).with_evaluation(&held_out);
+        trainer.run_until(1).expect("both are there");
     }
 }

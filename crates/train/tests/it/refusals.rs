@@ -1,7 +1,9 @@
 //! What cannot be trained on is a clear error.
 
 use updraft_chat::Example;
-use updraft_train::{Error, ExampleSource, MemorySource, OptimizerKind, TrainConfig, Trainer};
+use updraft_train::{
+    Error, ExampleSource, MemorySource, OptimizerKind, RunPlan, TrainConfig, Trainer,
+};
 
 use crate::world::{adapter, config, decoder, examples, source, span};
 
@@ -22,7 +24,7 @@ fn no_trained_token_at_all() {
     });
     let error = run(&MemorySource::new("silent", silent.collect()), config());
     assert!(
-        matches!(&error, Error::NothingToLearn { source_id } if source_id == "silent"),
+        matches!(&error, Error::NothingToLearn { source_id } if source_id.starts_with("silent@")),
         "{error}"
     );
 }
@@ -33,8 +35,15 @@ fn a_step_without_a_trained_token() {
     examples[6..]
         .iter_mut()
         .for_each(|example| example.loss_spans.clear());
-    let error = run(&MemorySource::new("half", examples), config());
+    let half = MemorySource::new("half", examples);
+    let error = RunPlan::new(&half, &config()).expect_err("told when it is planned");
     assert!(matches!(error, Error::EmptyStep { step: 2 }), "{error}");
+    // A step that the run does not get to is none of its.
+    let one_step = TrainConfig {
+        max_steps: Some(1),
+        ..config()
+    };
+    RunPlan::new(&half, &one_step).expect("the first step is trained");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use updraft_model::{Architecture, LoraConfig, Threads, load_model_files, peft, t
 use updraft_store::faults::{Fault, count, inject};
 use updraft_store::{
     CancelToken, FinishedStage, ManifestDraft, NoProgress, Opened, Progress, ProgressSink, StageId,
-    Store, open_stage,
+    Store, garbage, open_stage,
 };
 use updraft_train::metrics::{Sink, parse_log};
 use updraft_train::{
@@ -304,34 +304,84 @@ async fn a_folder_holds_the_same_bytes_as_any_other_store() {
     );
 }
 
-/// Every fault at a sample of all store calls, from opening the stage to
-/// deleting the last checkpoint.
+/// Every fault at every store call, from opening the stage to deleting the last checkpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_any_store_call_it_ends_in_the_same_bytes() {
     let (store, stage) = world().await;
     let done = train(&store, &stage).await.expect("trained");
     let whole = snapshot(&store, &done.stage).await;
-    for (offset, fault) in Fault::ALL.into_iter().enumerate() {
-        let mut at = 1 + offset as u64;
-        loop {
+    let (store, stage) = world().await;
+    let (counted, calls) = count(&store);
+    train(&counted, &stage).await.expect("trained");
+    assert!(calls.total() > 40, "{} calls", calls.total());
+    for fault in Fault::ALL {
+        for at in 1..=calls.total() {
             let (store, stage) = world().await;
             let (faulty, injected) = inject(&store, fault, at);
             let outcome = train(&faulty, &stage).await;
-            if outcome.is_err() {
-                let second = train(&store, &stage).await.expect("a second life").stage;
-                let objects = snapshot(&store, &second).await;
-                let committed = objects
-                    .iter()
-                    .filter(|(path, _)| !path.contains("/checkpoints/"));
-                assert!(committed.eq(&whole), "{fault:?} at {at}");
-            }
-            if !injected.struck() {
-                break;
-            }
-            at += 7;
+            assert!(injected.struck(), "{fault:?} at {at}");
+            let done = match outcome {
+                Ok(trained) => trained.stage,
+                Err(_) => train(&store, &stage).await.expect("a second life").stage,
+            };
+            let objects = snapshot(&store, &done).await;
+            let (left, committed): (Vec<_>, Vec<_>) = objects
+                .into_iter()
+                .partition(|(path, _)| path.contains("/checkpoints/"));
+            assert_eq!(committed, whole, "{fault:?} at {at}");
+            // What a kill left of the checkpoints when the stage stood already can be swept up.
+            let id = StageId::done("tiny", "world").expect("a name");
+            let garbage = garbage(&store, &id).await.expect("a listing");
+            let swept: Vec<_> = garbage.into_iter().map(|object| object.path).collect();
+            let left: Vec<_> = left.into_iter().map(|(path, _)| path).collect();
+            assert_eq!(swept, left, "{fault:?} at {at}");
         }
-        assert!(at > 30, "{fault:?} was met {at} calls deep only");
     }
+}
+
+/// A stage that stands is a success, even if its checkpoints cannot be deleted; they are garbage.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_that_cannot_be_deleted_are_garbage_and_no_error() {
+    let (store, stage) = world().await;
+    let (counted, calls) = count(&store);
+    train(&counted, &stage).await.expect("trained");
+    let (store, stage) = world().await;
+    let (faulty, injected) = inject(&store, Fault::KillBefore, calls.total());
+    let done = train(&faulty, &stage).await.expect("committed").stage;
+    assert!(injected.struck());
+    let id = StageId::done("tiny", "world").expect("a name");
+    let left = garbage(&store, &id).await.expect("a listing");
+    assert!(!left.is_empty());
+    for object in &left {
+        assert!(object.path.contains("/checkpoints/"), "{}", object.path);
+        store.delete(&object.path).await.expect("swept");
+    }
+    let again = train(&store, &stage).await.expect("found").stage;
+    assert_eq!(again.key(), done.key());
+    for object in &again.manifest().await.expect("a manifest").objects {
+        again.read(object).await.expect("it is whole");
+    }
+}
+
+/// The configuration of a model that fits into no memory, and weights nobody needs to fetch.
+#[cfg(target_os = "linux")] // which tells what is free
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_said_before_the_weights_are_fetched() {
+    let (store, stage) = world().await;
+    let huge = br#"{"model_type": "qwen2", "hidden_size": 65536, "intermediate_size": 262144,
+        "num_hidden_layers": 4096, "num_attention_heads": 512, "num_key_value_heads": 64,
+        "vocab_size": 151936, "tie_word_embeddings": true}"#;
+    let objects = vec![
+        ("config.json", huge.to_vec()),
+        ("model.safetensors", b"never read".to_vec()),
+    ];
+    let id = StageId::models("huge").expect("a name");
+    let stage = TrainStage {
+        base: finished(&store, id, objects).await,
+        ..stage
+    };
+    let error = train(&store, &stage).await.expect_err("too large");
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }
 
 /// Cancels at the second step, and remembers what it was told.
