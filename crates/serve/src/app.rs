@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use updraft_chat::Chat;
 
 use crate::api::responses::kept::Kept;
@@ -24,6 +24,9 @@ pub struct ServeOptions {
     pub api_keys: ApiKeys,
     /// The largest request body; a longer one is a 413.
     pub max_body_bytes: usize,
+    /// The bytes that all bodies being read and understood may take together; a request whose body
+    /// does not fit beside the others is a 429.
+    pub max_bytes_in_flight: usize,
     /// The most completions of one request: its prompts times `n`.
     pub max_choices: usize,
     /// The longest a completion may take from its arrival; what is longer ends with an error, a
@@ -57,6 +60,7 @@ impl Default for ServeOptions {
         Self {
             api_keys: ApiKeys::default(),
             max_body_bytes: 32 << 20,
+            max_bytes_in_flight: 256 << 20,
             max_choices: 128,
             request_timeout: None,
             read_timeout: Duration::from_secs(30),
@@ -95,6 +99,11 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) started: u64,
     pub(crate) kept: Kept,
+    pub(crate) background: Background,
+    /// A permit for each byte of a body.
+    pub(crate) bodies: Arc<Semaphore>,
+    /// A permit for each processor.
+    encoders: Arc<Semaphore>,
     phase: watch::Sender<Phase>,
     ids: Ids,
 }
@@ -109,12 +118,17 @@ impl Deref for App {
 
 impl App {
     pub(crate) fn new(engine: Arc<dyn Engine>, options: ServeOptions) -> Self {
+        let room = options.max_bytes_in_flight.min(Semaphore::MAX_PERMITS);
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             engine,
             started: options.clock.unix_seconds(),
             kept: Kept::new(options.max_kept_responses),
             options,
             metrics: Metrics::default(),
+            background: Background::default(),
+            bodies: Arc::new(Semaphore::new(room)),
+            encoders: Arc::new(Semaphore::new(processors)),
             phase: watch::Sender::new(Phase::Ready),
             ids: Ids::default(),
         }))
@@ -161,6 +175,23 @@ impl Shared {
         rng::mix(high ^ rng::mix(low))
     }
 
+    /// Tokenizes, or does what else takes a processor for a while, on a thread that may. Not more
+    /// of it runs at once than there are processors, and whoever goes while waiting costs nothing.
+    pub(crate) async fn encode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let place = self.encoders.clone().acquire_owned().await;
+        let place = place.expect("this semaphore is never closed");
+        let done = tokio::task::spawn_blocking(move || {
+            let _held_until_done = place;
+            work()
+        });
+        done.await.map_err(|panic| Error::Step {
+            source: panic.into(),
+        })?
+    }
+
     /// The template and tokenizer of a model.
     pub(crate) fn chat(&self, model: &str) -> Result<Arc<Chat>> {
         self.engine.chat(model).ok_or_else(|| Error::ModelNotFound {
@@ -202,6 +233,33 @@ impl Shared {
     }
 }
 
+/// Work that goes on when its client has been answered.
+#[derive(Debug, Default)]
+pub(crate) struct Background(Arc<watch::Sender<usize>>);
+
+/// Some of it, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Task(Arc<watch::Sender<usize>>);
+
+impl Background {
+    pub(crate) fn begin(&self) -> Task {
+        self.0.send_modify(|count| *count += 1);
+        Task(self.0.clone())
+    }
+
+    /// Waits until there is none.
+    pub(crate) async fn ended(&self) {
+        // An error would mean that the counter is gone, which this holds.
+        let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
 /// A counter, and its image under a key drawn once per server from the operating system: nobody
 /// can tell one id from another.
 #[derive(Debug, Default)]
@@ -214,5 +272,55 @@ impl Ids {
     fn next(&self) -> (u64, u64) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         (self.key.hash_one(number), number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::EchoEngine;
+
+    /// Whoever goes while others tokenize has cost nothing.
+    #[tokio::test]
+    async fn work_of_clients_that_went_is_not_done() {
+        let engine = Arc::new(EchoEngine::new(["echo"]));
+        let app = App::new(engine, ServeOptions::default());
+        let places = app.encoders.available_permits();
+        let (done, dones) = mpsc::channel();
+        let mut held = Vec::new();
+        let mut busy = Vec::new();
+        for _ in 0..places {
+            let (release, released) = mpsc::channel::<()>();
+            held.push(release);
+            let (app, done) = (app.clone(), done.clone());
+            busy.push(tokio::spawn(async move {
+                app.encode(move || {
+                    let _ = released.recv();
+                    done.send("held").map_err(|_| Error::Timeout)
+                })
+                .await
+            }));
+        }
+        while app.encoders.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..50 {
+            let done = done.clone();
+            let work = app.encode(move || done.send("gone").map_err(|_| Error::Timeout));
+            assert!(
+                futures::FutureExt::now_or_never(work).is_none(),
+                "there is no place"
+            );
+        }
+        drop(held);
+        for task in busy {
+            task.await.expect("no panic").expect("it is told");
+        }
+        let next = app.encode(|| Ok(7)).await;
+        assert_eq!(next.expect("the places are free"), 7);
+        drop(done);
+        assert!(dones.iter().all(|what| what == "held"));
     }
 }

@@ -143,14 +143,14 @@ pub async fn ids_outside_the_vocabulary_are_refused(engine: Subject) {
     let valid = GenerateRequest::greedy(&name, prompt(), 4);
     let outside = u32::MAX;
     let mut sampling = SamplingParams::greedy();
-    sampling.logit_bias.push((outside, 1.0));
+    sampling.logit_bias = Arc::from([(outside, 1.0)]);
     for request in [
         GenerateRequest {
             prompt_ids: vec![outside],
             ..valid.clone()
         },
         GenerateRequest {
-            stop_token_ids: vec![outside],
+            stop_token_ids: Arc::from([outside]),
             ..valid.clone()
         },
         GenerateRequest { sampling, ..valid },
@@ -236,7 +236,7 @@ pub async fn a_stop_token_ends_unsent_but_counted(engine: Subject) {
         .position(|&id| id == stop)
         .expect("it was there");
     let stopped = GenerateRequest {
-        stop_token_ids: vec![stop],
+        stop_token_ids: Arc::from([stop]),
         ..free
     };
     let events = run(&engine, stopped).await.expect("a valid request");
@@ -255,7 +255,7 @@ pub async fn min_tokens_come_before_any_stop_token(engine: Subject) {
     let tokens = ids(&run(&engine, free.clone()).await.expect("a valid request"));
     let stop = vec![tokens[0]];
     let request = GenerateRequest {
-        stop_token_ids: stop.clone(),
+        stop_token_ids: stop.clone().into(),
         min_tokens: 3,
         ..free
     };

@@ -8,9 +8,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -18,53 +19,103 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, Sleep};
 
 use crate::app::{App, Phase, ServeOptions};
+use crate::peer::Peer;
 
 /// Connections open at once; further ones wait in the operating system's queue.
 const MAX_CONNECTIONS: usize = 4096;
 /// How long to wait when the operating system has no more files to give.
 const OUT_OF_FILES: Duration = Duration::from_millis(100);
 
-/// Serves connections until the server drains, then until the last one has ended.
+/// Serves connections until the server drains. From then on what was open before ends as soon as
+/// it can, while new connections are told that the server drains; the last one of before, and the
+/// last response made in the background, are the end.
 pub(crate) async fn accept(listener: TcpListener, app: App, routes: Router) {
-    let builder = Arc::new(builder(&app));
-    let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let draining = app.entered(Phase::Draining);
-    tokio::pin!(draining);
-    loop {
-        let place = places.clone().acquire_owned();
-        let accepted = async { (place.await, listener.accept().await) };
-        let (place, accepted) = tokio::select! {
-            accepted = accepted => accepted,
-            () = &mut draining => break,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "no connection");
-                tokio::time::sleep(OUT_OF_FILES).await;
-                continue;
+    let server = Server {
+        builder: Arc::new(builder(&app)),
+        places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        listener,
+        routes,
+        app: app.clone(),
+    };
+    let (before, since) = (GracefulShutdown::new(), GracefulShutdown::new());
+    tokio::select! {
+        () = server.take(&before) => {}
+        () = app.entered(Phase::Draining) => {}
+    }
+    let drained = async {
+        before.shutdown().await;
+        app.background.ended().await;
+    };
+    tokio::select! {
+        () = server.take(&since) => {}
+        () = drained => {}
+    }
+    drop(server);
+    app.enter(Phase::Stopping);
+    since.shutdown().await;
+}
+
+struct Server {
+    listener: TcpListener,
+    builder: Arc<Builder<TokioExecutor>>,
+    places: Arc<Semaphore>,
+    routes: Router,
+    app: App,
+}
+
+impl Server {
+    /// Takes connections for ever.
+    async fn take(&self, graceful: &GracefulShutdown) {
+        loop {
+            let place = self.places.clone().acquire_owned().await;
+            match self.listener.accept().await {
+                Ok((stream, _)) => {
+                    // Tokens are small and wanted at once.
+                    let _ = stream.set_nodelay(true);
+                    let connection = self.connection(stream, graceful.watcher());
+                    tokio::spawn(async move {
+                        let _held_until_done = place;
+                        connection.await;
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "no connection");
+                    tokio::time::sleep(OUT_OF_FILES).await;
+                }
             }
-        };
-        // Tokens are small and wanted at once.
-        let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(routes.clone());
-        let watcher = graceful.watcher();
-        let (app, builder) = (app.clone(), builder.clone());
-        tokio::spawn(async move {
-            let _held_until_done = place;
-            let Some(stream) = opened(stream, &app).await else {
+        }
+    }
+
+    fn connection(
+        &self,
+        stream: TcpStream,
+        watcher: Watcher,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let routes = TowerToHyperService::new(self.routes.clone());
+        let (app, builder) = (self.app.clone(), self.builder.clone());
+        async move {
+            let peer = Peer::new(stream);
+            let watch = peer.watch();
+            let Some(stream) = opened(peer, &app).await else {
                 return;
             };
+            let service = service_fn(move |request| {
+                let (answer, gone) = (routes.call(request), watch.clone().gone());
+                async move {
+                    tokio::select! {
+                        answer = answer => Ok(answer.unwrap_or_else(|never| match never {})),
+                        // Dropping the answer ends what is made for it.
+                        () = gone => Err(io::Error::from(io::ErrorKind::ConnectionAborted)),
+                    }
+                }
+            });
             let io = TokioIo::new(Patient::new(stream, &app.options));
             let connection = builder.serve_connection(io, service);
             if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(error, "a connection ended early");
             }
-        });
+        }
     }
-    drop(listener);
-    graceful.shutdown().await;
 }
 
 fn builder(app: &App) -> Builder<TokioExecutor> {
@@ -86,20 +137,24 @@ fn builder(app: &App) -> Builder<TokioExecutor> {
 
 /// The connection as HTTP sees it: itself.
 #[cfg(not(feature = "tls"))]
-async fn opened(stream: TcpStream, _app: &App) -> Option<TcpStream> {
+async fn opened(stream: Peer, _app: &App) -> Option<Peer> {
     Some(stream)
 }
 
 /// The connection as HTTP sees it: itself, or what is inside of its TLS. Nobody waits for a
-/// handshake once the server drains.
+/// handshake that was begun before the server drains, or stops.
 #[cfg(feature = "tls")]
-async fn opened(stream: TcpStream, app: &App) -> Option<Box<dyn Stream>> {
+async fn opened(stream: Peer, app: &App) -> Option<Box<dyn Stream>> {
     let Some(tls) = &app.options.tls else {
         return Some(Box::new(stream));
     };
+    let too_late = match app.phase() {
+        Phase::Ready => Phase::Draining,
+        Phase::Draining | Phase::Stopping => Phase::Stopping,
+    };
     let accepted = tokio::select! {
         accepted = tls.accept(stream, app.options.read_timeout) => accepted,
-        () = app.entered(Phase::Draining) => return None,
+        () = app.entered(too_late) => return None,
     };
     match accepted {
         Ok(stream) => Some(Box::new(stream)),

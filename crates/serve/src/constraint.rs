@@ -1,5 +1,7 @@
 //! What form an answer must have.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -15,7 +17,7 @@ pub enum Constraint {
     /// Any JSON object.
     JsonObject,
     /// JSON that follows a schema.
-    JsonSchema(Value),
+    JsonSchema(Arc<Value>),
 }
 
 impl Constraint {
@@ -35,7 +37,7 @@ impl Constraint {
                 "the schema is deeper than {MAX_SCHEMA_DEPTH} levels"
             ));
         }
-        Ok(Self::JsonSchema(schema))
+        Ok(Self::JsonSchema(schema.into()))
     }
 }
 

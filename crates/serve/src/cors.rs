@@ -3,8 +3,8 @@
 use axum::extract::{Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
-    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN,
-    VARY,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
 };
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
@@ -26,28 +26,36 @@ pub(crate) async fn cors(State(app): State<App>, request: Request, next: Next) -
         && request
             .headers()
             .contains_key(ACCESS_CONTROL_REQUEST_METHOD);
+    let asked = request
+        .headers()
+        .get(ACCESS_CONTROL_REQUEST_HEADERS)
+        .cloned();
     let mut response = match is_preflight {
         true => StatusCode::NO_CONTENT.into_response(),
         false => next.run(request).await,
     };
     let headers = response.headers_mut();
     if is_preflight {
-        allow(headers);
+        allow(headers, asked);
     }
     headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     headers.append(VARY, HeaderValue::from_static("origin"));
     headers.insert(
         ACCESS_CONTROL_EXPOSE_HEADERS,
-        HeaderValue::from_static("retry-after, x-request-id"),
+        HeaderValue::from_static("retry-after, x-request-id, x-should-retry"),
     );
     response
 }
 
-fn allow(headers: &mut HeaderMap) {
-    let methods = HeaderValue::from_static("GET, POST");
+/// Whatever headers the page wants to send: clients send more than a few of their own, and none of
+/// them lets anybody in but the key.
+fn allow(headers: &mut HeaderMap, asked: Option<HeaderValue>) {
+    let methods = HeaderValue::from_static("GET, POST, DELETE");
     // `*` would not cover the key.
-    let names = HeaderValue::from_static("authorization, content-type, x-request-id");
+    let usual = HeaderValue::from_static("authorization, content-type, x-request-id");
     headers.insert(ACCESS_CONTROL_ALLOW_METHODS, methods);
-    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, names);
+    headers.insert(ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(usual));
     headers.insert(ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
+    let varies = HeaderValue::from_static("access-control-request-headers");
+    headers.append(VARY, varies);
 }

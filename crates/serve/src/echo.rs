@@ -11,9 +11,10 @@ use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, SpecialTokens};
 
 use crate::engine::{
     Engine, EngineStats, FinishReason, GenerateRequest, ModelInfo, TokenEvent, TokenLogprobs,
-    TokenStream, Usage, check_request,
+    TokenStream, Usage, longest_token_bytes,
 };
 use crate::error::{Error, Result};
+use crate::limits::check_request;
 use crate::sampling::SamplingDefaults;
 
 /// Says back what it is told, byte by byte.
@@ -38,6 +39,7 @@ impl EchoEngine {
     /// If there is no name.
     #[must_use]
     pub fn new<N: Into<String>>(names: impl IntoIterator<Item = N>) -> Self {
+        let chat = Arc::new(byte_chat());
         let info = |id: String| ModelInfo {
             root: id.clone(),
             id,
@@ -45,12 +47,13 @@ impl EchoEngine {
             max_model_len: MAX_MODEL_LEN,
             sampling: SamplingDefaults::default(),
             text_prefix: Vec::new(),
+            longest_token_bytes: longest_token_bytes(&chat),
         };
         let models: Vec<_> = names.into_iter().map(|name| info(name.into())).collect();
         assert!(!models.is_empty(), "an engine needs a name");
         Self {
             models,
-            chat: Arc::new(byte_chat()),
+            chat,
             pace: Duration::ZERO,
             max_running: usize::MAX,
             running: Arc::default(),

@@ -4,13 +4,15 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::future::try_join_all;
 use futures::stream::BoxStream;
 use updraft_chat::Chat;
 
 use crate::constraint::Constraint;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::histogram::Histogram;
 use crate::model_engine::AdapterSource;
+use crate::sampler::{Past, Seen};
 use crate::sampling::{SamplingDefaults, SamplingParams};
 
 /// Something that continues prompts.
@@ -25,6 +27,8 @@ use crate::sampling::{SamplingDefaults, SamplingParams};
 ///   once and before any token, [`TokenEvent::Embedding`] likewise, then tokens, then exactly one [`TokenEvent::Finished`] or one
 ///   error, then nothing.
 /// - A stop token ends the stream and is counted in the usage, but is not sent.
+/// - [`generate_all`](Engine::generate_all) gives each request the stream that it would get alone;
+///   if one of them is refused, none of the others holds anything.
 /// - **Dropping the stream cancels the request**: what it held is free within one step.
 /// - The same request, greedy or seeded, gives the same tokens whatever else is running.
 ///
@@ -46,6 +50,15 @@ pub trait Engine: Debug + Send + Sync {
     /// [`Overloaded`](crate::Error::Overloaded) or
     /// [`Unavailable`](crate::Error::Unavailable); nothing was computed then.
     async fn generate(&self, request: GenerateRequest) -> Result<TokenStream>;
+
+    /// Admits several requests at once: all of them or none. Their streams are in their order.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    async fn generate_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<TokenStream>> {
+        // Whatever was admitted before one is refused is cancelled by being dropped.
+        try_join_all(requests.into_iter().map(|request| self.generate(request))).await
+    }
 
     /// What each decoder is doing now.
     fn stats(&self) -> Vec<EngineStats>;
@@ -107,6 +120,34 @@ pub struct ModelInfo {
     /// Token ids before every plain text, such as a beginning-of-sequence token; chat templates
     /// write their own.
     pub text_prefix: Vec<u32>,
+    /// Bytes of the vocabulary's longest token.
+    pub longest_token_bytes: usize,
+}
+
+impl ModelInfo {
+    /// Refuses a text of so many bytes that it cannot fit the context, whatever its tokens are.
+    pub(crate) fn check_text(&self, bytes: usize) -> Result<()> {
+        // Tokenizers that normalize make a third of a text at most, of Hangul's letters.
+        let most_per_token = self.longest_token_bytes.saturating_mul(3).max(1);
+        let least = u32::try_from(bytes / most_per_token).unwrap_or(u32::MAX);
+        match least > self.max_model_len {
+            true => Err(Error::ContextLength {
+                prompt_tokens: least,
+                max_tokens: 1,
+                max_model_len: self.max_model_len,
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Bytes of the longest token that a tokenizer knows.
+pub(crate) fn longest_token_bytes(chat: &Chat) -> usize {
+    let vocabulary = chat.tokenizer().vocabulary();
+    let bytes = (0..)
+        .take(vocabulary.len())
+        .map(|id| vocabulary.bytes(id).map_or(0, <[u8]>::len));
+    bytes.max().unwrap_or(0)
 }
 
 /// A prompt to continue.
@@ -121,7 +162,7 @@ pub struct GenerateRequest {
     /// How to choose each token.
     pub sampling: SamplingParams,
     /// Tokens that end the completion, the model's own end of turn among them.
-    pub stop_token_ids: Vec<u32>,
+    pub stop_token_ids: Arc<[u32]>,
     /// No stop token is chosen before this many tokens.
     pub min_tokens: u32,
     /// Report log-probabilities: of the chosen token, and of this many likeliest ones.
@@ -129,9 +170,9 @@ pub struct GenerateRequest {
     /// The same for each prompt token given those before it.
     pub prompt_logprobs: Option<u32>,
     /// Report these tokens' log-probabilities instead of the likeliest ones'.
-    pub logprob_ids: Vec<u32>,
+    pub logprob_ids: Arc<[u32]>,
     /// Token sequences that are never completed.
-    pub bad_words: Vec<Vec<u32>>,
+    pub bad_words: Arc<[Vec<u32>]>,
     /// Report the hidden state that follows the prompt.
     pub embed: bool,
     /// The form the answer must have.
@@ -149,29 +190,27 @@ impl GenerateRequest {
             prompt_ids,
             max_tokens,
             sampling: SamplingParams::greedy(),
-            stop_token_ids: Vec::new(),
+            stop_token_ids: Arc::default(),
             min_tokens: 0,
             logprobs: None,
             prompt_logprobs: None,
-            logprob_ids: Vec::new(),
-            bad_words: Vec::new(),
+            logprob_ids: Arc::default(),
+            bad_words: Arc::default(),
             embed: false,
             constraint: None,
             cache_salt: None,
         }
     }
 
-    /// Stop tokens that would come too early, and tokens that would complete a bad word.
-    pub(crate) fn forbidden(&self, generated: &[u32]) -> Vec<u32> {
-        let early = generated.len() < self.min_tokens as usize;
-        let mut forbidden = match early {
-            true => self.stop_token_ids.clone(),
-            false => Vec::new(),
-        };
-        let ends = self.bad_words.iter().filter_map(|word| word.split_last());
-        let begun = ends.filter(|(_, start)| generated.ends_with(start));
-        forbidden.extend(begun.map(|(last, _)| *last));
-        forbidden
+    /// What came before the next token, as choosing it needs to know.
+    pub(crate) fn past<'a>(&'a self, seen: &'a Seen, generated: &'a [u32]) -> Past<'a> {
+        let is_early = generated.len() < self.min_tokens as usize;
+        Past {
+            seen,
+            generated,
+            early_stops: if is_early { &self.stop_token_ids } else { &[] },
+            bad_words: &self.bad_words,
+        }
     }
 }
 
@@ -303,50 +342,4 @@ impl EngineStats {
             step_tokens: Histogram::of_tokens(),
         }
     }
-}
-
-/// The checks of [`Engine::generate`] that every engine makes alike.
-///
-/// # Errors
-/// As [`Engine::generate`], without [`ModelNotFound`](crate::Error::ModelNotFound) and what
-/// depends on load.
-pub fn check_request(
-    request: &GenerateRequest,
-    vocab_size: usize,
-    max_model_len: u32,
-) -> Result<()> {
-    use crate::error::Error;
-    if request.prompt_ids.is_empty() {
-        return Err(Error::invalid("prompt", "the prompt is empty"));
-    }
-    let biased: Vec<u32> = request
-        .sampling
-        .logit_bias
-        .iter()
-        .map(|(id, _)| *id)
-        .collect();
-    for (param, ids) in [
-        ("prompt", &request.prompt_ids),
-        ("stop_token_ids", &request.stop_token_ids),
-        ("logit_bias", &biased),
-        ("allowed_token_ids", &request.sampling.allowed_token_ids),
-        ("logprob_token_ids", &request.logprob_ids),
-        ("bad_words", &request.bad_words.concat()),
-    ] {
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-            let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
-            return Err(Error::invalid(param, message));
-        }
-    }
-    request.sampling.validate()?;
-    let prompt_tokens = u32::try_from(request.prompt_ids.len()).unwrap_or(u32::MAX);
-    if prompt_tokens.saturating_add(request.max_tokens) > max_model_len {
-        let max_tokens = request.max_tokens;
-        return Err(Error::ContextLength {
-            prompt_tokens,
-            max_tokens,
-            max_model_len,
-        });
-    }
-    Ok(())
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use futures::future::try_join_all;
 use updraft_chat::Chat;
 
 use crate::engine::{
@@ -59,6 +60,17 @@ impl Engine for Engines {
             None => Err(Error::ModelNotFound {
                 model: request.model,
             }),
+        }
+    }
+
+    async fn generate_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<TokenStream>> {
+        let first = requests.first().map(|request| request.model.clone());
+        let one_model = requests
+            .windows(2)
+            .all(|pair| pair[0].model == pair[1].model);
+        match first.as_ref().and_then(|model| self.of(model)) {
+            Some(engine) if one_model => engine.generate_all(requests).await,
+            _ => try_join_all(requests.into_iter().map(|request| self.generate(request))).await,
         }
     }
 

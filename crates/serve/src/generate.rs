@@ -37,6 +37,19 @@ impl TextRequest {
         sampling.seed = sampling.seed.wrapping_add(u64::from(index));
         request
     }
+
+    fn split(self) -> (GenerateRequest, TextForm) {
+        let stops = StopMatcher::new(self.stop);
+        let form = TextForm {
+            min_tokens: self.request.min_tokens,
+            stops: match self.include_stop {
+                true => stops.including_stop(),
+                false => stops,
+            },
+            skip_special_tokens: self.skip_special_tokens,
+        };
+        (self.request, form)
+    }
 }
 
 /// A generated token.
@@ -57,6 +70,8 @@ impl Token {
 pub(crate) enum TextEvent {
     /// The prompt's log-probabilities.
     Prompt(Vec<Option<TokenLogprobs>>),
+    /// The prompt's hidden state.
+    Embedding(Vec<f32>),
     /// Whole characters, and the tokens that begin in them. Either may be empty. What the request
     /// cost until then.
     Text {
@@ -75,54 +90,42 @@ pub(crate) enum TextEvent {
 /// The text of one completion as it comes; dropping it cancels the request.
 pub(crate) type TextStream = BoxStream<'static, Result<TextEvent>>;
 
-/// Admits a request and turns its tokens into text.
-pub(crate) async fn start(app: App, chat: Arc<Chat>, text: TextRequest) -> Result<TextStream> {
-    let arrived = Instant::now();
-    let prompt_tokens = u32::try_from(text.request.prompt_ids.len()).unwrap_or(u32::MAX);
-    let model = text.request.model.clone();
-    let tokens = app
-        .engine
-        .generate(text.request)
-        .await
-        .inspect_err(|error| {
-            if matches!(error, Error::Overloaded { .. }) {
-                app.metrics.of(&model).rejected();
-            }
-        })?;
-    let metrics = app.metrics.of(&model);
-    let timeout = app.options.request_timeout;
-    let stopping = app.entered(Phase::Stopping).boxed();
-    let detokenizer = Detokenizer::new(chat.tokenizer().clone());
-    let stops = StopMatcher::new(text.stop);
-    let completion = Completion {
-        tokens,
-        stopping,
-        detokenizer: match text.skip_special_tokens {
-            true => detokenizer,
-            false => detokenizer.with_special_tokens(),
-        },
-        stops: match text.include_stop {
-            true => stops.including_stop(),
-            false => stops,
-        },
-        pending: Pending::default(),
-        usage: Usage {
-            prompt_tokens,
-            ..Usage::default()
-        },
-        ready: VecDeque::new(),
-        done: false,
-        span: Span::current(),
-        times: Times {
-            arrived,
-            started: None,
-            first_token: None,
-            last_token: None,
-        },
-        metrics,
-        timeout: timeout.map(tokio::time::sleep).map(Box::pin),
+/// Admits the completions of one request, all at once or none, and turns their tokens into text.
+pub(crate) async fn start(
+    app: &App,
+    chat: &Arc<Chat>,
+    texts: Vec<TextRequest>,
+    arrived: Instant,
+) -> Result<Vec<TextStream>> {
+    let Some(model) = texts.first().map(|text| text.request.model.clone()) else {
+        return Ok(Vec::new());
     };
-    Ok(stream::try_unfold(completion, Completion::next).boxed())
+    let (requests, forms): (Vec<_>, Vec<_>) = texts.into_iter().map(TextRequest::split).unzip();
+    let lengths: Vec<usize> = requests
+        .iter()
+        .map(|request| request.prompt_ids.len())
+        .collect();
+    let admitted = app.engine.generate_all(requests).await;
+    let admitted = admitted.inspect_err(|error| {
+        if matches!(error, Error::Overloaded { .. }) {
+            app.metrics.of(&model).rejected();
+        }
+    })?;
+    let metrics = app.metrics.of(&model);
+    let completion = |((tokens, form), prompt_tokens)| {
+        let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
+        let completion = Completion::new(app, chat, form, tokens, prompt_tokens, arrived, &metrics);
+        stream::try_unfold(completion, Completion::next).boxed()
+    };
+    let admitted = admitted.into_iter().zip(forms).zip(lengths);
+    Ok(admitted.map(completion).collect())
+}
+
+/// What a [`TextRequest`] says besides what the engine is asked.
+struct TextForm {
+    min_tokens: u32,
+    stops: StopMatcher,
+    skip_special_tokens: bool,
 }
 
 struct Completion {
@@ -132,6 +135,8 @@ struct Completion {
     tokens: TokenStream,
     stopping: BoxFuture<'static, ()>,
     detokenizer: Detokenizer,
+    /// Tokens that come before any stop string.
+    min_tokens: u32,
     stops: StopMatcher,
     pending: Pending,
     usage: Usage,
@@ -144,6 +149,46 @@ struct Completion {
 }
 
 impl Completion {
+    fn new(
+        app: &App,
+        chat: &Chat,
+        form: TextForm,
+        tokens: TokenStream,
+        prompt_tokens: u32,
+        arrived: Instant,
+        metrics: &Arc<ModelMetrics>,
+    ) -> Self {
+        let detokenizer = Detokenizer::new(chat.tokenizer().clone());
+        let timeout = app.options.request_timeout;
+        Self {
+            tokens,
+            stopping: app.entered(Phase::Stopping).boxed(),
+            detokenizer: match form.skip_special_tokens {
+                true => detokenizer,
+                false => detokenizer.with_special_tokens(),
+            },
+            min_tokens: form.min_tokens,
+            stops: form.stops,
+            pending: Pending::default(),
+            usage: Usage {
+                prompt_tokens,
+                ..Usage::default()
+            },
+            ready: VecDeque::new(),
+            done: false,
+            span: Span::current(),
+            times: Times {
+                arrived,
+                started: None,
+                first_token: None,
+                last_token: None,
+            },
+            metrics: metrics.clone(),
+            timeout: timeout
+                .map(|timeout| Box::pin(tokio::time::sleep_until((arrived + timeout).into()))),
+        }
+    }
+
     async fn next(mut self) -> Result<Option<(TextEvent, Self)>> {
         while self.ready.is_empty() && !self.done {
             let event = tokio::select! {
@@ -155,14 +200,20 @@ impl Completion {
                 Some(TokenEvent::Started { cached_tokens }) => {
                     self.usage.cached_tokens = cached_tokens;
                     self.times.started = Some(Instant::now());
-                    self.metrics.started(&self.times);
+                    let prompt_tokens = self.usage.prompt_tokens;
+                    self.metrics.started(prompt_tokens, &self.times);
                 }
-                Some(TokenEvent::Embedding(_)) => {} // Nobody asks for one with a text.
+                Some(TokenEvent::Embedding(state)) => {
+                    self.ready.push_back(TextEvent::Embedding(state));
+                }
                 Some(TokenEvent::Prompt(logprobs)) => {
                     self.ready.push_back(TextEvent::Prompt(logprobs));
                 }
                 Some(TokenEvent::Token { id, logprobs }) => self.token(Token { id, logprobs }),
                 Some(TokenEvent::Finished { reason, usage }) => {
+                    // A stop token is counted, but was not sent.
+                    let unsent = usage.completion_tokens - self.usage.completion_tokens;
+                    self.metrics.generated(unsent);
                     self.usage = usage;
                     self.flush(reason);
                 }
@@ -179,9 +230,13 @@ impl Completion {
     fn token(&mut self, token: Token) {
         self.time_token();
         self.usage.completion_tokens += 1;
+        self.metrics.generated(1);
         let text = self.detokenizer.push(token.id);
         self.pending.push(token, text.len());
-        let (text, stopped) = self.stops.push(text);
+        let (text, stopped) = match self.usage.completion_tokens <= self.min_tokens {
+            true => (text.to_owned(), None), // No stop string is looked for in it, as vLLM does.
+            false => self.stops.push(text),
+        };
         let tokens = self.pending.release(text.len());
         self.tell(text, tokens);
         if let Some(stopped) = stopped {
@@ -302,6 +357,7 @@ impl Pending {
 #[derive(Debug)]
 pub(crate) struct Collected {
     pub(crate) prompt: Vec<Option<TokenLogprobs>>,
+    pub(crate) embedding: Vec<f32>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<Token>,
     pub(crate) reason: FinishReason,
@@ -312,6 +368,7 @@ pub(crate) struct Collected {
 pub(crate) async fn collect(mut events: TextStream) -> Result<Collected> {
     let mut whole = Collected {
         prompt: Vec::new(),
+        embedding: Vec::new(),
         text: String::new(),
         tokens: Vec::new(),
         reason: FinishReason::Length,
@@ -320,6 +377,7 @@ pub(crate) async fn collect(mut events: TextStream) -> Result<Collected> {
     while let Some(event) = events.try_next().await? {
         match event {
             TextEvent::Prompt(logprobs) => whole.prompt = logprobs,
+            TextEvent::Embedding(state) => whole.embedding = state,
             TextEvent::Text { text, tokens, .. } => {
                 whole.text.push_str(&text);
                 whole.tokens.extend(tokens);
@@ -394,6 +452,7 @@ impl Merged {
         };
         Ok(Some(match event {
             TextEvent::Prompt(logprobs) => ChoiceEvent::Prompt { index, logprobs },
+            TextEvent::Embedding(_) => return Ok(None), // Nobody streams one.
             TextEvent::Text {
                 text,
                 tokens,

@@ -57,9 +57,11 @@
 mod constraint;
 mod engine;
 mod error;
+mod limits;
 
 #[cfg(feature = "candle-transformers")]
 mod candle_engine;
+mod conventions;
 mod echo;
 mod engines;
 mod model_engine;
@@ -82,7 +84,9 @@ mod exposition;
 mod generate;
 mod histogram;
 mod metrics;
+mod outflow;
 mod page;
+mod peer;
 mod router;
 mod shutdown;
 #[cfg(feature = "tls")]
@@ -101,20 +105,21 @@ pub use constraint::Constraint;
 pub use echo::EchoEngine;
 pub use engine::{
     Adapters, Engine, EngineStats, Existing, FinishReason, GenerateRequest, ModelInfo, TokenEvent,
-    TokenLogprobs, TokenStream, Usage, check_request,
+    TokenLogprobs, TokenStream, Usage,
 };
 pub use engines::Engines;
 pub use error::{BoxError, Error, Result};
 pub use histogram::Histogram;
+pub use limits::check_request;
 pub use model_engine::{
     AdapterSource, EngineOptions, ModelEngine, ModelSource, ServedAdapter, ServedModel,
 };
 pub use prefix::{BlockHash, PrefixRoot};
 pub use rng::uniform;
 pub use router::router;
-pub use sampler::{Past, sample, token_logprobs};
+pub use sampler::{Past, Seen, sample, token_logprobs};
 pub use sampling::{SamplingDefaults, SamplingParams};
-pub use scheduler::{Counts, Scheduler, SchedulerConfig, SequenceId, Slice, Step};
+pub use scheduler::{Counts, Newcomer, Scheduler, SchedulerConfig, SequenceId, Slice, Step};
 pub use shutdown::{listen, serve};
 #[cfg(feature = "tls")]
 pub use tls::Tls;

@@ -75,8 +75,10 @@ impl Times {
 }
 
 impl ModelMetrics {
-    /// It left the queue, or a token came: `times` say which.
-    pub(crate) fn started(&self, times: &Times) {
+    /// It left the queue.
+    pub(crate) fn started(&self, prompt_tokens: u32, times: &Times) {
+        self.prompt_tokens
+            .fetch_add(u64::from(prompt_tokens), Ordering::Relaxed);
         self.see(|seen| seen.queue_time.observe(times.since_arrival().as_secs_f64()));
     }
 
@@ -94,16 +96,18 @@ impl ModelMetrics {
         self.see(|seen| seen.inter_token_latency.observe(since_last.as_secs_f64()));
     }
 
+    /// Counted as they come, so that what was aborted counts too.
+    pub(crate) fn generated(&self, tokens: u32) {
+        self.generation_tokens
+            .fetch_add(u64::from(tokens), Ordering::Relaxed);
+    }
+
     pub(crate) fn finished(&self, reason: FinishReason, usage: Usage, times: &Times) {
         let count = match reason {
             FinishReason::Stop => &self.stopped,
             FinishReason::Length => &self.cut,
         };
         count.fetch_add(1, Ordering::Relaxed);
-        self.prompt_tokens
-            .fetch_add(u64::from(usage.prompt_tokens), Ordering::Relaxed);
-        self.generation_tokens
-            .fetch_add(u64::from(usage.completion_tokens), Ordering::Relaxed);
         self.see(|seen| {
             seen.e2e_latency
                 .observe(times.since_arrival().as_secs_f64());
@@ -143,6 +147,12 @@ impl Metrics {
     pub(crate) fn of(&self, model: &str) -> Arc<ModelMetrics> {
         let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         models.entry(model.to_owned()).or_default().clone()
+    }
+
+    /// Tells nothing more of a model that is no longer served.
+    pub(crate) fn forget(&self, model: &str) {
+        let mut models = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        models.remove(model);
     }
 
     /// The exposition, version 0.0.4.
@@ -277,7 +287,7 @@ type Counter = (&'static str, &'static str, fn(&ModelMetrics) -> &AtomicU64);
 const COUNTERS: [Counter; 3] = [
     (
         "prompt_tokens_total",
-        "Prompt tokens of finished requests.",
+        "Prompt tokens of requests that left the queue.",
         |counts| &counts.prompt_tokens,
     ),
     ("generation_tokens_total", "Tokens generated.", |counts| {
@@ -375,7 +385,8 @@ mod tests {
     fn the_text_has_names_labels_and_cumulative_buckets() {
         let metrics = Metrics::default();
         let counts = metrics.of("m");
-        counts.started(&times(Duration::ZERO));
+        counts.started(3, &times(Duration::ZERO));
+        counts.generated(5);
         counts.first_token(&times(Duration::from_millis(60)));
         counts.first_token(&times(Duration::from_secs(600)));
         counts.next_token(Duration::from_millis(7));
@@ -426,6 +437,7 @@ mod tests {
                 "vllm:lora_requests_info{engine},running_lora_adapters=\"x,y\",waiting_lora_adapters=\"\"}} 1\n"
             ),
             format!("vllm:prompt_tokens_total{model}}} 3\n"),
+            format!("vllm:generation_tokens_total{model}}} 5\n"),
             format!("vllm:request_success_total{model},finished_reason=\"stop\"}} 1\n"),
             format!("vllm:request_success_total{model},finished_reason=\"abort\"}} 1\n"),
             format!("vllm:time_to_first_token_seconds_bucket{model},le=\"0.05\"}} 0\n"),

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tracing::Instrument;
 
@@ -19,6 +19,8 @@ use crate::app::{App, ServeOptions};
 use crate::auth::require_key;
 use crate::cors::cors;
 use crate::engine::Engine;
+use crate::error::Error;
+use crate::outflow::outflow;
 use crate::page;
 
 /// The name clients and logs know a request by.
@@ -63,6 +65,7 @@ pub(crate) fn routes(app: App) -> Router {
         .route("/slots", get(llama_cpp::slots))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize));
+    let guarded = guarded.route_layer(middleware::from_fn_with_state(app.clone(), bounded));
     let guarded = match app.options.runtime_adapters {
         true => guarded
             .route("/v1/load_lora_adapter", post(adapters::load))
@@ -83,10 +86,26 @@ pub(crate) fn routes(app: App) -> Router {
         .method_not_allowed_fallback(|method: Method| async move {
             ApiError::no_such_method(method.as_str())
         })
-        .layer(DefaultBodyLimit::max(app.options.max_body_bytes))
+        .layer(middleware::from_fn_with_state(app.clone(), outflow))
         .layer(middleware::from_fn_with_state(app.clone(), cors))
         .layer(middleware::from_fn_with_state(app.clone(), trace))
         .with_state(app)
+}
+
+/// Counts a request's time from its arrival, whatever it waits for before its first token.
+async fn bounded(
+    axum::extract::State(app): axum::extract::State<App>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let answer = next.run(request);
+    let Some(timeout) = app.options.request_timeout else {
+        return answer.await;
+    };
+    match tokio::time::timeout(timeout, answer).await {
+        Ok(response) => response,
+        Err(_) => ApiError::from(Error::Timeout).into_response(),
+    }
 }
 
 /// Names the request, in the log and in the answer.

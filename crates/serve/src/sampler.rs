@@ -1,21 +1,66 @@
 //! One token from one row of logits: a pure function of the logits, the settings and the past.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::HashMap;
 
 use crate::engine::TokenLogprobs;
 use crate::rng;
 use crate::sampling::SamplingParams;
 
+/// How far a logit may lie below the one that `min_p` asks for and still be looked at exactly.
+const SLACK: f64 = 1e-3;
+
 /// What came before the token to choose.
 #[derive(Debug, Clone, Copy)]
 pub struct Past<'a> {
-    /// The prompt.
-    pub prompt: &'a [u32],
+    /// Prompt and completion as penalties count them.
+    pub seen: &'a Seen,
     /// The completion so far; its length is the step of the draw.
     pub generated: &'a [u32],
+    /// Stop tokens that would come too early.
+    pub early_stops: &'a [u32],
+    /// Token sequences that are never completed.
+    pub bad_words: &'a [Vec<u32>],
+}
+
+impl Past<'_> {
     /// Tokens that must not be chosen now.
-    pub forbidden: &'a [u32],
+    fn forbidden(&self) -> impl Iterator<Item = u32> {
+        let ends = self.bad_words.iter().filter_map(|word| word.split_last());
+        let begun = ends.filter(|(_, start)| self.generated.ends_with(start));
+        let early = self.early_stops.iter();
+        early.chain(begun.map(|(last, _)| last)).copied()
+    }
+}
+
+/// How often each token was generated, and which ones the prompt has; kept along with a request,
+/// because counting them anew for each token would be work that grows with its square.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// 0 is in the prompt only.
+    counts: HashMap<u32, u32>,
+    is_counted: bool,
+}
+
+impl Seen {
+    /// Before the first token. Nothing is counted for settings without a penalty.
+    #[must_use]
+    pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
+        let repetition = params.repetition_penalty != 1.0;
+        let others = params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+        let prompt = if repetition { prompt } else { &[] };
+        Self {
+            counts: prompt.iter().map(|&id| (id, 0)).collect(),
+            is_counted: repetition || others,
+        }
+    }
+
+    /// One more token was generated.
+    pub fn push(&mut self, id: u32) {
+        if self.is_counted {
+            *self.counts.entry(id).or_default() += 1;
+        }
+    }
 }
 
 /// Chooses a token; `None` if no logit is finite, which only a broken model gives.
@@ -27,9 +72,7 @@ pub fn sample(logits: &[f32], params: &SamplingParams, past: Past<'_>) -> Option
     if !changes_logits(params, past) {
         return choose(logits, params, past.generated.len());
     }
-    let mut adjusted = logits.to_vec();
-    adjust(&mut adjusted, params, past);
-    choose(&adjusted, params, past.generated.len())
+    choose(&adjust(logits, params, past), params, past.generated.len())
 }
 
 /// Whether a row of logits has a likeliest token, which only a broken model's has not.
@@ -55,7 +98,7 @@ pub fn token_logprobs(logits: &[f32], id: u32, top: u32, named: &[u32]) -> Token
     };
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
     let top = match named {
-        [] => likeliest(logits.iter().copied().zip(0..).collect(), top as usize),
+        [] => largest(logits, top as usize),
         named => named.iter().map(|&id| (logit(id), id)).collect(),
     };
     let own = logit(id);
@@ -72,58 +115,53 @@ pub fn token_logprobs(logits: &[f32], id: u32, top: u32, named: &[u32]) -> Token
 fn changes_logits(params: &SamplingParams, past: Past<'_>) -> bool {
     !params.logit_bias.is_empty()
         || !params.allowed_token_ids.is_empty()
-        || !past.forbidden.is_empty()
-        || params.repetition_penalty != 1.0
-        || params.frequency_penalty != 0.0
-        || params.presence_penalty != 0.0
+        || !past.seen.counts.is_empty()
+        || past.forbidden().next().is_some()
 }
 
-fn adjust(logits: &mut [f32], params: &SamplingParams, past: Past<'_>) {
-    for &(id, bias) in &params.logit_bias {
-        if let Some(logit) = logits.get_mut(id as usize) {
-            *logit += bias;
-        }
-    }
-    if params.repetition_penalty != 1.0 {
-        let seen: BTreeSet<u32> = past.prompt.iter().chain(past.generated).copied().collect();
-        for id in seen {
-            if let Some(logit) = logits.get_mut(id as usize) {
-                let penalty = params.repetition_penalty;
-                *logit = if *logit > 0.0 {
-                    *logit / penalty
-                } else {
-                    *logit * penalty
-                };
+fn adjust(logits: &[f32], params: &SamplingParams, past: Past<'_>) -> Vec<f32> {
+    let mut adjusted = match &*params.allowed_token_ids {
+        [] => logits.to_vec(),
+        allowed => {
+            let mut only = vec![f32::NEG_INFINITY; logits.len()];
+            for &id in allowed {
+                if let (Some(kept), Some(logit)) =
+                    (only.get_mut(id as usize), logits.get(id as usize))
+                {
+                    *kept = *logit;
+                }
             }
+            only
         }
+    };
+    let mut at = |id: u32, change: &dyn Fn(f32) -> f32| {
+        if let Some(logit) = adjusted.get_mut(id as usize) {
+            *logit = change(*logit);
+        }
+    };
+    for &(id, bias) in &*params.logit_bias {
+        at(id, &|logit| logit + bias);
     }
-    if params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
-        let mut counts: BTreeMap<u32, f32> = BTreeMap::new();
-        past.generated
-            .iter()
-            .for_each(|&id| *counts.entry(id).or_default() += 1.0);
-        for (id, count) in counts {
-            if let Some(logit) = logits.get_mut(id as usize) {
-                *logit -= params.presence_penalty + params.frequency_penalty * count;
-            }
-        }
+    for (&id, &count) in &past.seen.counts {
+        at(id, &|logit| penalized(logit, count, params));
     }
-    if !params.allowed_token_ids.is_empty() {
-        let allowed: BTreeSet<usize> = params
-            .allowed_token_ids
-            .iter()
-            .map(|&id| id as usize)
-            .collect();
-        for (id, logit) in logits.iter_mut().enumerate() {
-            if !allowed.contains(&id) {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
+    for id in past.forbidden() {
+        at(id, &|_| f32::NEG_INFINITY);
     }
-    for &id in past.forbidden {
-        if let Some(logit) = logits.get_mut(id as usize) {
-            *logit = f32::NEG_INFINITY;
-        }
+    adjusted
+}
+
+/// The logit of a token that was seen, and generated `count` times.
+fn penalized(logit: f32, count: u32, params: &SamplingParams) -> f32 {
+    let penalty = params.repetition_penalty;
+    let repeated = if logit > 0.0 {
+        logit / penalty
+    } else {
+        logit * penalty
+    };
+    match count {
+        0 => repeated,
+        count => repeated - (params.presence_penalty + params.frequency_penalty * count as f32),
     }
 }
 
@@ -135,15 +173,22 @@ fn choose(logits: &[f32], params: &SamplingParams, step: usize) -> Option<u32> {
     let inverse_temperature = 1.0 / f64::from(params.temperature);
     let weight = |logit: f32| (f64::from(logit - max) * inverse_temperature).exp();
     let keep = f64::from(params.min_p).max(f64::MIN_POSITIVE); // The likeliest weighs 1.
-    let mut candidates: Vec<(f64, u32)> = logits
-        .iter()
-        .zip(0..)
-        .map(|(&logit, id)| (weight(logit), id))
-        .filter(|(weight, _)| *weight >= keep) // Drops NaN too.
-        .collect();
-    if params.top_k > 0 {
-        candidates = likeliest(candidates, params.top_k as usize);
-    }
+    let weighed = |(logit, id)| (weight(logit), id);
+    let is_kept = |(weight, _): &(f64, u32)| *weight >= keep; // Drops NaN too.
+    // The exponential of a whole vocabulary is most of the work: where only a few are wanted, they
+    // are found by their logits.
+    let mut candidates: Vec<(f64, u32)> = match params.top_k as usize {
+        0 => {
+            let least = f64::from(max) + keep.ln() / inverse_temperature - SLACK;
+            let near = logits.iter().copied().zip(0..);
+            let near = near.filter(|(logit, _)| f64::from(*logit) >= least);
+            near.map(weighed).filter(is_kept).collect()
+        }
+        count => {
+            let few = largest(logits, count).into_iter();
+            few.map(weighed).filter(is_kept).collect()
+        }
+    };
     if params.top_p < 1.0 {
         candidates = nucleus(candidates, f64::from(params.top_p));
     }
@@ -188,6 +233,26 @@ fn nucleus(mut candidates: Vec<(f64, u32)>, top_p: f64) -> Vec<(f64, u32)> {
     candidates
 }
 
+/// The `count` largest logits, best first, ties by the lower id. Each is compared once with the
+/// least of those kept so far; few are moved.
+fn largest(logits: &[f32], count: usize) -> Vec<(f32, u32)> {
+    let count = count.min(logits.len());
+    let mut kept: Vec<(f32, u32)> = Vec::with_capacity(2 * count);
+    let mut least = f32::NEG_INFINITY;
+    for (&logit, id) in logits.iter().zip(0..) {
+        // What equals the least has a higher id than those kept. NaN is no logit.
+        if logit > least && count > 0 {
+            kept.push((logit, id));
+            if kept.len() == 2 * count {
+                kept.select_nth_unstable_by(count - 1, likelier);
+                kept.truncate(count);
+                least = kept[count - 1].0;
+            }
+        }
+    }
+    likeliest(kept, count)
+}
+
 /// The `count` likeliest candidates, best first.
 fn likeliest<W: PartialOrd + Copy>(mut candidates: Vec<(W, u32)>, count: usize) -> Vec<(W, u32)> {
     if count < candidates.len() {
@@ -217,13 +282,31 @@ fn draw(candidates: &[(f64, u32)], uniform: f64) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
-    const NOTHING: Past<'static> = Past {
-        prompt: &[],
-        generated: &[],
-        forbidden: &[],
-    };
+    /// After this prompt and completion.
+    fn next(
+        logits: &[f32],
+        params: &SamplingParams,
+        prompt: &[u32],
+        generated: &[u32],
+    ) -> Option<u32> {
+        let mut seen = Seen::new(params, prompt);
+        generated.iter().for_each(|&id| seen.push(id));
+        let past = Past {
+            seen: &seen,
+            generated,
+            early_stops: &[],
+            bad_words: &[],
+        };
+        sample(logits, params, past)
+    }
+
+    fn first(logits: &[f32], params: &SamplingParams) -> Option<u32> {
+        next(logits, params, &[], &[])
+    }
 
     /// How often each of `n` tokens is drawn over many steps.
     fn frequencies(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
@@ -234,7 +317,7 @@ mod tests {
                 seed,
                 ..params.clone()
             };
-            counts[sample(logits, &params, NOTHING).expect("finite") as usize] += 1.0;
+            counts[first(logits, &params).expect("finite") as usize] += 1.0;
         }
         counts.iter().map(|count| count / draws as f64).collect()
     }
@@ -255,20 +338,17 @@ mod tests {
     #[test]
     fn greedy_takes_the_lowest_id_of_a_tie() {
         let params = SamplingParams::greedy();
-        assert_eq!(sample(&[0.0, 2.0, 2.0], &params, NOTHING), Some(1));
-        assert_eq!(
-            sample(&[f32::NAN, 1.0, f32::NEG_INFINITY], &params, NOTHING),
-            Some(1)
-        );
+        assert_eq!(first(&[0.0, 2.0, 2.0], &params), Some(1));
+        assert_eq!(first(&[f32::NAN, 1.0, f32::NEG_INFINITY], &params), Some(1));
     }
 
     #[test]
     fn a_model_that_broke_is_noticed() {
         for params in [SamplingParams::greedy(), SamplingParams::seeded(1)] {
-            assert_eq!(sample(&[f32::NAN; 3], &params, NOTHING), None);
-            assert_eq!(sample(&[f32::NEG_INFINITY; 3], &params, NOTHING), None);
-            assert_eq!(sample(&[0.0, f32::INFINITY], &params, NOTHING), None);
-            assert_eq!(sample(&[], &params, NOTHING), None);
+            assert_eq!(first(&[f32::NAN; 3], &params), None);
+            assert_eq!(first(&[f32::NEG_INFINITY; 3], &params), None);
+            assert_eq!(first(&[0.0, f32::INFINITY], &params), None);
+            assert_eq!(first(&[], &params), None);
         }
     }
 
@@ -314,6 +394,25 @@ mod tests {
         );
     }
 
+    /// As sorting all of them would have it, for ties, for nothing at all, and for what is no number.
+    #[test]
+    fn the_largest_are_found_in_one_pass() {
+        let logits: Vec<f32> = (0..5000)
+            .map(|at| match at % 97 {
+                0 => f32::NAN,
+                1 => f32::NEG_INFINITY,
+                _ => (crate::rng::uniform(3, at) * 40.0).round() as f32 - 20.0,
+            })
+            .collect();
+        let mut sorted: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+        sorted.retain(|(logit, _)| logit.is_finite());
+        sorted.sort_unstable_by(likelier);
+        for count in [0, 1, 2, 20, 1000, 4000, 5000, usize::MAX] {
+            let expected = &sorted[..count.min(sorted.len())];
+            assert_eq!(largest(&logits, count), expected, "{count}");
+        }
+    }
+
     #[test]
     fn a_wide_nucleus_is_found_beyond_the_first_few() {
         let flat = vec![0.0f32; 1000];
@@ -341,20 +440,16 @@ mod tests {
             },
             SamplingParams { min_p: 1.0, ..base },
         ] {
-            assert_eq!(sample(&logits(), &params, NOTHING), Some(0), "{params:?}");
+            assert_eq!(first(&logits(), &params), Some(0), "{params:?}");
         }
     }
 
     #[test]
     fn penalties_and_bias_move_the_choice() {
         let greedy = SamplingParams::greedy();
-        let past = Past {
-            prompt: &[0],
-            generated: &[1, 1],
-            forbidden: &[],
-        };
         let check = |params: SamplingParams, logits: &[f32], expected| {
-            assert_eq!(sample(logits, &params, past), Some(expected), "{params:?}");
+            let chosen = next(logits, &params, &[0], &[1, 1]);
+            assert_eq!(chosen, Some(expected), "{params:?}");
         };
         check(greedy.clone(), &[1.0, 2.0, 0.5], 1);
         // 2.0 - 2 x 0.6 = 0.8 falls behind 1.0; presence counts once, and prompts do not count.
@@ -401,20 +496,37 @@ mod tests {
         );
         check(
             SamplingParams {
-                logit_bias: vec![(2, 5.0)],
+                logit_bias: Arc::from([(2, 5.0)]),
                 ..greedy
             },
             &[1.0, 2.0, 0.5],
             2,
         );
-        let forbidden = Past {
-            forbidden: &[1],
-            ..past
+    }
+
+    /// Early stops, the ends of bad words that have begun, and whatever is not allowed.
+    #[test]
+    fn what_is_forbidden_is_not_chosen() {
+        let words = [vec![2], vec![7, 1], vec![8, 0]];
+        let chosen = |early_stops: &[u32], generated: &[u32], allowed: &[u32]| {
+            let params = SamplingParams {
+                allowed_token_ids: allowed.into(),
+                ..SamplingParams::greedy()
+            };
+            let past = Past {
+                seen: &Seen::default(),
+                generated,
+                early_stops,
+                bad_words: &words,
+            };
+            sample(&[1.0, 2.0, 3.0, 0.5], &params, past)
         };
-        assert_eq!(
-            sample(&[1.0, 2.0], &SamplingParams::greedy(), forbidden),
-            Some(0)
-        );
+        assert_eq!(chosen(&[], &[], &[]), Some(1), "a word of one token");
+        assert_eq!(chosen(&[1], &[], &[]), Some(0));
+        assert_eq!(chosen(&[], &[7], &[]), Some(0), "the word has begun");
+        assert_eq!(chosen(&[], &[8], &[]), Some(1));
+        assert_eq!(chosen(&[], &[], &[3, 0, 3, 99]), Some(0));
+        assert_eq!(chosen(&[0], &[], &[0, 2]), None, "nothing is left");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! How a client wants the next token chosen.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
 
 /// The choice of each token, in the order the settings apply: bias, penalties, temperature,
@@ -22,9 +24,9 @@ pub struct SamplingParams {
     /// 1 changes nothing.
     pub repetition_penalty: f32,
     /// Added to the logits of these tokens.
-    pub logit_bias: Vec<(u32, f32)>,
+    pub logit_bias: Arc<[(u32, f32)]>,
     /// No other token is chosen; none named allows all.
-    pub allowed_token_ids: Vec<u32>,
+    pub allowed_token_ids: Arc<[u32]>,
     /// Decides every draw, together with the token's position in the completion.
     pub seed: u64,
 }
@@ -71,8 +73,8 @@ impl SamplingParams {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             repetition_penalty: 1.0,
-            logit_bias: Vec::new(),
-            allowed_token_ids: Vec::new(),
+            logit_bias: Arc::default(),
+            allowed_token_ids: Arc::default(),
             seed,
         }
     }
@@ -182,7 +184,7 @@ mod tests {
             ),
             (
                 SamplingParams {
-                    logit_bias: vec![(3, 101.0)],
+                    logit_bias: Arc::from([(3, 101.0)]),
                     ..base.clone()
                 },
                 "logit_bias",

@@ -21,9 +21,9 @@ pub struct SchedulerConfig {
     pub num_blocks: u32,
     /// Tokens per block.
     pub block_size: u32,
-    /// Requests that may wait; one more is refused.
+    /// Requests that may wait; one more is refused, unless it is a choice of the only one.
     pub max_queued_requests: usize,
-    /// Prompt tokens that may wait. A single waiting prompt may exceed it.
+    /// Prompt tokens that may wait. What waits alone may exceed it.
     pub max_queued_tokens: u64,
 }
 
@@ -101,6 +101,23 @@ pub struct Scheduler {
     counts: Counts,
 }
 
+/// A sequence that wants to be queued.
+#[derive(Debug, Clone, Copy)]
+pub struct Newcomer<'a> {
+    /// Its tokens so far.
+    pub prompt: &'a [u32],
+    /// By how many it may grow.
+    pub max_tokens: u32,
+    /// With whom it shares blocks; `None` shares nothing.
+    pub root: Option<PrefixRoot>,
+}
+
+impl Newcomer<'_> {
+    fn num_tokens(&self) -> u32 {
+        u32::try_from(self.prompt.len()).unwrap_or(u32::MAX)
+    }
+}
+
 /// What has happened since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -163,40 +180,62 @@ impl Scheduler {
         max_tokens: u32,
         root: Option<PrefixRoot>,
     ) -> Result<()> {
-        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let newcomer = Newcomer {
+            prompt,
+            max_tokens,
+            root,
+        };
+        self.admit_all(id, &[newcomer])
+    }
+
+    /// Queues sequences that belong together, named from `first` on: all of them or none. Where
+    /// nothing waits they are taken however many they are: what is refused then would be refused
+    /// for ever.
+    ///
+    /// # Errors
+    /// As [`admit`](Self::admit).
+    ///
+    /// # Panics
+    /// As [`admit`](Self::admit).
+    pub fn admit_all(&mut self, first: SequenceId, newcomers: &[Newcomer<'_>]) -> Result<()> {
         let capacity = self
             .config
             .num_blocks
             .saturating_mul(self.config.block_size);
-        if prompt_tokens.saturating_add(max_tokens) > capacity {
+        let excess = |newcomer: &&Newcomer<'_>| {
+            newcomer.num_tokens().saturating_add(newcomer.max_tokens) > capacity
+        };
+        if let Some(newcomer) = newcomers.iter().find(excess) {
             return Err(Error::ContextLength {
-                prompt_tokens,
-                max_tokens,
+                prompt_tokens: newcomer.num_tokens(),
+                max_tokens: newcomer.max_tokens,
                 max_model_len: capacity,
             });
         }
-        let queued_tokens: u64 = self
-            .waiting
-            .iter()
-            .map(|id| u64::from(self.sequences[id].num_tokens))
-            .sum();
-        let too_many = self.waiting.len() >= self.config.max_queued_requests;
-        let too_long = queued_tokens + u64::from(prompt_tokens) > self.config.max_queued_tokens;
-        if too_many || (too_long && !self.waiting.is_empty()) {
+        let waiting = self.waiting.iter().map(|id| self.sequences[id].num_tokens);
+        let coming = newcomers.iter().map(Newcomer::num_tokens);
+        let queued_tokens: u64 = waiting.chain(coming).map(u64::from).sum();
+        let too_many = self.waiting.len() + newcomers.len() > self.config.max_queued_requests;
+        let too_long = queued_tokens > self.config.max_queued_tokens;
+        if (too_many || too_long) && !self.waiting.is_empty() {
             return Err(Error::Overloaded {
                 retry_after: std::time::Duration::from_secs(1),
             });
         }
-        let fresh = Sequence {
-            num_tokens: prompt_tokens,
-            num_computed: 0,
-            blocks: Vec::new(),
-            chain: root.map(|root| PrefixChain::new(root, self.config.block_size, prompt)),
-            has_started: false,
-        };
-        let known = self.sequences.insert(id, fresh);
-        assert!(known.is_none(), "sequence {id} is admitted twice");
-        self.waiting.push_back(id);
+        for (id, newcomer) in (first..).zip(newcomers) {
+            let block_size = self.config.block_size;
+            let chain = |root| PrefixChain::new(root, block_size, newcomer.prompt);
+            let fresh = Sequence {
+                num_tokens: newcomer.num_tokens(),
+                num_computed: 0,
+                blocks: Vec::new(),
+                chain: newcomer.root.map(chain),
+                has_started: false,
+            };
+            let known = self.sequences.insert(id, fresh);
+            assert!(known.is_none(), "sequence {id} is admitted twice");
+            self.waiting.push_back(id);
+        }
         Ok(())
     }
 

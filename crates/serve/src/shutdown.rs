@@ -30,9 +30,9 @@ pub async fn listen(addr: SocketAddr) -> Result<TcpListener> {
 
 /// Serves an engine until `shutdown` ends, then gracefully stops.
 ///
-/// From then on `/health` and new requests get a 503, requests under way have
-/// [`drain_timeout`](ServeOptions::drain_timeout) to end, and what is left then ends with an
-/// error. Returns when every connection is closed.
+/// From then on `/health` and new requests get a 503, on new connections too; requests under way
+/// and responses made in the background have [`drain_timeout`](ServeOptions::drain_timeout) to
+/// end, and what is left then ends with an error. Returns when every connection is closed.
 pub async fn serve(
     listener: TcpListener,
     engine: Arc<dyn Engine>,

@@ -9,11 +9,11 @@ use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::error::{BoxError, Error, Result};
+use crate::peer::Peer;
 
 /// What the server shows to clients that speak TLS 1.2 or 1.3, and HTTP/2 or HTTP/1.1 in it.
 #[derive(Clone)]
@@ -44,9 +44,9 @@ impl Tls {
     /// Shakes hands, or gives up when it takes too long.
     pub(crate) async fn accept(
         &self,
-        stream: TcpStream,
+        stream: Peer,
         timeout: Duration,
-    ) -> std::io::Result<TlsStream<TcpStream>> {
+    ) -> std::io::Result<TlsStream<Peer>> {
         tokio::time::timeout(timeout, self.0.accept(stream)).await?
     }
 }

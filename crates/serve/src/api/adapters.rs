@@ -50,6 +50,7 @@ struct Unload {
 pub(crate) async fn unload(State(app): State<App>, body: JsonBody) -> Result<String, ApiError> {
     let name = body.read::<Unload>()?.lora_name;
     adapters(&app)?.unload_adapter(&name)?;
+    app.metrics.forget(&name);
     tracing::info!(name, "an adapter is unloaded");
     Ok(format!("the adapter `{name}` is unloaded"))
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use updraft_chat::{Chat, Content, Conversation, LocalTime, Message, Part, RenderOptions, Role};
 
+use super::capped::Capped;
 use super::error::ApiError;
 use super::fields::{Fields, Form};
 use super::json::JsonBody;
@@ -18,17 +19,20 @@ use super::sse;
 use super::unsupported;
 use super::usage::UsageBody;
 use crate::app::{App, Shared};
-use crate::engine::{FinishReason, Usage};
+use crate::engine::{FinishReason, ModelInfo, Usage};
 use crate::error::{Error, Result, one_line};
-use crate::generate::{self, ChoiceEvent, TextRequest, TextStream, Token};
+use crate::generate::{self, ChoiceEvent, TextStream, Token};
 
 /// Likeliest tokens per position at most, as OpenAI's.
 const MAX_TOP_LOGPROBS: i64 = 20;
 
+/// Messages of one conversation at most.
+const MAX_MESSAGES: usize = 16_384;
+
 /// The fields that only chat has.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ChatFields {
-    messages: Vec<Message>,
+    messages: Capped<Vec<Message>, MAX_MESSAGES>,
     #[serde(default)]
     logprobs: Option<bool>,
     #[serde(default)]
@@ -60,9 +64,15 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let chat = app.chat(&model)?;
     let logprobs = chat_fields.logprobs()?;
     let echoed = chat_fields.echoed();
-    let prompt_ids = prompt(&app, &chat, chat_fields).await?;
-    let prompt_ids = fields.truncated(prompt_ids, app.info(&model)?.max_model_len)?;
-    let mut request = fields.request(&app, &model, &chat, prompt_ids, None)?;
+    app.check_choices(1, form.num_choices)?;
+    let info = app.info(&model)?;
+    let fits = (!fields.truncates()).then_some(&info);
+    let prompt_ids = prompt(&app, &chat, chat_fields, fits).await?;
+    let prompt_ids = fields.truncated(prompt_ids, info.max_model_len)?;
+    let arrived = body.arrived();
+    drop(body);
+    let template = fields.template(&app, &model, &chat).await?;
+    let mut request = template.request(&app, prompt_ids, None)?;
     request.request.logprobs = logprobs;
     request.request.prompt_logprobs = fields.prompt_logprobs()?;
     let answer = Answer {
@@ -75,30 +85,19 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         chat,
         form,
     };
-    let choices = start(&app, &answer, &request).await?;
+    let choices = (0..answer.form.num_choices).map(|index| request.for_choice(index));
+    let choices = generate::start(&app, &answer.chat, choices.collect(), arrived).await?;
     if answer.form.stream {
         return answer.stream(choices).await;
     }
     Ok(Json(answer.whole(choices).await?).into_response())
 }
 
-/// Starts every choice: the same request, each with its own seed.
-async fn start(app: &App, answer: &Answer, request: &TextRequest) -> Result<Vec<TextStream>> {
-    let num_choices = answer.form.num_choices;
-    app.check_choices(1, num_choices)?;
-    let mut choices = Vec::with_capacity(num_choices as usize);
-    for index in 0..num_choices {
-        let request = request.for_choice(index);
-        choices.push(generate::start(app.clone(), answer.chat.clone(), request).await?);
-    }
-    Ok(choices)
-}
-
 impl ChatFields {
     /// These messages and nothing else.
     pub(crate) fn of(messages: Vec<Message>) -> Self {
         Self {
-            messages,
+            messages: Capped(messages),
             logprobs: None,
             top_logprobs: None,
             add_generation_prompt: None,
@@ -113,6 +112,7 @@ impl ChatFields {
     fn echoed(&self) -> String {
         let last = self
             .messages
+            .0
             .last()
             .filter(|last| last.role == Role::Assistant);
         match last.map(|last| &last.content) {
@@ -142,8 +142,14 @@ impl ChatFields {
     }
 }
 
-/// Renders and tokenizes on a thread that may block: a long conversation takes a while.
-pub(crate) async fn prompt(app: &Shared, chat: &Arc<Chat>, fields: ChatFields) -> Result<Vec<u32>> {
+/// Renders and tokenizes on a thread that may block: a long conversation takes a while. If it must
+/// fit a model's context, what cannot is refused before it is tokenized.
+pub(crate) async fn prompt(
+    app: &Shared,
+    chat: &Arc<Chat>,
+    fields: ChatFields,
+    fits: Option<&ModelInfo>,
+) -> Result<Vec<u32>> {
     let continue_final_message = fields.continue_final_message.unwrap_or(false);
     if continue_final_message && fields.add_generation_prompt == Some(true) {
         let message = "continue_final_message and add_generation_prompt exclude each other";
@@ -157,14 +163,32 @@ pub(crate) async fn prompt(app: &Shared, chat: &Arc<Chat>, fields: ChatFields) -
         now: Some(LocalTime::utc(app.options.clock.now())),
         ..RenderOptions::default()
     };
-    let mut conversation = conversation(fields.messages)?;
+    let mut conversation = conversation(fields.messages.0)?;
     conversation.variables = fields.chat_template_kwargs.unwrap_or_default();
-    let chat = Arc::clone(chat);
-    let rendered = tokio::task::spawn_blocking(move || chat.prompt(&conversation, &options)).await;
-    let rendered = rendered.map_err(|panic| Error::Step {
-        source: panic.into(),
-    })?;
-    rendered.map_err(|error| Error::invalid("messages", one_line(&error)))
+    let (chat, fits) = (Arc::clone(chat), fits.cloned());
+    app.encode(move || {
+        let refuse = |error: &updraft_chat::Error| Error::invalid("messages", one_line(error));
+        if let Some(info) = fits.filter(|info| info.check_text(said(&conversation)).is_err()) {
+            // A template need not say everything.
+            let text = chat.template().render(&conversation, &options);
+            info.check_text(text.map_err(|error| refuse(&error))?.len())?;
+        }
+        let prompt = chat.prompt(&conversation, &options);
+        prompt.map_err(|error| refuse(&error))
+    })
+    .await
+}
+
+/// Bytes of all messages' texts.
+fn said(conversation: &Conversation) -> usize {
+    let texts = conversation
+        .messages
+        .iter()
+        .map(|message| match &message.content {
+            Content::Text(text) => text.len(),
+            _ => 0,
+        });
+    texts.sum()
 }
 
 /// Messages as templates want them: known roles, one text each, parsed tool arguments.

@@ -8,18 +8,19 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures::{StreamExt, TryStreamExt, future, stream};
 use serde::{Deserialize, Serialize};
-use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
+use updraft_chat::Chat;
 
 use super::error::ApiError;
 use super::fields::{Fields, Form};
 use super::json::JsonBody;
 use super::logprobs::{PromptLogprobs, TextLogprobs};
+use super::prompt::{Prompt, PromptText};
 use super::sse;
 use super::unsupported;
 use super::usage::UsageBody;
 use crate::app::App;
 use crate::engine::{TokenLogprobs, Usage};
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 use crate::generate::{self, ChoiceEvent, Collected, TextStream, Token};
 
 /// What an absent `max_tokens` means, as OpenAI's.
@@ -39,25 +40,6 @@ struct TextFields {
     logprobs: Option<i64>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "it must be a string, a list of strings, a list of token ids or a list of those"
-)]
-pub(crate) enum Prompt {
-    Text(String),
-    Ids(Vec<u32>),
-    Texts(Vec<String>),
-    IdLists(Vec<Vec<u32>>),
-}
-
-/// One prompt in both its forms.
-#[derive(Debug, Clone)]
-pub(crate) struct PromptText {
-    pub(crate) ids: Vec<u32>,
-    text: String,
-}
-
 /// Continues one prompt or several, at once or as a stream.
 pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Response, ApiError> {
     app.check_ready()?;
@@ -69,16 +51,17 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let chat = app.chat(&model)?;
     let logprobs = text_fields.logprobs()?;
     let echo = text_fields.echo.unwrap_or(false);
+    let info = app.info(&model)?;
+    let (prompt, max_model_len) = (text_fields.prompt, info.max_model_len);
+    app.check_choices(prompt.count(), form.num_choices)?;
+    if !fields.truncates() {
+        prompt.check_size(&info)?;
+    }
     let prefix = match text_fields.add_special_tokens.unwrap_or(true) {
-        true => app.info(&model)?.text_prefix,
+        true => info.text_prefix,
         false => Vec::new(),
     };
-    let prompts = text_fields
-        .prompt
-        .into_prompts("prompt", &chat, prefix)
-        .await?;
-    app.check_choices(prompts.len(), form.num_choices)?;
-    let max_model_len = app.info(&model)?.max_model_len;
+    let prompts = prompt.into_prompts(&app, "prompt", &chat, prefix).await?;
     let prompts: Result<Vec<PromptText>> = prompts
         .into_iter()
         .map(|prompt| prompt.truncated(&fields, &chat, max_model_len))
@@ -86,17 +69,17 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let prompts = prompts?;
     let prompt_logprobs = fields.prompt_logprobs()?;
 
-    let mut streams: Vec<TextStream> = Vec::new();
+    let arrived = body.arrived();
+    drop(body);
+    let template = fields.template(&app, &model, &chat).await?;
+    let mut requests = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
-        let ids = prompt.ids.clone();
-        let mut request = fields.request(&app, &model, &chat, ids, Some(DEFAULT_MAX_TOKENS))?;
+        let mut request = template.request(&app, prompt.ids.clone(), Some(DEFAULT_MAX_TOKENS))?;
         request.request.logprobs = logprobs;
         request.request.prompt_logprobs = logprobs.filter(|_| echo).max(prompt_logprobs);
-        for index in 0..form.num_choices {
-            let request = request.for_choice(index);
-            streams.push(generate::start(app.clone(), chat.clone(), request).await?);
-        }
+        requests.extend((0..form.num_choices).map(|index| request.for_choice(index)));
     }
+    let streams = generate::start(&app, &chat, requests, arrived).await?;
     let answer = Answer {
         id: fields.answer_id(&app, "cmpl-"),
         created: app.options.clock.unix_seconds(),
@@ -114,19 +97,6 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     Ok(Json(answer.whole(streams).await?).into_response())
 }
 
-impl PromptText {
-    /// The same with at most as many tokens as asked for.
-    fn truncated(self, fields: &Fields, chat: &Chat, max_model_len: u32) -> Result<Self> {
-        let before = self.ids.len();
-        let ids = fields.truncated(self.ids, max_model_len)?;
-        let text = match ids.len() == before {
-            true => self.text,
-            false => chat.tokenizer().decode(&ids),
-        };
-        Ok(Self { ids, text })
-    }
-}
-
 impl TextFields {
     fn logprobs(&self) -> Result<Option<u32>> {
         match self.logprobs {
@@ -136,47 +106,6 @@ impl TextFields {
                 let message = format!("logprobs must be between 0 and {MAX_LOGPROBS}");
                 Err(Error::invalid("logprobs", message))
             }
-        }
-    }
-}
-
-impl Prompt {
-    /// Both forms of each prompt; tokenizing may take a while, so it happens on a blocking thread.
-    pub(crate) async fn into_prompts(
-        self,
-        param: &str,
-        chat: &Arc<Chat>,
-        prefix: Vec<u32>,
-    ) -> Result<Vec<PromptText>> {
-        let chat = Arc::clone(chat);
-        let prompts = tokio::task::spawn_blocking(move || {
-            let tokenizer = chat.tokenizer();
-            let from_ids = |ids: Vec<u32>| {
-                Ok(PromptText {
-                    text: tokenizer.decode(&ids),
-                    ids,
-                })
-            };
-            let from_text = |text: String| {
-                let mut ids = prefix.clone();
-                tokenizer.encode_into(&text, EncodePolicy::Parity, &mut ids)?;
-                Ok(PromptText { ids, text })
-            };
-            match self {
-                Self::Text(text) => Ok(vec![from_text(text)?]),
-                Self::Ids(ids) => Ok(vec![from_ids(ids)?]),
-                Self::Texts(texts) => texts.into_iter().map(from_text).collect(),
-                Self::IdLists(lists) => lists.into_iter().map(from_ids).collect(),
-            }
-        });
-        let prompts = prompts.await.map_err(|panic| Error::Step {
-            source: panic.into(),
-        })?;
-        let prompts = prompts
-            .map_err(|error: updraft_chat::Error| Error::invalid(param, one_line(&error)))?;
-        match prompts.iter().any(|prompt| prompt.ids.is_empty()) || prompts.is_empty() {
-            true => Err(Error::invalid(param, format!("the {param} is empty"))),
-            false => Ok(prompts),
         }
     }
 }
@@ -302,13 +231,27 @@ impl Answer {
     async fn stream(self, streams: Vec<TextStream>) -> Result<Response, ApiError> {
         let mut offsets = vec![0; streams.len()];
         let events = generate::merge(streams).await?;
-        let echoes: Vec<_> = (0..offsets.len() as u32)
-            .filter(|_| self.echo && !self.logprobs) // With logprobs the prompt comes as an event.
-            .map(|index| Ok(self.part(index, self.prompt(index).text.clone(), None)))
+        let openings: Vec<_> = (0..offsets.len() as u32)
+            .filter_map(|index| self.opening(index).map(Ok))
             .collect();
         let chunks =
             events.try_filter_map(move |event| future::ready(Ok(self.chunk(event, &mut offsets))));
-        Ok(sse::respond(stream::iter(echoes).chain(chunks)))
+        Ok(sse::respond(stream::iter(openings).chain(chunks)))
+    }
+
+    /// What a choice begins with, if that is more than its tokens.
+    fn opening(&self, index: u32) -> Option<Completion> {
+        let prompt = self.prompt(index);
+        let ids = self.form.return_token_ids.then(|| prompt.ids.clone());
+        // With logprobs the prompt comes as an event.
+        let echoed = (self.echo && !self.logprobs).then(|| prompt.text.clone());
+        if ids.is_none() && echoed.is_none() {
+            return None;
+        }
+        Some(self.envelope(vec![Choice {
+            prompt_token_ids: ids,
+            ..Choice::new(index, echoed.unwrap_or_default())
+        }]))
     }
 
     fn chunk(&self, event: ChoiceEvent, offsets: &mut [usize]) -> Option<Completion> {

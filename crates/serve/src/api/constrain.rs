@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn a_schema_comes_in_every_dialect() {
         let schema = json!({"type": "integer"});
-        let expected = Some(Constraint::JsonSchema(schema.clone()));
+        let expected = Some(Constraint::JsonSchema(schema.clone().into()));
         for fields in [
             json!({"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
             json!({"response_format": {"type": "json_object", "schema": schema}}),

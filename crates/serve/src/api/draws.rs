@@ -1,11 +1,15 @@
 //! The fields that say how tokens are drawn, with OpenAI's ranges and the model's own defaults.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::capped::Capped;
+use super::json::JsonBody;
 use crate::app::Shared;
 use crate::error::{Error, Result};
+use crate::limits::{MAX_ALLOWED_TOKEN_IDS, MAX_LOGIT_BIASES};
 use crate::sampling::{SamplingDefaults, SamplingParams};
 
 #[derive(Debug, Default, Deserialize)]
@@ -26,13 +30,28 @@ pub(crate) struct DrawFields {
     pub(crate) presence_penalty: Option<f64>,
     #[serde(default)]
     pub(crate) repetition_penalty: Option<f64>,
+    #[serde(skip)]
+    logit_bias: Option<Capped<BTreeMap<String, f64>, MAX_LOGIT_BIASES>>,
     #[serde(default)]
-    logit_bias: Option<BTreeMap<String, f64>>,
+    allowed_token_ids: Option<Capped<Vec<u32>, MAX_ALLOWED_TOKEN_IDS>>,
+}
+
+/// By token ids, as OpenAI has it; llama.cpp's is another.
+#[derive(Debug, Deserialize)]
+struct BiasField {
     #[serde(default)]
-    allowed_token_ids: Option<Vec<u32>>,
+    logit_bias: Option<Capped<BTreeMap<String, f64>, MAX_LOGIT_BIASES>>,
 }
 
 impl DrawFields {
+    /// Everything that OpenAI's and vLLM's requests say.
+    pub(crate) fn read(body: &JsonBody) -> Result<Self> {
+        Ok(Self {
+            logit_bias: body.read::<BiasField>()?.logit_bias,
+            ..body.read()?
+        })
+    }
+
     /// The settings; what is left out is the model's default.
     pub(crate) fn params(
         &self,
@@ -45,11 +64,6 @@ impl DrawFields {
             Some(top_k) => u32::try_from(top_k)
                 .map_err(|_| Error::invalid("top_k", "top_k must be -1, 0 or a positive number"))?,
         };
-        let allowed_token_ids = self.allowed_token_ids.clone();
-        if allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
-            let message = "allowed_token_ids is empty; leave it out or name a token";
-            return Err(Error::invalid("allowed_token_ids", message));
-        }
         let params = SamplingParams {
             temperature: or(self.temperature.or(defaults.temperature), 1.0),
             top_p: or(self.top_p.or(defaults.top_p), 1.0),
@@ -59,15 +73,30 @@ impl DrawFields {
             presence_penalty: or(self.presence_penalty, 0.0),
             repetition_penalty: or(self.repetition_penalty.or(defaults.repetition_penalty), 1.0),
             logit_bias: self.logit_bias()?,
-            allowed_token_ids: allowed_token_ids.unwrap_or_default(),
+            allowed_token_ids: self.allowed_token_ids()?,
             seed: self.seed.map_or_else(|| app.seed(), i64::cast_unsigned),
         };
         params.validate()?;
         Ok(params)
     }
 
-    fn logit_bias(&self) -> Result<Vec<(u32, f32)>> {
-        let biases = self.logit_bias.iter().flatten();
+    /// Each once.
+    fn allowed_token_ids(&self) -> Result<Arc<[u32]>> {
+        let Some(Capped(ids)) = &self.allowed_token_ids else {
+            return Ok(Arc::default());
+        };
+        if ids.is_empty() {
+            let message = "allowed_token_ids is empty; leave it out or name a token";
+            return Err(Error::invalid("allowed_token_ids", message));
+        }
+        let mut ids = ids.clone();
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids.into())
+    }
+
+    fn logit_bias(&self) -> Result<Arc<[(u32, f32)]>> {
+        let biases = self.logit_bias.iter().flat_map(|Capped(biases)| biases);
         biases
             .map(|(id, bias)| match id.parse() {
                 Ok(id) => Ok((id, *bias as f32)),

@@ -4,16 +4,17 @@ use axum::Json;
 use axum::extract::State;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use futures::{TryStreamExt, future};
+use futures::future;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::completions::Prompt;
 use super::error::ApiError;
 use super::json::JsonBody;
-use crate::app::{App, Shared};
-use crate::engine::{GenerateRequest, TokenEvent};
-use crate::error::{Error, Result};
+use super::prompt::Prompt;
+use crate::app::App;
+use crate::engine::GenerateRequest;
+use crate::error::Error;
+use crate::generate::{self, TextRequest};
 
 #[derive(Debug, Deserialize)]
 struct EmbeddingFields {
@@ -21,7 +22,7 @@ struct EmbeddingFields {
     model: Option<String>,
     input: Prompt,
     #[serde(default)]
-    encoding_format: Encoding,
+    encoding_format: Option<Encoding>,
     #[serde(default)]
     dimensions: Option<IgnoredAny>,
 }
@@ -75,19 +76,28 @@ pub(crate) async fn create(
         return Err(Error::invalid("dimensions", message).into());
     }
     let model = app.model_or_default(fields.model)?;
-    let chat = app.chat(&model)?;
-    let prefix = app.info(&model)?.text_prefix;
-    let inputs = fields.input.into_prompts("input", &chat, prefix).await?;
-    app.check_choices(inputs.len(), 1)?;
+    let (chat, info) = (app.chat(&model)?, app.info(&model)?);
+    fields.input.check_size(&info)?;
+    let inputs = fields
+        .input
+        .into_prompts(&app, "input", &chat, info.text_prefix);
+    let inputs = inputs.await?;
+    let arrived = body.arrived();
+    drop(body);
     let prompt_tokens = inputs.iter().map(|input| input.ids.len()).sum();
-    let states = inputs
-        .into_iter()
-        .map(|input| hidden_state(&app, &model, input.ids));
-    let states = future::try_join_all(states).await?;
+    let mut states = Vec::with_capacity(inputs.len());
+    // A few at a time: others wait less, and the queue has room for them.
+    for some in inputs.chunks(app.options.max_choices.max(1)) {
+        let requests = some.iter().map(|input| asking(&model, input.ids.clone()));
+        let started = generate::start(&app, &chat, requests.collect(), arrived).await?;
+        let some = future::try_join_all(started.into_iter().map(generate::collect)).await?;
+        states.extend(some.into_iter().map(|whole| whole.embedding));
+    }
+    let encoding = fields.encoding_format.unwrap_or_default();
     let embedding = |(index, state): (usize, Vec<f32>)| Embedding {
         object: "embedding",
         index,
-        embedding: fields.encoding_format.encode(normalized(state)),
+        embedding: encoding.encode(normalized(state)),
     };
     Ok(Json(Embeddings {
         object: "list",
@@ -100,21 +110,17 @@ pub(crate) async fn create(
     }))
 }
 
-async fn hidden_state(app: &Shared, model: &str, prompt_ids: Vec<u32>) -> Result<Vec<f32>> {
-    let request = GenerateRequest {
-        embed: true,
-        ..GenerateRequest::greedy(model, prompt_ids, 0)
-    };
-    let mut events = app.engine.generate(request).await?;
-    let mut state = None;
-    while let Some(event) = events.try_next().await? {
-        if let TokenEvent::Embedding(values) = event {
-            state = Some(values);
-        }
+/// The hidden state after a prompt, and no text.
+fn asking(model: &str, prompt_ids: Vec<u32>) -> TextRequest {
+    TextRequest {
+        request: GenerateRequest {
+            embed: true,
+            ..GenerateRequest::greedy(model, prompt_ids, 0)
+        },
+        stop: Vec::new(),
+        include_stop: false,
+        skip_special_tokens: true,
     }
-    state.ok_or(Error::Unavailable {
-        reason: "the engine gave no embedding",
-    })
 }
 
 /// Of length 1, so that a dot product is a cosine; zero stays zero.

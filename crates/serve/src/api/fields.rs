@@ -1,8 +1,14 @@
 //! The request fields that chat and text completions share, with OpenAI's defaults and ranges.
 
-use serde::Deserialize;
-use updraft_chat::{Chat, EncodePolicy};
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
 
+use serde::Deserialize;
+use serde::de::{Deserializer, SeqAccess, Visitor};
+use updraft_chat::{Chat, TokenizerExt};
+
+use super::capped::{self, Capped};
 use super::constrain::FormatFields;
 use super::draws::DrawFields;
 use super::json::JsonBody;
@@ -10,13 +16,14 @@ use crate::app::Shared;
 use crate::engine::{GenerateRequest, ModelInfo};
 use crate::error::{Error, Result, one_line};
 use crate::generate::TextRequest;
+use crate::limits::{
+    MAX_BAD_WORD_BYTES, MAX_BAD_WORDS, MAX_LOGPROBS, MAX_STOP_BYTES, MAX_STOP_TOKEN_IDS,
+};
 
 /// Stop strings of one request at most, as OpenAI's.
 const MAX_STOPS: usize = 4;
-/// Bad words of one request at most.
-const MAX_BAD_WORDS: usize = 1024;
-/// Likeliest tokens for each of the prompt's at most.
-const MAX_PROMPT_LOGPROBS: i64 = 20;
+/// Bytes of a cache salt at most.
+const MAX_SALT_BYTES: usize = 1024;
 
 /// Everything about a request but its prompt.
 #[derive(Debug, Deserialize)]
@@ -40,7 +47,7 @@ pub(crate) struct Fields {
     #[serde(default)]
     stop: Option<Stop>,
     #[serde(default)]
-    stop_token_ids: Option<Vec<u32>>,
+    stop_token_ids: Option<Capped<Vec<u32>, MAX_STOP_TOKEN_IDS>>,
     #[serde(default)]
     include_stop_str_in_output: Option<bool>,
     #[serde(default)]
@@ -50,9 +57,9 @@ pub(crate) struct Fields {
     #[serde(default)]
     cache_salt: Option<String>,
     #[serde(default)]
-    bad_words: Option<Vec<String>>,
+    bad_words: Option<Capped<Vec<String>, MAX_BAD_WORDS>>,
     #[serde(default)]
-    logprob_token_ids: Option<Vec<u32>>,
+    logprob_token_ids: Option<Capped<Vec<u32>, MAX_LOGPROBS>>,
     #[serde(default)]
     prompt_logprobs: Option<i64>,
     #[serde(default)]
@@ -88,11 +95,48 @@ struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a string or a list of strings")]
-enum Stop {
-    One(String),
-    Many(Vec<String>),
+/// One string or a few.
+#[derive(Debug, Default)]
+pub(crate) struct Stop(Vec<String>);
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(StopVisitor).map(Self)
+    }
+}
+
+struct StopVisitor;
+
+impl<'de> Visitor<'de> for StopVisitor {
+    type Value = Vec<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string or a list of strings")
+    }
+
+    fn visit_unit<E>(self) -> Result<Vec<String>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Vec<String>, E> {
+        Ok(vec![text.to_owned()])
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Vec<String>, A::Error> {
+        capped::entries(list, MAX_STOPS)
+    }
+}
+
+/// Refuses stop strings that are empty or too long.
+pub(crate) fn check_stops(stops: &[String]) -> Result<()> {
+    if stops.iter().any(String::is_empty) {
+        return Err(Error::invalid("stop", "a stop string must not be empty"));
+    }
+    if stops.iter().any(|stop| stop.len() > MAX_STOP_BYTES) {
+        let message = format!("a stop string must be at most {MAX_STOP_BYTES} bytes");
+        return Err(Error::invalid("stop", message));
+    }
+    Ok(())
 }
 
 /// What of the request concerns the answer's form.
@@ -110,7 +154,7 @@ impl Fields {
     /// Everything that both completion APIs know.
     pub(crate) fn read(body: &JsonBody) -> Result<Self> {
         Ok(Self {
-            draws: body.read()?,
+            draws: DrawFields::read(body)?,
             format: body.read()?,
             ..body.read()?
         })
@@ -137,10 +181,9 @@ impl Fields {
     pub(crate) fn prompt_logprobs(&self) -> Result<Option<u32>> {
         match self.prompt_logprobs {
             None => Ok(None),
-            Some(top) if (0..=MAX_PROMPT_LOGPROBS).contains(&top) => Ok(Some(top as u32)),
+            Some(top) if (0..=MAX_LOGPROBS as i64).contains(&top) => Ok(Some(top as u32)),
             Some(_) => {
-                let message =
-                    format!("prompt_logprobs must be between 0 and {MAX_PROMPT_LOGPROBS}");
+                let message = format!("prompt_logprobs must be between 0 and {MAX_LOGPROBS}");
                 Err(Error::invalid("prompt_logprobs", message))
             }
         }
@@ -160,6 +203,11 @@ impl Fields {
             Side::Right => ids.truncate(keep),
         }
         Ok(ids)
+    }
+
+    /// Whether a prompt that is too long is cut instead of refused.
+    pub(crate) fn truncates(&self) -> bool {
+        self.truncate_prompt_tokens.is_some()
     }
 
     /// The same with a limit that another API calls `param`.
@@ -206,106 +254,149 @@ impl Fields {
         })
     }
 
-    /// The request for one prompt. `default_max_tokens` is what an absent `max_tokens` means;
-    /// `None` is all that is left of the context.
-    pub(crate) fn request(
+    /// What the completions of all prompts have in common, made once for all of them.
+    pub(crate) async fn template(
         &self,
         app: &Shared,
         model: &str,
-        chat: &Chat,
-        prompt_ids: Vec<u32>,
-        default_max_tokens: Option<u32>,
-    ) -> Result<TextRequest> {
+        chat: &Arc<Chat>,
+    ) -> Result<Template> {
         let ModelInfo {
             max_model_len,
             sampling: defaults,
             ..
         } = app.info(model)?;
-        let prompt_tokens = u32::try_from(prompt_ids.len()).unwrap_or(u32::MAX);
-        let left = max_model_len.saturating_sub(prompt_tokens);
-        let asked = match count("max_completion_tokens", self.max_completion_tokens, 1)? {
+        let max_tokens = match count("max_completion_tokens", self.max_completion_tokens, 1)? {
             Some(asked) => Some(asked),
             None => count("max_tokens", self.max_tokens, 0)?,
         };
-        let max_tokens = asked
-            .or(default_max_tokens.map(|tokens| tokens.min(left)))
-            .unwrap_or(left);
-        if left == 0 {
-            let max_tokens = max_tokens.max(1);
+        if self
+            .cache_salt
+            .as_ref()
+            .is_some_and(|salt| salt.len() > MAX_SALT_BYTES)
+        {
+            let message = format!("cache_salt must be at most {MAX_SALT_BYTES} bytes");
+            return Err(Error::invalid("cache_salt", message));
+        }
+        let request = GenerateRequest {
+            sampling: self.draws.params(app, &defaults)?,
+            stop_token_ids: self.stop_token_ids(chat),
+            min_tokens: count("min_tokens", self.min_tokens, 0)?.unwrap_or(0),
+            logprob_ids: self.logprob_ids(),
+            bad_words: self.bad_words(app, chat).await?,
+            constraint: self.format.constraint()?,
+            cache_salt: self.cache_salt.clone(),
+            ..GenerateRequest::greedy(model, Vec::new(), 0)
+        };
+        Ok(Template {
+            text: TextRequest {
+                request,
+                stop: self.stop()?,
+                include_stop: self.include_stop_str_in_output.unwrap_or(false),
+                skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
+            },
+            max_tokens,
+            max_model_len,
+            is_seeded: self.draws.seed.is_some(),
+        })
+    }
+
+    /// The client's and the model's own, each once.
+    fn stop_token_ids(&self, chat: &Chat) -> Arc<[u32]> {
+        let asked = self.stop_token_ids.iter().flat_map(|Capped(ids)| ids);
+        let own = match self.ignore_eos.unwrap_or(false) {
+            true => &[],
+            false => chat.end_ids(),
+        };
+        let ids: BTreeSet<u32> = asked.chain(own).copied().collect();
+        ids.into_iter().collect()
+    }
+
+    /// Each once, in the order asked for.
+    fn logprob_ids(&self) -> Arc<[u32]> {
+        let mut known = BTreeSet::new();
+        let ids = self.logprob_token_ids.iter().flat_map(|Capped(ids)| ids);
+        ids.filter(|id| known.insert(**id)).copied().collect()
+    }
+
+    /// The tokens of each bad word, at the start of a text and after a space.
+    async fn bad_words(&self, app: &Shared, chat: &Arc<Chat>) -> Result<Arc<[Vec<u32>]>> {
+        let words = self.bad_words.iter().flat_map(|Capped(words)| words);
+        let words: BTreeSet<&String> = words.collect();
+        if words.is_empty() {
+            return Ok(Arc::default());
+        }
+        let sound = |word: &&String| (1..=MAX_BAD_WORD_BYTES).contains(&word.len());
+        if !words.iter().all(sound) {
+            let message = format!("a bad word must have 1 to {MAX_BAD_WORD_BYTES} bytes");
+            return Err(Error::invalid("bad_words", message));
+        }
+        let texts = words
+            .into_iter()
+            .flat_map(|word| [word.clone(), format!(" {word}")]);
+        let (texts, chat): (Vec<String>, _) = (texts.collect(), Arc::clone(chat));
+        app.encode(move || {
+            let encode = |text: &String| {
+                let encoded = chat.tokenizer().encode(text);
+                encoded.map_err(|error| Error::invalid("bad_words", one_line(&error)))
+            };
+            texts.iter().map(encode).collect()
+        })
+        .await
+    }
+
+    fn stop(&self) -> Result<Vec<String>> {
+        let stops = self.stop.as_ref().map_or(&[][..], |Stop(stops)| stops);
+        check_stops(stops)?;
+        Ok(stops.to_vec())
+    }
+}
+
+/// A request whose prompt is still to come.
+#[derive(Debug)]
+pub(crate) struct Template {
+    pub(crate) text: TextRequest,
+    max_tokens: Option<u32>,
+    max_model_len: u32,
+    is_seeded: bool,
+}
+
+impl Template {
+    /// The request for one prompt. `default_max_tokens` is what an absent `max_tokens` means;
+    /// `None` is all that is left of the context.
+    pub(crate) fn request(
+        &self,
+        app: &Shared,
+        prompt_ids: Vec<u32>,
+        default_max_tokens: Option<u32>,
+    ) -> Result<TextRequest> {
+        let max_model_len = self.max_model_len;
+        let prompt_tokens = u32::try_from(prompt_ids.len()).unwrap_or(u32::MAX);
+        let left = max_model_len.saturating_sub(prompt_tokens);
+        let default = default_max_tokens.map_or(left, |tokens| tokens.min(left));
+        let max_tokens = self.max_tokens.unwrap_or(default);
+        // A prompt alone may fill the context.
+        let is_full = left == 0 && self.max_tokens != Some(0);
+        if is_full || prompt_tokens > max_model_len {
             return Err(Error::ContextLength {
                 prompt_tokens,
-                max_tokens,
+                max_tokens: max_tokens.max(1),
                 max_model_len,
             });
         }
-        let min_tokens = count("min_tokens", self.min_tokens, 0)?.unwrap_or(0);
-        if min_tokens > max_tokens {
+        let mut text = self.text.clone();
+        if text.request.min_tokens > max_tokens {
             return Err(Error::invalid(
                 "min_tokens",
                 "min_tokens must be at most max_tokens",
             ));
         }
-        let mut stop_token_ids = self.stop_token_ids.clone().unwrap_or_default();
-        if !self.ignore_eos.unwrap_or(false) {
-            stop_token_ids.extend(chat.end_ids());
+        if !self.is_seeded {
+            text.request.sampling.seed = app.seed();
         }
-        Ok(TextRequest {
-            request: GenerateRequest {
-                model: model.to_owned(),
-                prompt_ids,
-                max_tokens,
-                sampling: self.draws.params(app, &defaults)?,
-                stop_token_ids,
-                min_tokens,
-                logprobs: None,
-                prompt_logprobs: None,
-                logprob_ids: self.logprob_token_ids.clone().unwrap_or_default(),
-                bad_words: self.bad_words(chat)?,
-                embed: false,
-                constraint: self.format.constraint()?,
-                cache_salt: self.cache_salt.clone(),
-            },
-            stop: self.stop()?,
-            include_stop: self.include_stop_str_in_output.unwrap_or(false),
-            skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
-        })
-    }
-
-    /// The tokens of each bad word, at the start of a text and after a space.
-    fn bad_words(&self, chat: &Chat) -> Result<Vec<Vec<u32>>> {
-        let words = self.bad_words.as_deref().unwrap_or_default();
-        if words.len() > MAX_BAD_WORDS || words.iter().any(String::is_empty) {
-            let message = format!("bad_words are at most {MAX_BAD_WORDS}, none of them empty");
-            return Err(Error::invalid("bad_words", message));
-        }
-        let mut all = Vec::with_capacity(2 * words.len());
-        for word in words {
-            for text in [word.clone(), format!(" {word}")] {
-                let mut ids = Vec::new();
-                let encoded = chat
-                    .tokenizer()
-                    .encode_into(&text, EncodePolicy::Parity, &mut ids);
-                encoded.map_err(|error| Error::invalid("bad_words", one_line(&error)))?;
-                all.push(ids);
-            }
-        }
-        Ok(all)
-    }
-
-    fn stop(&self) -> Result<Vec<String>> {
-        let stop = match &self.stop {
-            None => Vec::new(),
-            Some(Stop::One(one)) => vec![one.clone()],
-            Some(Stop::Many(many)) => many.clone(),
-        };
-        if stop.len() > MAX_STOPS {
-            let message = format!("at most {MAX_STOPS} stop strings are possible");
-            return Err(Error::invalid("stop", message));
-        }
-        if stop.iter().any(String::is_empty) {
-            return Err(Error::invalid("stop", "a stop string must not be empty"));
-        }
-        Ok(stop)
+        text.request.prompt_ids = prompt_ids;
+        text.request.max_tokens = max_tokens;
+        Ok(text)
     }
 }
 

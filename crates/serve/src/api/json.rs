@@ -1,10 +1,13 @@
 //! Request bodies: read within the limit, parsed with the path of what is wrong.
 
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, HttpBody};
 use axum::extract::{FromRequest, Request};
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
-use bytes::Bytes;
+use futures::StreamExt;
 use serde::de::DeserializeOwned;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
 use crate::app::App;
@@ -12,31 +15,30 @@ use crate::error::{Error, Result};
 
 /// A body that claims to be JSON. [`read`](JsonBody::read) it as often as needed.
 #[derive(Debug)]
-pub(crate) struct JsonBody(Bytes);
+pub(crate) struct JsonBody {
+    bytes: Vec<u8>,
+    arrived: Instant,
+    /// Its share of what all bodies may take together.
+    _room: Option<OwnedSemaphorePermit>,
+}
 
 impl JsonBody {
-    /// The same, as if one field were not there: it means something else to `T`.
-    pub(crate) fn read_without<T: DeserializeOwned>(&self, field: &str) -> Result<T> {
-        let mut fields: serde_json::Map<String, serde_json::Value> = self.read()?;
-        fields.remove(field);
-        let fields = serde_json::Value::Object(fields);
-        serde_path_to_error::deserialize(fields).map_err(|error| Error::InvalidRequest {
-            message: format!("the request body is not valid: {}", error.inner()),
-            param: Some(error.path().to_string()),
-        })
+    /// When the request's head had come.
+    pub(crate) fn arrived(&self) -> Instant {
+        self.arrived
     }
 
     /// The fields that `T` knows; others are ignored.
     pub(crate) fn read<T: DeserializeOwned>(&self) -> Result<T> {
         // A list would do for a struct, its fields in order: not what anybody means.
-        if !self.0.trim_ascii_start().starts_with(b"{") {
+        if !self.bytes.trim_ascii_start().starts_with(b"{") {
             let message = "the request body must be a JSON object";
             return Err(Error::InvalidRequest {
                 message: message.to_owned(),
                 param: None,
             });
         }
-        let mut deserializer = serde_json::Deserializer::from_slice(&self.0);
+        let mut deserializer = serde_json::Deserializer::from_slice(&self.bytes);
         let refuse = |error: &serde_json::Error, param| {
             let message = format!("the request body is not valid: {error}");
             Error::InvalidRequest { message, param }
@@ -59,16 +61,45 @@ impl FromRequest<App> for JsonBody {
         if !content_type.is_some_and(is_json) {
             return Err(ApiError::not_json());
         }
-        let body = Bytes::from_request(request, app);
-        let Ok(body) = tokio::time::timeout(app.options.read_timeout, body).await else {
-            return Err(ApiError::too_slow());
-        };
-        body.map(Self)
-            .map_err(|rejection| match rejection.status() {
-                StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(app.options.max_body_bytes),
-                _ => ApiError::invalid("the request body could not be read", None),
-            })
+        let arrived = Instant::now();
+        let body = read(request.into_body(), app);
+        match tokio::time::timeout(app.options.read_timeout, body).await {
+            Err(_) => Err(ApiError::too_slow()),
+            Ok(read) => read.map(|(bytes, room)| Self {
+                bytes,
+                arrived,
+                _room: room,
+            }),
+        }
     }
+}
+
+/// Piece by piece: a body takes no more room than what has come of it.
+async fn read(body: Body, app: &App) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>), ApiError> {
+    let most = app.options.max_body_bytes;
+    if body.size_hint().lower() > most as u64 {
+        return Err(ApiError::too_large(most));
+    }
+    let (mut bytes, mut room) = (Vec::new(), None::<OwnedSemaphorePermit>);
+    let mut pieces = body.into_data_stream();
+    while let Some(piece) = pieces.next().await {
+        let unreadable = |_| ApiError::invalid("the request body could not be read", None);
+        let piece = piece.map_err(unreadable)?;
+        if bytes.len() + piece.len() > most {
+            return Err(ApiError::too_large(most));
+        }
+        let more = u32::try_from(piece.len()).unwrap_or(u32::MAX);
+        let more = app.bodies.clone().try_acquire_many_owned(more);
+        let more = more.map_err(|_| Error::Overloaded {
+            retry_after: Duration::from_secs(1),
+        })?;
+        match &mut room {
+            Some(room) => room.merge(more),
+            None => room = Some(more),
+        }
+        bytes.extend_from_slice(&piece);
+    }
+    Ok((bytes, room))
 }
 
 fn is_json(content_type: &str) -> bool {
@@ -96,14 +127,14 @@ mod tests {
             #[expect(dead_code, reason = "only parsed")]
             list: Vec<u32>,
         }
-        let error = JsonBody(Bytes::from_static(b"{\"list\": [1, \"x\"]}")).read::<Fields>();
+        let body = |json: &str| JsonBody {
+            bytes: json.as_bytes().to_vec(),
+            arrived: Instant::now(),
+            _room: None,
+        };
+        let error = body("{\"list\": [1, \"x\"]}").read::<Fields>();
         let error = ApiError::from(error.expect_err("a string is no number")).to_json();
         assert!(error.contains(r#""param":"list[1]""#), "{error}");
-        assert!(
-            JsonBody(Bytes::from_static(b"[[1]]"))
-                .read::<Fields>()
-                .is_err(),
-            "not an object"
-        );
+        assert!(body("[[1]]").read::<Fields>().is_err(), "not an object");
     }
 }

@@ -140,7 +140,9 @@ impl TextLogprobs {
     ) {
         let text = token_text(chat, id);
         self.text_offset.push(*offset);
-        *offset += text.chars().count();
+        // A character of several tokens is one, where its first byte is.
+        let bytes = chat.tokenizer().token_bytes(id).unwrap_or_default();
+        *offset += bytes.iter().filter(|byte| (**byte & 0xC0) != 0x80).count();
         let mut top = Map::new();
         if let Some(logprobs) = logprobs {
             let likeliest = logprobs

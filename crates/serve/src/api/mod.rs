@@ -1,6 +1,7 @@
 //! OpenAI's JSON, here and nowhere else.
 
 pub(crate) mod adapters;
+pub(crate) mod capped;
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod constrain;
@@ -14,6 +15,7 @@ pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod openapi;
 pub(crate) mod operation;
+pub(crate) mod prompt;
 pub(crate) mod responses;
 mod schemas;
 pub(crate) mod sse;

@@ -87,18 +87,18 @@ pub(crate) async fn tokenize(
         Some(text) => {
             let chat = chat.clone();
             let mut ids = if adds { info.text_prefix } else { Vec::new() };
-            let ids = tokio::task::spawn_blocking(move || {
-                let tokenizer = chat.tokenizer();
-                tokenizer.encode_into(&text, EncodePolicy::Parity, &mut ids)?;
-                Ok::<_, updraft_chat::Error>(ids)
+            app.encode(move || {
+                let encoded = chat
+                    .tokenizer()
+                    .encode_into(&text, EncodePolicy::Parity, &mut ids);
+                match encoded {
+                    Ok(()) => Ok(ids),
+                    Err(error) => Err(Error::invalid("prompt", one_line(&error))),
+                }
             })
-            .await;
-            let ids = ids.map_err(|panic| Error::Step {
-                source: panic.into(),
-            })?;
-            ids.map_err(|error| Error::invalid("prompt", one_line(&error)))?
+            .await?
         }
-        None => chat::prompt(&app, &chat, body.read::<ChatFields>()?).await?,
+        None => chat::prompt(&app, &chat, body.read::<ChatFields>()?, None).await?,
     };
     let strings = || tokens.iter().map(|&id| token_text(&chat, id)).collect();
     Ok(Json(Tokenized {

@@ -47,15 +47,22 @@ struct Conditional {
     tool_choice: Option<serde_json::Value>,
 }
 
-/// Refuses what we cannot honour.
-pub(crate) fn refuse(body: &JsonBody) -> Result<()> {
-    let unsupported = |field: &str| {
-        let message = format!("`{field}` is not supported by this server; leave it out");
-        Err(Error::invalid(field, message))
-    };
-    if let Some(field) = body.read::<Refused>()?.first() {
-        return unsupported(field);
+fn unsupported(field: &str) -> Result<()> {
+    let message = format!("`{field}` is not supported by this server; leave it out");
+    Err(Error::invalid(field, message))
+}
+
+/// Refuses what we cannot honour in any API.
+pub(crate) fn refuse_fields(body: &JsonBody) -> Result<()> {
+    match body.read::<Refused>()?.first() {
+        Some(field) => unsupported(field),
+        None => Ok(()),
     }
+}
+
+/// Refuses what we cannot honour, tools among it as completions have them.
+pub(crate) fn refuse(body: &JsonBody) -> Result<()> {
+    refuse_fields(body)?;
     let fields: Conditional = body.read()?;
     let choice = fields
         .tool_choice

@@ -7,14 +7,15 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::{StreamExt, stream};
 use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
 use updraft_chat::Chat;
 
-use super::load::{Loaded, load_chat, load_model};
+use super::load::{Loaded, load_chat, load_conventions, load_model};
 use super::worker::{Job, Status, Worker};
-use crate::engine::{Engine, EngineStats, GenerateRequest, ModelInfo, TokenStream, check_request};
+use crate::engine::{
+    Engine, EngineStats, GenerateRequest, ModelInfo, TokenStream, longest_token_bytes,
+};
 use crate::error::{Error, Result};
-use crate::sampling::SamplingDefaults;
+use crate::limits::check_request;
 
 /// Requests that may wait; one more is refused.
 const MAX_WAITING: usize = 64;
@@ -30,7 +31,7 @@ pub struct CandleEngine {
     info: ModelInfo,
     chat: Arc<Chat>,
     vocab_size: usize,
-    inbox: mpsc::Sender<Job>,
+    inbox: mpsc::UnboundedSender<Job>,
     status: Arc<Status>,
 }
 
@@ -58,7 +59,8 @@ impl CandleEngine {
     pub fn with_chat(name: impl Into<String>, folder: &Path, chat: Chat) -> Result<Self> {
         let Loaded { model, settings } = load_model(folder)?;
         let status = Arc::new(Status::default());
-        let (inbox, jobs) = mpsc::channel(MAX_WAITING);
+        let (sampling, text_prefix) = load_conventions(folder)?;
+        let (inbox, jobs) = mpsc::unbounded_channel();
         let root = folder.display().to_string();
         let worker = Worker::new(model, jobs, status.clone());
         std::thread::Builder::new()
@@ -74,8 +76,9 @@ impl CandleEngine {
                 root,
                 parent: None,
                 max_model_len: settings.max_len,
-                sampling: SamplingDefaults::default(),
-                text_prefix: Vec::new(),
+                sampling,
+                text_prefix,
+                longest_token_bytes: longest_token_bytes(&chat),
             },
             chat: Arc::new(chat),
             vocab_size: settings.vocab_size,
@@ -111,19 +114,16 @@ impl Engine for CandleEngine {
             return Err(Error::invalid("model", message));
         }
         let (events, mut received) = mpsc::unbounded_channel();
-        let waiting = self.status.wait();
+        let waiting = self.status.wait(MAX_WAITING).ok_or(Error::Overloaded {
+            retry_after: Duration::from_secs(1),
+        })?;
         let job = Job {
             request,
             events,
             waiting,
         };
-        self.inbox.try_send(job).map_err(|error| match error {
-            TrySendError::Full(_) => Error::Overloaded {
-                retry_after: Duration::from_secs(1),
-            },
-            TrySendError::Closed(_) => Error::Unavailable {
-                reason: "the engine has stopped",
-            },
+        self.inbox.send(job).map_err(|_| Error::Unavailable {
+            reason: "the engine has stopped",
         })?;
         Ok(stream::poll_fn(move |context| received.poll_recv(context)).boxed())
     }

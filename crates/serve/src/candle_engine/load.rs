@@ -11,7 +11,9 @@ use updraft_model::{INDEX_FILE, SINGLE_FILE};
 
 use super::architecture::{OneSequence, build};
 use super::config::{ModelSettings, settings};
+use crate::conventions;
 use crate::error::{BoxError, Error, Result};
+use crate::sampling::SamplingDefaults;
 
 /// A model ready to run.
 pub(super) struct Loaded {
@@ -67,6 +69,21 @@ pub(super) fn load_chat(folder: &Path) -> Result<Chat> {
         model: folder.display().to_string(),
         source: error.into(),
     })
+}
+
+/// What the folder's files say about using the model: sampling, and what begins a text.
+///
+/// # Errors
+/// [`Error::Load`] for a file that says something else.
+pub(super) fn load_conventions(folder: &Path) -> Result<(SamplingDefaults, Vec<u32>)> {
+    let failed = |error: serde_json::Error| Error::Load {
+        model: folder.display().to_string(),
+        source: error.into(),
+    };
+    let file = |name: &str| std::fs::read(folder.join(name)).ok();
+    let sampling = conventions::sampling(file("generation_config.json").as_deref());
+    let text_prefix = conventions::text_prefix(file("tokenizer.json").as_deref());
+    Ok((sampling.map_err(failed)?, text_prefix.map_err(failed)?))
 }
 
 /// The one weight file, or those the index names.

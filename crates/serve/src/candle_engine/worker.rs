@@ -1,5 +1,6 @@
 //! The thread that runs one request after the other.
 
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,7 @@ use tokio::sync::mpsc;
 use super::architecture::OneSequence;
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, Usage};
 use crate::error::{BoxError, Error, Result};
-use crate::sampler::{self, Past};
+use crate::sampler::{self, Seen};
 
 /// A request with where its events go.
 #[derive(Debug)]
@@ -32,9 +33,11 @@ pub(super) struct Status {
 pub(super) struct Place(Arc<AtomicUsize>);
 
 impl Place {
-    fn take(counter: &Arc<AtomicUsize>) -> Self {
-        counter.fetch_add(1, Ordering::SeqCst);
-        Self(counter.clone())
+    /// `None` if there are as many already.
+    fn take(counter: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let taken = counter.fetch_add(1, Ordering::SeqCst);
+        let place = Self(counter.clone()); // Given back if it was one too many.
+        (taken < most).then_some(place)
     }
 }
 
@@ -45,12 +48,13 @@ impl Drop for Place {
 }
 
 impl Status {
-    pub(super) fn wait(&self) -> Place {
-        Place::take(&self.waiting)
+    /// A place among those that wait, if fewer than `most` do.
+    pub(super) fn wait(&self, most: usize) -> Option<Place> {
+        Place::take(&self.waiting, most)
     }
 
-    fn begin(&self) -> Place {
-        Place::take(&self.running)
+    fn begin(&self) -> Option<Place> {
+        Place::take(&self.running, usize::MAX)
     }
 
     /// Running and waiting.
@@ -62,26 +66,29 @@ impl Status {
 
 pub(super) struct Worker {
     model: Box<dyn OneSequence>,
-    jobs: mpsc::Receiver<Job>,
+    queue: Queue,
     status: Arc<Status>,
 }
 
 impl Worker {
     pub(super) fn new(
         model: Box<dyn OneSequence>,
-        jobs: mpsc::Receiver<Job>,
+        jobs: mpsc::UnboundedReceiver<Job>,
         status: Arc<Status>,
     ) -> Self {
         Self {
             model,
-            jobs,
+            queue: Queue {
+                jobs,
+                waiting: VecDeque::new(),
+            },
             status,
         }
     }
 
     /// Until the engine is dropped.
     pub(super) fn run(mut self) {
-        while let Some(job) = self.jobs.blocking_recv() {
+        while let Some(job) = self.queue.next() {
             let Job {
                 request,
                 events,
@@ -90,7 +97,8 @@ impl Worker {
             let running = self.status.begin();
             drop(waiting);
             let model = &mut *self.model;
-            let answer = || Answer::new(model, &request, &events).run();
+            let queue = &mut self.queue;
+            let answer = || Answer::new(model, &request, &events).run(queue);
             // A panic is the request's; the next one begins with an empty cache.
             let answered = catch_unwind(AssertUnwindSafe(answer))
                 .unwrap_or_else(|_| Err("the model panicked".into()));
@@ -108,12 +116,41 @@ impl Worker {
     }
 }
 
+/// Requests that wait for their turn, without those whose client has gone: they would keep others
+/// out while a long answer is written.
+struct Queue {
+    jobs: mpsc::UnboundedReceiver<Job>,
+    waiting: VecDeque<Job>,
+}
+
+impl Queue {
+    /// The oldest whose client is still there; waits for one. `None` once the engine is dropped.
+    fn next(&mut self) -> Option<Job> {
+        loop {
+            self.tidy();
+            if let Some(job) = self.waiting.pop_front() {
+                return Some(job);
+            }
+            self.waiting.push_back(self.jobs.blocking_recv()?);
+        }
+    }
+
+    /// Takes in who has come, and lets go who has gone.
+    fn tidy(&mut self) {
+        while let Ok(job) = self.jobs.try_recv() {
+            self.waiting.push_back(job);
+        }
+        self.waiting.retain(|job| !job.events.is_closed());
+    }
+}
+
 /// One request at work.
 struct Answer<'a> {
     model: &'a mut dyn OneSequence,
     request: &'a GenerateRequest,
     events: &'a mpsc::UnboundedSender<Result<TokenEvent>>,
     generated: Vec<u32>,
+    sampled: Seen,
     /// Tokens the model has seen.
     seen: usize,
 }
@@ -129,12 +166,13 @@ impl<'a> Answer<'a> {
             request,
             events,
             generated: Vec::new(),
+            sampled: Seen::new(&request.sampling, &request.prompt_ids),
             seen: 0,
         }
     }
 
     /// Its last event; none if nobody listens any more.
-    fn run(mut self) -> Result<Option<TokenEvent>, BoxError> {
+    fn run(mut self, queue: &mut Queue) -> Result<Option<TokenEvent>, BoxError> {
         self.model.clear();
         self.tell(TokenEvent::Started { cached_tokens: 0 });
         let request = self.request;
@@ -147,14 +185,12 @@ impl<'a> Answer<'a> {
             if self.events.is_closed() {
                 return Ok(None);
             }
-            let past = Past {
-                prompt: &request.prompt_ids,
-                generated: &self.generated,
-                forbidden: &request.forbidden(&self.generated),
-            };
+            queue.tidy();
+            let past = request.past(&self.sampled, &self.generated);
             let token = sampler::sample(&logits, &request.sampling, past);
             let token = token.ok_or("the model gave no finite logit")?;
             self.generated.push(token);
+            self.sampled.push(token);
             if request.stop_token_ids.contains(&token) {
                 return Ok(Some(self.finished(FinishReason::Stop)));
             }

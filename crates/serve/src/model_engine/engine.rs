@@ -8,18 +8,20 @@ use tokio::sync::{mpsc as events, oneshot};
 use updraft_chat::Chat;
 use updraft_model::ModelConfig;
 
-use super::grammar::Grammars;
+use super::grammar::{Grammar, Grammars};
 use super::load::{AdapterSource, load_adapter};
 use super::options::{CachePlan, EngineOptions};
 use super::registry::Registry;
 use super::served::ServedModel;
 use super::status::Status;
-use super::worker::{Job, Worker};
+use super::worker::{Arrival, Job, Worker};
+use crate::constraint::Constraint;
 use crate::engine::{
     Adapters, Engine, EngineStats, Existing, GenerateRequest, ModelInfo, TokenEvent, TokenStream,
-    check_request,
+    longest_token_bytes,
 };
 use crate::error::{Error, Result};
+use crate::limits::check_request;
 use crate::scheduler::Scheduler;
 
 /// Batches requests to one decoder, with any number of LoRA adapters over it.
@@ -36,7 +38,7 @@ pub struct ModelEngine {
     grammars: Grammars,
     chat: Arc<Chat>,
     max_model_len: u32,
-    inbox: mpsc::Sender<Job>,
+    inbox: mpsc::Sender<Arrival>,
     status: Arc<Status>,
 }
 
@@ -67,6 +69,7 @@ impl ModelEngine {
             max_model_len,
             sampling: model.sampling,
             text_prefix: model.text_prefix,
+            longest_token_bytes: longest_token_bytes(&model.chat),
         };
         let registry = Registry::new(base, model.adapters);
         let worker = Worker::new(model.decoder, scheduler, options, jobs, status.clone());
@@ -88,6 +91,24 @@ impl ModelEngine {
     }
 }
 
+const STOPPED: Error = Error::Unavailable {
+    reason: "the engine has stopped",
+};
+
+/// What comes until the end or an error.
+fn stream_of(received: events::UnboundedReceiver<Result<TokenEvent>>) -> TokenStream {
+    stream::unfold(Some(received), |received| async {
+        let mut received = received?;
+        match received.recv().await {
+            Some(Ok(event @ TokenEvent::Finished { .. })) => Some((Ok(event), None)),
+            Some(Ok(event)) => Some((Ok(event), Some(received))),
+            Some(Err(error)) => Some((Err(error), None)),
+            None => Some((Err(STOPPED), None)),
+        }
+    })
+    .boxed()
+}
+
 #[async_trait]
 impl Engine for ModelEngine {
     fn models(&self) -> Vec<ModelInfo> {
@@ -99,36 +120,41 @@ impl Engine for ModelEngine {
     }
 
     async fn generate(&self, request: GenerateRequest) -> Result<TokenStream> {
-        const STOPPED: Error = Error::Unavailable {
-            reason: "the engine has stopped",
-        };
-        let adapter = self.registry.find(&request.model)?;
-        check_request(&request, self.config.vocab_size, self.max_model_len)?;
-        let grammar = match request.constraint.clone() {
-            Some(constraint) => Some(self.grammars.compile(constraint).await?),
-            None => None,
-        };
-        let (events, received) = events::unbounded_channel();
+        let streams = self.generate_all(vec![request]).await?;
+        streams.into_iter().next().ok_or(STOPPED)
+    }
+
+    async fn generate_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<TokenStream>> {
+        let mut jobs = Vec::with_capacity(requests.len());
+        let mut streams = Vec::with_capacity(requests.len());
+        let mut compiled: Option<(Constraint, Grammar)> = None;
+        for request in requests {
+            let adapter = self.registry.find(&request.model)?;
+            check_request(&request, self.config.vocab_size, self.max_model_len)?;
+            let grammar = match (&request.constraint, &compiled) {
+                (None, _) => None,
+                // Choices of one request have one schema.
+                (Some(asked), Some((known, grammar))) if asked == known => Some(grammar.clone()),
+                (Some(asked), _) => {
+                    let grammar = self.grammars.compile(asked.clone()).await?;
+                    compiled = Some((asked.clone(), grammar.clone()));
+                    Some(grammar)
+                }
+            };
+            let (events, received) = events::unbounded_channel();
+            jobs.push(Job {
+                adapter,
+                grammar,
+                request,
+                events,
+            });
+            streams.push(stream_of(received));
+        }
         let (admitted, reply) = oneshot::channel();
-        let job = Job {
-            adapter,
-            grammar,
-            request,
-            events,
-            admitted,
-        };
-        self.inbox.send(job).map_err(|_| STOPPED)?;
+        let arrival = Arrival { jobs, admitted };
+        self.inbox.send(arrival).map_err(|_| STOPPED)?;
         reply.await.map_err(|_| STOPPED)??;
-        Ok(stream::unfold(Some(received), |received| async {
-            let mut received = received?;
-            match received.recv().await {
-                Some(Ok(event @ TokenEvent::Finished { .. })) => Some((Ok(event), None)),
-                Some(Ok(event)) => Some((Ok(event), Some(received))),
-                Some(Err(error)) => Some((Err(error), None)),
-                None => Some((Err(STOPPED), None)),
-            }
-        })
-        .boxed())
+        Ok(streams)
     }
 
     fn stats(&self) -> Vec<EngineStats> {

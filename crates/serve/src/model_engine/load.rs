@@ -8,9 +8,9 @@ use candle_core::{DType, Device};
 use updraft_chat::{Chat, ChatFiles, TemplateFiles};
 use updraft_model::{Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
 
-use super::conventions;
 use super::source::{Found, Kind, ModelSource, Place, find};
 use super::{EngineOptions, ModelEngine, ServedAdapter, ServedModel};
+use crate::conventions;
 use crate::error::{BoxError, Error, Result};
 
 /// An adapter to serve over a base model.
@@ -56,12 +56,14 @@ impl ModelEngine {
                 let decoder = load_decoder(&files, &options, &threads);
                 (chat.join(), decoder)
             });
+            let file = |name: &str| files.files.get(name).map(Bytes::as_ref);
+            let sampling = conventions::sampling(file("generation_config.json"));
+            let text_prefix = conventions::text_prefix(file("tokenizer.json"));
             let model = ServedModel {
                 chat: chat.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
                 decoder: decoder.map_err(|source| failed(&root, source))?,
-                sampling: conventions::sampling(&files).map_err(|error| failed(&root, error))?,
-                text_prefix: conventions::text_prefix(&files)
-                    .map_err(|error| failed(&root, error))?,
+                sampling: sampling.map_err(|error| failed(&root, error))?,
+                text_prefix: text_prefix.map_err(|error| failed(&root, error))?,
                 name,
                 root,
                 adapters: served,
@@ -146,8 +148,12 @@ pub(super) async fn load_adapter(
     let found = find(&adapter.source, Kind::Adapter).await?;
     let config = adapter_file(&found, "adapter_config.json").await?;
     let weights = adapter_file(&found, "adapter_model.safetensors").await?;
-    let loaded = peft::read_adapter(&config, &weights, base);
-    let loaded = loaded.map_err(|source| failed(&found.root, source))?;
+    let (base, root) = (base.clone(), found.root.clone());
+    let loaded = blocking(move || {
+        let loaded = peft::read_adapter(&config, &weights, &base);
+        loaded.map_err(|source| failed(&root, source))
+    });
+    let loaded = loaded.await?;
     if loaded.saves_modules() {
         let reason = "it holds whole modules (modules_to_save), which requests with other adapters \
                       cannot share; serve its merged model";

@@ -12,7 +12,6 @@ mod sequence;
 mod status;
 mod worker;
 
-mod conventions;
 mod load;
 mod source;
 

@@ -5,35 +5,55 @@ use tokio::sync::mpsc;
 use super::grammar::Grammar;
 use super::registry::Generation;
 use crate::engine::{GenerateRequest, TokenEvent, TokenLogprobs, Usage};
-use crate::error::{BoxError, Result};
-use crate::sampler::{self, Past};
+use crate::error::Result;
+use crate::sampler::{self, Seen};
 use crate::scheduler::{SequenceId, Slice};
 
 /// One request under way.
 #[derive(Debug)]
 pub(super) struct Sequence {
+    /// Without its prompt.
     pub(super) request: GenerateRequest,
     pub(super) adapter: Option<Generation>,
     pub(super) grammar: Option<Grammar>,
     /// Prompt and completion.
     pub(super) tokens: Vec<u32>,
+    prompt_len: usize,
+    seen: Seen,
     pub(super) cached_tokens: u32,
     pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub(super) events: mpsc::UnboundedSender<Result<TokenEvent>>,
 }
 
 impl Sequence {
-    pub(super) fn prompt_len(&self) -> usize {
-        self.request.prompt_ids.len()
+    /// Admitted, with nothing computed yet. The prompt moves to where the completion will follow it.
+    pub(super) fn new(
+        mut request: GenerateRequest,
+        adapter: Option<Generation>,
+        grammar: Option<Grammar>,
+        events: mpsc::UnboundedSender<Result<TokenEvent>>,
+    ) -> Self {
+        let tokens = std::mem::take(&mut request.prompt_ids);
+        Self {
+            seen: Seen::new(&request.sampling, &tokens),
+            prompt_len: tokens.len(),
+            tokens,
+            cached_tokens: 0,
+            prompt_logprobs: Vec::new(),
+            request,
+            adapter,
+            grammar,
+            events,
+        }
     }
 
     pub(super) fn generated(&self) -> &[u32] {
-        &self.tokens[self.prompt_len()..]
+        &self.tokens[self.prompt_len..]
     }
 
     pub(super) fn usage(&self) -> Usage {
         Usage {
-            prompt_tokens: self.prompt_len() as u32,
+            prompt_tokens: self.prompt_len as u32,
             cached_tokens: self.cached_tokens,
             completion_tokens: self.generated().len() as u32,
         }
@@ -41,12 +61,14 @@ impl Sequence {
 
     /// The next token by the request's own settings; `None` if it may be none.
     pub(super) fn sample(&self, logits: &[f32]) -> Option<u32> {
-        let past = Past {
-            prompt: &self.request.prompt_ids,
-            generated: self.generated(),
-            forbidden: &self.request.forbidden(self.generated()),
-        };
+        let past = self.request.past(&self.seen, self.generated());
         sampler::sample(logits, &self.request.sampling, past)
+    }
+
+    /// One more token.
+    pub(super) fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        self.seen.push(token);
     }
 
     /// The log-probabilities of a chosen token, if they were asked for.
@@ -57,7 +79,7 @@ impl Sequence {
     }
 
     /// The logits with what the grammar forbids at minus infinity; `None` if all is allowed.
-    pub(super) fn allowed(&mut self, logits: &[f32]) -> Result<Option<Vec<f32>>, BoxError> {
+    pub(super) fn allowed(&mut self, logits: &[f32]) -> Result<Option<Vec<f32>>> {
         let stops = &self.request.stop_token_ids;
         let grammar = self.grammar.as_mut();
         grammar
@@ -66,7 +88,7 @@ impl Sequence {
     }
 
     /// Whether the grammar allows nothing after this token.
-    pub(super) fn is_over(&mut self, token: u32) -> Result<bool, BoxError> {
+    pub(super) fn is_over(&mut self, token: u32) -> Result<bool> {
         let Some(grammar) = &mut self.grammar else {
             return Ok(false);
         };
@@ -83,7 +105,7 @@ impl Sequence {
         let known = (self.prompt_logprobs.len().max(1) - 1) as u32;
         let wanted = self.request.prompt_logprobs.is_some();
         let end = if wanted {
-            (last + 1).min(self.prompt_len() as u32 - 1)
+            (last + 1).min(self.prompt_len as u32 - 1)
         } else {
             0
         };

@@ -17,10 +17,10 @@ use super::registry::Generation;
 use super::sequence::{Row, Sequence};
 use super::status::Status;
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent};
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 use crate::prefix::PrefixRoot;
 use crate::sampler;
-use crate::scheduler::{Scheduler, SequenceId, Step};
+use crate::scheduler::{Newcomer, Scheduler, SequenceId, Step};
 
 /// Rows of logits computed at once: enough to use the hardware, little memory at any vocabulary.
 const LOGIT_ROWS: usize = 32;
@@ -34,7 +34,13 @@ pub(super) struct Job {
     /// What the answer must follow.
     pub(super) grammar: Option<Grammar>,
     pub(super) events: mpsc::UnboundedSender<Result<TokenEvent>>,
-    /// Whether it got a place in the queue.
+}
+
+/// Requests that come together, to be admitted together or not at all.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) jobs: Vec<Job>,
+    /// Whether they got places in the queue.
     pub(super) admitted: oneshot::Sender<Result<()>>,
 }
 
@@ -50,7 +56,7 @@ pub(super) struct Worker {
     next_id: SequenceId,
     prefix_cache: bool,
     pace: Pace,
-    inbox: Receiver<Job>,
+    inbox: Receiver<Arrival>,
     status: Arc<Status>,
 }
 
@@ -60,7 +66,7 @@ impl Worker {
         decoder: Decoder,
         scheduler: Scheduler,
         options: &EngineOptions,
-        inbox: Receiver<Job>,
+        inbox: Receiver<Arrival>,
         status: Arc<Status>,
     ) -> updraft_model::Result<Self> {
         status.caches_prefixes(options.prefix_cache);
@@ -86,7 +92,7 @@ impl Worker {
             if self.sequences.is_empty() {
                 self.pace.idle();
                 match self.inbox.recv() {
-                    Ok(job) => first = Some(job),
+                    Ok(arrival) => first = Some(arrival),
                     Err(_) => break,
                 }
             }
@@ -101,11 +107,11 @@ impl Worker {
     }
 
     /// Forgets what has gone, admits what has come, and computes one step.
-    fn turn(&mut self, first: Option<Job>) {
+    fn turn(&mut self, first: Option<Arrival>) {
         // In this order a client that drops one request and sends another finds its place free.
-        let jobs: Vec<Job> = first.into_iter().chain(self.inbox.try_iter()).collect();
+        let arrivals: Vec<Arrival> = first.into_iter().chain(self.inbox.try_iter()).collect();
         self.drop_cancelled();
-        jobs.into_iter().for_each(|job| self.admit(job));
+        arrivals.into_iter().for_each(|arrival| self.admit(arrival));
         self.step();
         self.publish();
     }
@@ -126,38 +132,38 @@ impl Worker {
         self.status.adapters(adapters(true), adapters(false));
     }
 
-    fn admit(&mut self, job: Job) {
-        if job.events.is_closed() {
-            return;
+    fn admit(&mut self, arrival: Arrival) {
+        let Arrival { jobs, admitted } = arrival;
+        if jobs.iter().all(|job| job.events.is_closed()) {
+            return; // Whoever asked has gone.
         }
-        let id = self.next_id;
-        self.next_id += 1;
-        let prompt = &job.request.prompt_ids;
-        let root = self.root(&job);
-        let admitted = self
-            .scheduler
-            .admit(id, prompt, job.request.max_tokens, root);
-        let admitted = admitted.map_err(|error| match error {
-            Error::Overloaded { .. } => Error::Overloaded {
+        let first = self.next_id;
+        let newcomers: Vec<Newcomer<'_>> = jobs
+            .iter()
+            .map(|job| Newcomer {
+                prompt: &job.request.prompt_ids,
+                max_tokens: job.request.max_tokens,
+                root: self.root(job),
+            })
+            .collect();
+        let result = match self.scheduler.admit_all(first, &newcomers) {
+            Ok(()) => {
+                self.next_id += jobs.len() as SequenceId;
+                for (id, job) in (first..).zip(jobs) {
+                    let (request, events) = (job.request, job.events);
+                    let sequence = Sequence::new(request, job.adapter, job.grammar, events);
+                    self.sequences.insert(id, sequence);
+                }
+                Ok(())
+            }
+            Err(Error::Overloaded { .. }) => Err(Error::Overloaded {
                 retry_after: self.pace.retry_after(self.scheduler.num_waiting()),
-            },
-            other => other,
-        });
-        if admitted.is_ok() {
-            let sequence = Sequence {
-                tokens: job.request.prompt_ids.clone(),
-                cached_tokens: 0,
-                prompt_logprobs: Vec::new(),
-                request: job.request,
-                adapter: job.adapter,
-                grammar: job.grammar,
-                events: job.events,
-            };
-            self.sequences.insert(id, sequence);
-        }
+            }),
+            Err(other) => Err(other),
+        };
         self.publish();
         // Nobody listens if the client has just gone; the next sweep finds that out.
-        let _ = job.admitted.send(admitted);
+        let _ = admitted.send(result);
     }
 
     /// What a request's prefix shares; nothing where every position's logits are wanted.
@@ -369,7 +375,7 @@ impl Worker {
         sequence.tell_prompt();
         let allowed = match sequence.allowed(logits) {
             Ok(allowed) => allowed,
-            Err(error) => return self.fail(id, &one_line(error.as_ref())),
+            Err(error) => return self.end_with(id, error),
         };
         let choice = allowed.as_deref().unwrap_or(logits);
         let Some(token) = sequence.sample(choice) else {
@@ -380,7 +386,7 @@ impl Worker {
         };
         let is_stop = sequence.request.stop_token_ids.contains(&token);
         let logprobs = sequence.logprobs(logits, token);
-        sequence.tokens.push(token);
+        sequence.push(token);
         if is_stop {
             return self.finish(id, FinishReason::Stop);
         }
@@ -391,7 +397,7 @@ impl Worker {
         match sequence.is_over(token) {
             Ok(false) => {}
             Ok(true) => return self.finish(id, FinishReason::Stop),
-            Err(error) => return self.fail(id, &one_line(error.as_ref())),
+            Err(error) => return self.end_with(id, error),
         }
         if sequence.generated().len() == sequence.request.max_tokens as usize {
             return self.finish(id, FinishReason::Length);
@@ -422,20 +428,21 @@ impl Worker {
 
     /// What the request asks for contradicts itself, which shows only now.
     fn refuse(&mut self, id: SequenceId, message: &str) {
-        if let Some(sequence) = self.sequences.get(&id) {
-            sequence.tell(Err(Error::InvalidRequest {
-                message: message.to_owned(),
-                param: None,
-            }));
-        }
-        self.forget(id);
+        let refused = Error::InvalidRequest {
+            message: message.to_owned(),
+            param: None,
+        };
+        self.end_with(id, refused);
     }
 
     fn fail(&mut self, id: SequenceId, cause: &str) {
+        let source = cause.into();
+        self.end_with(id, Error::Step { source });
+    }
+
+    fn end_with(&mut self, id: SequenceId, error: Error) {
         if let Some(sequence) = self.sequences.get(&id) {
-            sequence.tell(Err(Error::Step {
-                source: cause.into(),
-            }));
+            sequence.tell(Err(error));
         }
         self.forget(id);
     }
@@ -462,12 +469,12 @@ mod tests {
 
     type Events = mpsc::UnboundedReceiver<Result<TokenEvent>>;
 
-    fn ask(inbox: &std::sync::mpsc::Sender<Job>, request: GenerateRequest) -> Events {
+    fn ask(inbox: &std::sync::mpsc::Sender<Arrival>, request: GenerateRequest) -> Events {
         ask_adapter(inbox, request, None)
     }
 
     fn ask_adapter(
-        inbox: &std::sync::mpsc::Sender<Job>,
+        inbox: &std::sync::mpsc::Sender<Arrival>,
         request: GenerateRequest,
         adapter: Option<Generation>,
     ) -> Events {
@@ -478,9 +485,9 @@ mod tests {
             adapter,
             grammar: None,
             events,
-            admitted,
         };
-        inbox.send(job).expect("it listens");
+        let jobs = vec![job];
+        inbox.send(Arrival { jobs, admitted }).expect("it listens");
         received
     }
 
@@ -542,8 +549,10 @@ mod tests {
             for turn in 0..40 {
                 if panics && turn == after {
                     // As if a length were counted wrong somewhere: an index out of bounds.
-                    let jobs: Vec<Job> = worker.inbox.try_iter().collect();
-                    jobs.into_iter().for_each(|job| worker.admit(job));
+                    let arrivals: Vec<Arrival> = worker.inbox.try_iter().collect();
+                    arrivals
+                        .into_iter()
+                        .for_each(|arrival| worker.admit(arrival));
                     worker
                         .sequences
                         .get_mut(&1)

@@ -56,7 +56,16 @@ async fn an_adapter_is_loaded_used_and_unloaded() {
     assert_eq!(ask(&server, "lora").await, tuned, "the same files");
 
     let unload = json!({"lora_name": "lora"});
+    let counted = async || {
+        server
+            .get("/metrics")
+            .await
+            .body
+            .contains("model_name=\"lora\"")
+    };
+    assert!(counted().await);
     assert_eq!(server.post(UNLOAD, &unload).await.status, 200);
+    assert!(!counted().await, "names that come and go leave nothing");
     let again = server.post(UNLOAD, &unload).await;
     again.error(404, Some("model_not_found"));
     let question = json!({"model": "lora", "messages": [{"role": "user", "content": "x"}]});

@@ -60,3 +60,31 @@ async fn pages_of_allowed_origins_may_ask() {
         assert_eq!(answer.header("access-control-allow-origin"), origin);
     }
 }
+
+/// A browser with OpenAI's own client in it asks first whether it may send what that client sends,
+/// deletes what it stored, and reads what tells it not to try again.
+#[tokio::test]
+async fn openais_client_works_in_a_browser() {
+    let server = server(&["http://a.example"]).await;
+    let asked = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,\
+                 x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,\
+                 x-stainless-runtime-version,x-stainless-timeout";
+    for (method, path) in [
+        ("POST", "/v1/chat/completions"),
+        ("DELETE", "/v1/responses/resp_1"),
+    ] {
+        let preflight = format!(
+            "Origin: http://a.example\r\nAccess-Control-Request-Method: {method}\r\n\
+             Access-Control-Request-Headers: {asked}\r\n"
+        );
+        let answer = server.request("OPTIONS", path, &preflight, None).await;
+        assert_eq!(answer.status, 204);
+        let methods = answer.header("access-control-allow-methods");
+        assert!(methods.is_some_and(|methods| methods.contains(method)));
+        assert_eq!(answer.header("access-control-allow-headers"), Some(asked));
+    }
+    let origin = "Origin: http://a.example\r\n";
+    let answer = server.request("GET", "/v1/models", origin, None).await;
+    let read = answer.header("access-control-expose-headers");
+    assert!(read.is_some_and(|read| read.contains("x-should-retry")));
+}

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use safetensors::SafeTensors;
 use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, SpecialTokens};
 use updraft_serve::{
@@ -146,6 +146,61 @@ async fn what_it_cannot_do_is_refused_before_the_stream() {
         matches!(refused, Error::InvalidRequest { .. }),
         "{refused:?}"
     );
+}
+
+/// The folder's files beside the weights say what requests leave out.
+#[tokio::test]
+async fn what_the_models_makers_say_is_heard() {
+    let copy = tempfile::tempdir().expect("a temporary folder");
+    for file in ["config.json", "model.safetensors"] {
+        let bytes = std::fs::read(folder("phi3").join(file)).expect("a fixture");
+        std::fs::write(copy.path().join(file), bytes).expect("written");
+    }
+    let write = |name, json| std::fs::write(copy.path().join(name), json).expect("written");
+    write(
+        "generation_config.json",
+        r#"{"temperature": 0.5, "top_k": 7}"#,
+    );
+    write(
+        "tokenizer.json",
+        r#"{"post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}}}}"#,
+    );
+    let engine = CandleEngine::with_chat("phi3", copy.path(), chat()).expect("it loads");
+    let info = engine.models().remove(0);
+    assert_eq!(
+        (info.sampling.temperature, info.sampling.top_k),
+        (Some(0.5), Some(7))
+    );
+    assert_eq!(info.text_prefix, [3]);
+}
+
+/// Clients that went while they waited keep nobody out, even while the one before them is served.
+#[tokio::test]
+async fn those_who_went_leave_their_place_in_the_queue() {
+    let engine = engine("phi3");
+    let longest = engine.models()[0].max_model_len - 2;
+    let ask = || engine.generate(GenerateRequest::greedy("phi3", vec![1, 2], longest));
+    let mut running = ask().await.expect("nobody else is there");
+    assert!(running.next().await.is_some());
+    let mut waiting = Vec::new();
+    let refused = loop {
+        match ask().await {
+            Ok(stream) => waiting.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, Error::Overloaded { .. }), "{refused:?}");
+    drop(waiting);
+    // The queue is looked at before each token of the one that runs.
+    let mut again = ask().await;
+    while again.is_err() && running.next().await.is_some() {
+        again = ask().await;
+    }
+    assert!(again.is_ok());
+    assert!(running.next().await.is_some(), "it was not over before");
 }
 
 /// The promises of every engine, but for embeddings.

@@ -92,7 +92,7 @@ async fn logprobs_run_in_parallel_and_cover_the_echo() {
         logprobs["tokens"],
         json!(["h", "\u{fffd}", "\u{fffd}", "h"])
     );
-    assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 3]));
+    assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 2]));
     assert_eq!(logprobs["token_logprobs"], json!([0.0, 0.0, 0.0, 0.0]));
     assert_eq!(logprobs["top_logprobs"][0], json!({}));
     assert_eq!(logprobs["top_logprobs"][3], json!({"h": 0.0}));
@@ -104,7 +104,7 @@ async fn logprobs_run_in_parallel_and_cover_the_echo() {
             .as_array()
             .cloned()
     });
-    assert_eq!(offsets.flatten().collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_eq!(offsets.flatten().collect::<Vec<_>>(), [0, 1, 2, 2]);
 }
 
 #[tokio::test]
@@ -125,7 +125,8 @@ async fn bad_prompts_are_named() {
             .post(PATH, &json!({"prompt": prompt}))
             .await
             .error(400, None);
-        assert_eq!(error["param"], "prompt", "{prompt}: {error}");
+        let param = error["param"].as_str().expect("a field");
+        assert_eq!(param.split('[').next(), Some("prompt"), "{prompt}: {error}");
     }
     let many = vec!["a"; 200];
     assert_eq!(

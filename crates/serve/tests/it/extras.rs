@@ -170,3 +170,93 @@ async fn what_cannot_be_is_named() {
         assert_eq!(error["param"], param, "{more}: {error}");
     }
 }
+
+/// A stop string counts only in what comes after `min_tokens`.
+#[tokio::test]
+async fn least_tokens_come_before_any_stop_string() {
+    let server = Server::echo().await;
+    for stream in [false, true] {
+        let text = async |min_tokens: u32| {
+            let more = json!({"stop": "a", "min_tokens": min_tokens, "max_tokens": 9});
+            let mut body = ask("banana", &more);
+            body["stream"] = json!(stream);
+            let answer = server.post(CHAT, &body).await;
+            if !stream {
+                let text = &answer.json()["choices"][0]["message"]["content"];
+                return text.as_str().expect("text").to_owned();
+            }
+            let chunks = answer.chunks().into_iter();
+            let text =
+                |chunk: Value| Some(chunk["choices"][0]["delta"]["content"].as_str()?.to_owned());
+            chunks.filter_map(text).collect()
+        };
+        assert_eq!(text(0).await, "b");
+        assert_eq!(text(1).await, "b");
+        assert_eq!(text(2).await, "ban");
+        assert_eq!(text(4).await, "banan");
+    }
+}
+
+/// A prompt may fill the context if nothing is to follow it.
+#[tokio::test]
+async fn a_prompt_alone_may_fill_the_context() {
+    let server = Server::echo().await;
+    let full = |max_tokens: u32| json!({"prompt": "x".repeat(4096), "max_tokens": max_tokens});
+    let answer = server.post(TEXT, &full(0)).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let usage = answer.json()["usage"].clone();
+    assert_eq!(usage["prompt_tokens"], 4096);
+    let code = Some("context_length_exceeded");
+    server.post(TEXT, &full(1)).await.error(400, code);
+    let longer = json!({"prompt": "x".repeat(4097), "max_tokens": 0});
+    server.post(TEXT, &longer).await.error(400, code);
+}
+
+/// Streams tell what their prompt was in the first chunk of each choice.
+#[tokio::test]
+async fn streamed_texts_tell_their_prompts_ids() {
+    let server = Server::echo().await;
+    for echo in [false, true] {
+        let body = json!({
+            "prompt": ["ab", "c"], "n": 2, "stream": true, "return_token_ids": true, "echo": echo,
+        });
+        let chunks = server.post(TEXT, &body).await.chunks();
+        for (index, ids) in [
+            (0, [97, 98].as_slice()),
+            (1, &[97, 98]),
+            (2, &[99]),
+            (3, &[99]),
+        ] {
+            let of_choice = chunks.iter().map(|chunk| &chunk["choices"][0]);
+            let mut of_choice = of_choice.filter(|choice| choice["index"] == index);
+            let first = of_choice.next().expect("a chunk");
+            assert_eq!(first["prompt_token_ids"], json!(ids), "{first}");
+            assert_eq!(first["text"] != "", echo);
+            assert!(of_choice.all(|choice| choice["prompt_token_ids"].is_null()));
+        }
+    }
+}
+
+/// The four bytes of one character are four tokens, all of one character's place.
+#[tokio::test]
+async fn offsets_count_characters_not_their_parts() {
+    let server = Server::echo().await;
+    for stream in [false, true] {
+        let body = json!({"prompt": "a\u{1F600}b", "logprobs": 0, "stream": stream});
+        let answer = server.post(TEXT, &body).await;
+        let offsets: Vec<Value> = match stream {
+            false => answer.json()["choices"][0]["logprobs"]["text_offset"]
+                .as_array()
+                .expect("offsets")
+                .clone(),
+            true => {
+                let chunks = answer.chunks();
+                let offsets = chunks
+                    .iter()
+                    .filter_map(|chunk| chunk["choices"][0]["logprobs"]["text_offset"].as_array());
+                offsets.flatten().cloned().collect()
+            }
+        };
+        assert_eq!(json!(offsets), json!([0, 1, 2, 2, 2, 2]), "stream {stream}");
+    }
+}

@@ -47,6 +47,12 @@ async fn a_client_that_goes_cancels_its_request() {
         }
         drop(connection);
         until("it is cancelled", || engine.running() == 0).await;
+        let metrics = server.get("/metrics").await.body;
+        let none = "vllm:generation_tokens_total{model_name=\"echo\",engine=\"0\"} 0\n";
+        assert!(
+            !stream || !metrics.contains(none),
+            "what was made is counted"
+        );
         assert!(
             start.elapsed() < Duration::from_millis(900),
             "it did not just run to its end"
@@ -96,6 +102,10 @@ async fn shutdown_lets_requests_end() {
         .await;
     until("it runs", || engine.running() == 1).await;
     server.stop();
+    // Whoever looks is told, on a connection of their own, until the last answer is out.
+    until_draining(&server).await;
+    server.post(PATH, &long(false)).await.error(503, None);
+    assert_eq!(engine.running(), 1, "it still runs");
     let mut answer = String::new();
     connection
         .read_to_string(&mut answer)
@@ -106,6 +116,39 @@ async fn shutdown_lets_requests_end() {
     assert!(
         TcpStream::connect(server.addr).await.is_err(),
         "it no longer listens"
+    );
+}
+
+/// Until `/health` says that the server drains; it may still be ready for a moment.
+async fn until_draining(server: &Server) {
+    let start = Instant::now();
+    loop {
+        let health = server.get("/health").await;
+        if health.status == 503 {
+            health.error(503, None);
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "never draining");
+    }
+}
+
+/// A response in the background has no connection that waits for it.
+#[tokio::test]
+async fn shutdown_lets_the_background_end() {
+    let engine = slow();
+    let mut server = Server::start(Arc::new(engine.clone()), ServeOptions::default()).await;
+    let body = json!({"input": "x".repeat(200), "background": true});
+    let begun = Instant::now();
+    let response = server.post("/v1/responses", &body).await.json();
+    assert_eq!(response["status"], "in_progress");
+    until("it runs", || engine.running() == 1).await;
+    server.stop();
+    (&mut server.task).await.expect("no panic");
+    assert_eq!(engine.running(), 0);
+    // Its 200 tokens take two milliseconds each.
+    assert!(
+        begun.elapsed() >= Duration::from_millis(400),
+        "it was let to its end"
     );
 }
 

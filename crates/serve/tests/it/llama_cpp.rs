@@ -114,7 +114,8 @@ async fn prompts_are_texts_ids_and_mixtures() {
             .post(PATH, &json!({"prompt": prompt}))
             .await
             .error(400, None);
-        assert_eq!(error["param"], "prompt", "{prompt}: {error}");
+        let param = error["param"].as_str().expect("a field");
+        assert_eq!(param.split('[').next(), Some("prompt"), "{prompt}: {error}");
     }
     let long = "x".repeat(5000);
     let error = server.post(PATH, &json!({"prompt": long})).await;
@@ -190,7 +191,8 @@ async fn its_own_words_are_understood() {
         (json!({"prompt": ["a", "b"], "stream": true}), "stream"),
     ] {
         let error = server.post(PATH, &ask(more.clone())).await.error(400, None);
-        assert_eq!(error["param"], param, "{more}: {error}");
+        let named = error["param"].as_str().expect("a field");
+        assert_eq!(named.split('[').next(), Some(param), "{more}: {error}");
     }
 }
 

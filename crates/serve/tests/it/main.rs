@@ -1,6 +1,7 @@
 //! The server as a client on a socket sees it.
 
 mod adapters;
+mod admission;
 mod auth;
 mod browser;
 #[cfg(feature = "candle-transformers")]

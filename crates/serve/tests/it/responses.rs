@@ -294,6 +294,11 @@ async fn a_response_in_the_background_ends_or_is_cancelled() {
         let kept = server.get(&path).await;
         assert_eq!(kept.status, if deleted { 404 } else { 200 });
         assert!(deleted || kept.json()["status"] == "cancelled");
+        // There is no answer to go on from.
+        let id = path.rsplit('/').next().expect("an id");
+        let body = json!({"input": "go on", "previous_response_id": id});
+        let error = server.post(PATH, &body).await.error(400, None);
+        assert_eq!(error["param"], "previous_response_id");
     }
     let plain = server.post(PATH, &json!({"input": "hi"})).await.json();
     let plain = format!("{PATH}/{}", plain["id"].as_str().expect("an id"));
@@ -310,6 +315,55 @@ async fn a_response_in_the_background_ends_or_is_cancelled() {
             "background"
         );
     }
+}
+
+/// An answer without the form that was asked for would be wrong, in this API as in the others.
+#[tokio::test]
+async fn forms_in_words_of_others_are_refused() {
+    let server = Server::echo().await;
+    for field in ["guided_json", "guided_regex", "grammar"] {
+        let mut body = json!({"input": "hi"});
+        body[field] = json!({"type": "object"});
+        let error = server.post(PATH, &body).await.error(400, None);
+        assert_eq!(error["param"], field, "{error}");
+    }
+}
+
+/// As any other request: counted, ended when it takes too long, and up to 2,048 inputs.
+#[tokio::test]
+async fn embeddings_are_requests_like_others() {
+    let server = Server::echo().await;
+    let inputs: Vec<String> = (0..300).map(|number| format!("{number:03}")).collect();
+    let body = json!({"input": inputs, "encoding_format": null});
+    let answer = server.post("/v1/embeddings", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let data = answer.json()["data"].as_array().expect("a list").clone();
+    assert_eq!(data.len(), 300);
+    assert!(
+        data[299]["embedding"].is_array(),
+        "floats, where none are named"
+    );
+    assert_ne!(data[0]["embedding"], data[299]["embedding"]);
+    let metrics = server.get("/metrics").await.body;
+    for line in [
+        "vllm:prompt_tokens_total{model_name=\"echo\",engine=\"0\"} 900\n",
+        "vllm:request_success_total{model_name=\"echo\",engine=\"0\",finished_reason=\"length\"} 300\n",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+    let body = json!({"input": vec!["x"; 2049]});
+    let error = server.post("/v1/embeddings", &body).await.error(400, None);
+    assert_eq!(error["param"], "input");
+
+    let slow = EchoEngine::new(["echo"]).with_pace(std::time::Duration::from_secs(9));
+    let options = ServeOptions {
+        request_timeout: Some(std::time::Duration::from_millis(50)),
+        ..ServeOptions::default()
+    };
+    let server = Server::start(Arc::new(slow.clone()), options).await;
+    let answer = server.post("/v1/embeddings", &json!({"input": "x"})).await;
+    answer.error(504, Some("timeout"));
+    until("it is ended", || slow.running() == 0).await;
 }
 
 /// Nobody reads with another key what was asked with one.

@@ -131,3 +131,88 @@ async fn a_request_that_takes_too_long_is_ended() {
     body["stream"] = json!(false);
     assert_eq!(server.post(PATH, &body).await.status, 200);
 }
+
+/// Over HTTP/2 a client stalls one stream by closing its window, and answers every ping of the
+/// connection: the request ends all the same, and other streams of that connection go on.
+#[tokio::test]
+async fn a_window_that_never_opens_ends_its_request() {
+    for (options, what) in [
+        (
+            ServeOptions {
+                write_timeout: SOON,
+                ..ServeOptions::default()
+            },
+            "the client takes nothing for too long",
+        ),
+        (
+            ServeOptions {
+                request_timeout: Some(SOON),
+                ..ServeOptions::default()
+            },
+            "the request takes too long, which nobody asks for",
+        ),
+    ] {
+        let engine = EchoEngine::new(["echo"]).with_pace(Duration::from_millis(1));
+        let server = server(engine.clone(), options).await;
+        let stream = TcpStream::connect(server.addr).await.expect("it listens");
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(0);
+        let handshake = builder.handshake::<_, bytes::Bytes>(stream).await;
+        let (mut client, mut connection) = handshake.expect("it speaks HTTP/2");
+        let (open, opened) = tokio::sync::oneshot::channel::<()>();
+        let connection = tokio::spawn(async move {
+            tokio::select! {
+                _ = &mut connection => return,
+                _ = opened => {}
+            }
+            connection.set_initial_window_size(1 << 20).expect("sent");
+            let _ = connection.await;
+        });
+        let body = json!({
+            "messages": [{"role": "user", "content": "x"}], "stream": true, "ignore_eos": true,
+            "max_tokens": 4000,
+        });
+        let request = axum::http::Request::post(format!("http://{}{PATH}", server.addr))
+            .header("content-type", "application/json")
+            .body(())
+            .expect("a request");
+        let (answer, mut sending) = client.send_request(request, false).expect("room");
+        let body = body.to_string().into();
+        sending.send_data(body, true).expect("it is sent");
+        let mut answer = answer.await.expect("a head").into_body();
+        until("it runs", || engine.running() == 1).await;
+        until(what, || engine.running() == 0).await;
+
+        // The connection is none the worse, and the stalled stream no whole answer.
+        let request = axum::http::Request::get(format!("http://{}/health", server.addr));
+        let request = request.body(()).expect("a request");
+        let (other, _) = client.send_request(request, true).expect("room");
+        assert_eq!(other.await.expect("an answer").status(), 200);
+        open.send(()).expect("the connection lives");
+        let mut last = answer.data().await;
+        while let Some(Ok(_)) = last {
+            last = answer.data().await;
+        }
+        assert!(matches!(last, Some(Err(_))), "{what}: {last:?}");
+        connection.abort();
+    }
+}
+
+/// A client that sent a byte more than its request, to which HTTP/1 listens only after the answer,
+/// and went: it is noticed while the answer is still being made.
+#[tokio::test]
+async fn a_client_that_goes_after_a_byte_too_many_is_noticed() {
+    let engine = EchoEngine::new(["echo"]).with_pace(Duration::from_millis(20));
+    let server = server(engine.clone(), ServeOptions::default()).await;
+    let body = json!({"messages": [{"role": "user", "content": "x".repeat(1000)}]});
+    let headers = "Content-Type: application/json\r\n";
+    let mut client = server
+        .send("POST", PATH, headers, Some(&body.to_string()))
+        .await;
+    until("it runs", || engine.running() == 1).await;
+    client.write_all(b"\n").await.expect("it is still read");
+    // Now, or the server would see byte and end at once.
+    tokio::time::sleep(SOON).await;
+    drop(client);
+    until("it is cancelled", || engine.running() == 0).await;
+}

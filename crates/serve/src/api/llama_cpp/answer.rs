@@ -26,7 +26,7 @@ pub(super) struct Answer {
     stops: Vec<String>,
     n_probs: bool,
     return_tokens: bool,
-    response_fields: Vec<String>,
+    response_fields: Arc<[String]>,
     begun: Instant,
     first_token: Option<Instant>,
     text: String,
@@ -35,37 +35,50 @@ pub(super) struct Answer {
 }
 
 impl Answer {
+    /// Admits the completions of all prompts at once.
     pub(super) async fn start(
         app: &App,
         chat: &Arc<Chat>,
         fields: &CompletionFields,
-        index: usize,
-        request: TextRequest,
-    ) -> Result<Self> {
+        requests: Vec<TextRequest>,
+        arrived: Instant,
+    ) -> Result<Vec<Self>> {
         let begun = Instant::now();
-        let head = head(chat, fields, &request);
-        let (stops, n_probs) = (request.stop.clone(), request.request.logprobs.is_some());
-        Ok(Self {
-            completion: generate::start(app.clone(), chat.clone(), request).await?,
+        let told = |request: &TextRequest| {
+            let stops = request.stop.clone();
+            (
+                head(chat, fields, request),
+                stops,
+                request.request.logprobs.is_some(),
+            )
+        };
+        let told: Vec<_> = requests.iter().map(told).collect();
+        let completions = generate::start(app, chat, requests, arrived).await?;
+        let chosen = fields.response_fields.clone().unwrap_or_default().0;
+        let response_fields: Arc<[String]> = chosen.into();
+        let answers = completions.into_iter().zip(told).enumerate();
+        let answer = |(index, (completion, (head, stops, n_probs)))| Self {
+            completion,
             chat: chat.clone(),
             head,
             index,
             stops,
             n_probs,
             return_tokens: fields.return_tokens.unwrap_or(false),
-            response_fields: fields.response_fields.clone().unwrap_or_default(),
+            response_fields: response_fields.clone(),
             begun,
             first_token: None,
             text: String::new(),
             tokens: Vec::new(),
             probabilities: Vec::new(),
-        })
+        };
+        Ok(answers.map(answer).collect())
     }
 
     pub(super) async fn whole(mut self) -> Result<Value> {
         while let Some(event) = self.completion.try_next().await? {
             match event {
-                TextEvent::Prompt(_) => {}
+                TextEvent::Prompt(_) | TextEvent::Embedding(_) => {}
                 TextEvent::Text { text, tokens, .. } => self.note(&text, &tokens),
                 TextEvent::Finished {
                     reason,
@@ -91,7 +104,7 @@ impl Answer {
                 return Ok::<_, Error>(None);
             };
             let chunks = match event {
-                TextEvent::Prompt(_) => Vec::new(),
+                TextEvent::Prompt(_) | TextEvent::Embedding(_) => Vec::new(),
                 TextEvent::Text { text, tokens, .. } => this.chunks(&text, &tokens),
                 TextEvent::Finished {
                     reason,

@@ -14,27 +14,32 @@ use serde_json::{Value, json};
 use updraft_chat::Chat;
 
 use self::answer::Answer;
-use self::prompts::{biases, ids_of, is_one_prompt};
+use self::prompts::{Biases, Part, is_one_prompt};
+use super::capped::Capped;
 use super::chat::{ChatFields, prompt};
 use super::constrain::FormatFields;
 use super::draws::DrawFields;
 use super::error::ApiError;
+use super::fields::check_stops;
 use super::json::JsonBody;
 use super::unsupported;
 use crate::app::{App, Shared};
 use crate::engine::GenerateRequest;
 use crate::error::{Error, Result};
 use crate::generate::TextRequest;
+use crate::limits::MAX_LOGPROBS;
 use crate::sampling::SamplingParams;
 
 /// Likeliest tokens for each generated one at most.
-const MAX_PROBS: u32 = 20;
+const MAX_PROBS: u32 = MAX_LOGPROBS as u32;
 /// Stop strings of one request at most.
 const MAX_STOPS: usize = 16;
+/// Fields of the answer to choose at most; there are about thirty.
+const MAX_FIELDS: usize = 64;
 
 #[derive(Debug, Deserialize)]
 struct CompletionFields {
-    prompt: Value,
+    prompt: Part,
     #[serde(default)]
     model: Option<String>,
     /// -1 is all that is left of the context.
@@ -43,7 +48,7 @@ struct CompletionFields {
     #[serde(default)]
     stream: Option<bool>,
     #[serde(default)]
-    stop: Option<Vec<String>>,
+    stop: Option<Capped<Vec<String>, MAX_STOPS>>,
     #[serde(default)]
     repeat_penalty: Option<f64>,
     #[serde(default)]
@@ -53,18 +58,17 @@ struct CompletionFields {
     #[serde(default)]
     return_tokens: Option<bool>,
     #[serde(default)]
-    response_fields: Option<Vec<String>>,
+    response_fields: Option<Capped<Vec<String>, MAX_FIELDS>>,
     #[serde(default)]
     cache_prompt: Option<bool>,
     #[serde(default)]
     post_sampling_probs: Option<bool>,
 }
 
-/// Biases come as pairs or as an object, and name tokens by id or by text.
 #[derive(Debug, Deserialize)]
 struct BiasField {
     #[serde(default)]
-    logit_bias: Option<Value>,
+    logit_bias: Option<Biases>,
 }
 
 /// Continues one prompt, or each of several.
@@ -73,25 +77,47 @@ pub(crate) async fn completion(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     app.check_ready()?;
-    let fields: CompletionFields = body.read()?;
+    let mut fields: CompletionFields = body.read()?;
     fields.refuse_unsupported()?;
     unsupported::refuse(&body)?;
     let format: FormatFields = body.read()?;
     let model = app.model_or_default(fields.model.clone())?;
     let (chat, info) = (app.chat(&model)?, app.info(&model)?);
-    let mut draws: DrawFields = body.read_without("logit_bias")?;
+    let mut draws: DrawFields = body.read()?;
     draws.repetition_penalty = fields.repeat_penalty.or(draws.repetition_penalty);
     draws.seed = draws.seed.filter(|seed| *seed != -1);
     let mut sampling = draws.params(&app, &info.sampling)?;
     let bias: BiasField = body.read()?;
-    let (biases, prompts) = fields
-        .encoded(&chat, bias.logit_bias, info.text_prefix)
-        .await?;
-    sampling.logit_bias = biases;
-    app.check_choices(prompts.ids.len(), 1)?;
+    let (count, is_list) = match &fields.prompt {
+        Part::List(parts) if !is_one_prompt(parts) => (parts.len(), true),
+        _ => (1, false),
+    };
+    app.check_choices(count, 1)?;
+    let prompt = std::mem::replace(&mut fields.prompt, Part::List(Vec::new()));
+    prompt.check_size(&info)?;
+    let prefix = info.text_prefix;
+    let encoding = app.encode({
+        let chat = chat.clone();
+        move || {
+            let biases = bias.logit_bias.unwrap_or_default().encoded(&chat)?;
+            let parts = match prompt {
+                Part::List(parts) if is_list => parts,
+                one => vec![one],
+            };
+            let ids = parts.iter().map(|part| part.ids(&chat, &prefix));
+            match ids.collect::<Result<Vec<_>>>()? {
+                ids if ids.is_empty() => Err(Error::invalid("prompt", "the prompt is empty")),
+                ids => Ok((biases, ids)),
+            }
+        }
+    });
+    let (biases, prompts) = encoding.await?;
+    sampling.logit_bias = biases.into();
+    let arrived = body.arrived();
+    drop(body);
     let constraint = format.constraint()?;
-    let mut answers = Vec::with_capacity(prompts.ids.len());
-    for (index, ids) in prompts.ids.into_iter().enumerate() {
+    let mut requests = Vec::with_capacity(prompts.len());
+    for ids in prompts {
         let request = fields.request(&app, &model, &chat, &sampling, ids, info.max_model_len)?;
         let request = TextRequest {
             request: GenerateRequest {
@@ -100,8 +126,9 @@ pub(crate) async fn completion(
             },
             ..request
         };
-        answers.push(Answer::start(&app, &chat, &fields, index, request).await?);
+        requests.push(request);
     }
+    let mut answers = Answer::start(&app, &chat, &fields, requests, arrived).await?;
     if fields.stream.unwrap_or(false) {
         if answers.len() > 1 {
             return Err(Error::invalid("stream", "several prompts cannot be streamed").into());
@@ -109,7 +136,7 @@ pub(crate) async fn completion(
         return Ok(answers.remove(0).stream());
     }
     let whole = future::try_join_all(answers.into_iter().map(Answer::whole)).await?;
-    Ok(match prompts.is_list {
+    Ok(match is_list {
         true => Json(Value::Array(whole)).into_response(),
         false => Json(whole.into_iter().next()).into_response(),
     })
@@ -141,17 +168,10 @@ pub(crate) async fn input_tokens(
 ) -> Result<Json<Value>, ApiError> {
     let fields: ModelField = body.read()?;
     let chat = app.chat(&app.model_or_default(fields.model)?)?;
-    let ids = prompt(&app, &chat, body.read::<ChatFields>()?).await?;
+    let ids = prompt(&app, &chat, body.read::<ChatFields>()?, None).await?;
     Ok(Json(
         json!({"object": "response.input_tokens", "input_tokens": ids.len()}),
     ))
-}
-
-/// The prompts of one request.
-struct Prompts {
-    ids: Vec<Vec<u32>>,
-    /// Whether the answer is a list too.
-    is_list: bool,
 }
 
 impl CompletionFields {
@@ -164,40 +184,7 @@ impl CompletionFields {
             let message = format!("n_probs must be at most {MAX_PROBS}");
             return Err(Error::invalid("n_probs", message));
         }
-        let stops = self.stop.as_deref().unwrap_or_default();
-        if stops.len() > MAX_STOPS || stops.iter().any(String::is_empty) {
-            let message = format!("at most {MAX_STOPS} stop strings, none of them empty");
-            return Err(Error::invalid("stop", message));
-        }
-        Ok(())
-    }
-
-    /// The biases and the prompts as tokens, on a thread that may take its time.
-    async fn encoded(
-        &self,
-        chat: &Arc<Chat>,
-        bias: Option<Value>,
-        prefix: Vec<u32>,
-    ) -> Result<(Vec<(u32, f32)>, Prompts)> {
-        let (chat, prompt) = (chat.clone(), self.prompt.clone());
-        let encoded = tokio::task::spawn_blocking(move || {
-            let biases = biases(&chat, bias.as_ref())?;
-            let (parts, is_list) = match &prompt {
-                Value::Array(parts) if !is_one_prompt(parts) => (parts.as_slice(), true),
-                one => (std::slice::from_ref(one), false),
-            };
-            let ids: Result<Vec<_>> = parts
-                .iter()
-                .map(|part| ids_of(&chat, part, &prefix))
-                .collect();
-            match ids? {
-                ids if ids.is_empty() => Err(Error::invalid("prompt", "the prompt is empty")),
-                ids => Ok((biases, Prompts { ids, is_list })),
-            }
-        });
-        encoded.await.map_err(|panic| Error::Step {
-            source: panic.into(),
-        })?
+        check_stops(self.stop.as_ref().map_or(&[], |Capped(stops)| stops))
     }
 
     fn request(
@@ -221,8 +208,8 @@ impl CompletionFields {
         // What is more than fits is cut here, not refused.
         let asked = self.n_predict.and_then(|asked| u32::try_from(asked).ok());
         let stop_token_ids = match self.ignore_eos.unwrap_or(false) {
-            true => Vec::new(),
-            false => chat.end_ids().to_vec(),
+            true => Arc::default(),
+            false => chat.end_ids().into(),
         };
         let salt = (self.cache_prompt == Some(false)).then(|| app.id("once-"));
         Ok(TextRequest {
@@ -233,7 +220,7 @@ impl CompletionFields {
                 cache_salt: salt,
                 ..GenerateRequest::greedy(model, prompt_ids, asked.unwrap_or(left).min(left))
             },
-            stop: self.stop.clone().unwrap_or_default(),
+            stop: self.stop.clone().unwrap_or_default().0,
             include_stop: false,
             skip_special_tokens: true,
         })

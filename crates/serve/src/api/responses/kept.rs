@@ -67,11 +67,14 @@ impl Kept {
         entry.map(|entry| entry.response.clone())
     }
 
-    /// Everything said up to the end of a response.
+    /// Everything said up to the end of a response; none if it did not come to an answer.
     pub(crate) fn conversation(&self, id: &str, owner: Owner) -> Option<Vec<Message>> {
         let entries = self.lock();
         let entry = entries.by_id.get(id).filter(|entry| entry.owner == owner)?;
-        entry.cancel.is_none().then(|| entry.conversation.clone())
+        let has_answer = ["completed", "incomplete"]
+            .iter()
+            .any(|end| entry.response["status"] == *end);
+        has_answer.then(|| entry.conversation.clone())
     }
 
     /// Ends a response that is being made; one that has ended stays as it is.
@@ -98,15 +101,24 @@ impl Kept {
         is_theirs && entries.remove(id).is_some()
     }
 
-    fn insert(&self, mut entry: Entry) {
+    /// Keeps the end of a response that was begun, unless it was forgotten or cancelled meanwhile.
+    fn finish(&self, entry: Entry) {
+        let is_wanted = |known: &Entry| known.cancel.is_some();
+        let id = entry.response["id"].as_str().unwrap_or_default();
+        let mut entries = self.lock();
+        if entries.by_id.get(id).is_some_and(is_wanted) {
+            self.keep(&mut entries, entry);
+        }
+    }
+
+    fn insert(&self, entry: Entry) {
+        self.keep(&mut self.lock(), entry);
+    }
+
+    fn keep(&self, entries: &mut Entries, mut entry: Entry) {
         let id = entry.response["id"].as_str().unwrap_or_default().to_owned();
         let said = serde_json::to_vec(&entry.conversation).map_or(0, |json| json.len());
         entry.bytes = said + entry.response.to_string().len();
-        let mut entries = self.lock();
-        let known = entries.by_id.get(&id);
-        if known.is_some_and(|known| known.response["status"] == "cancelled") {
-            return; // It ended in the same moment, too late.
-        }
         entries.remove(&id);
         entry.number = entries.next;
         entries.next += 1;
@@ -156,14 +168,18 @@ impl Keeping {
     pub(super) fn end(&self, response: &Value, text: &str) {
         let mut conversation = self.conversation.clone();
         conversation.push(Message::new(Role::Assistant, text));
-        self.app.kept.insert(Entry {
+        let entry = Entry {
             owner: self.owner,
             response: response.clone(),
             conversation,
             number: 0,
             bytes: 0,
             cancel: None,
-        });
+        };
+        match response["background"] == true {
+            true => self.app.kept.finish(entry),
+            false => self.app.kept.insert(entry),
+        }
     }
 }
 
@@ -212,5 +228,28 @@ mod tests {
         assert!(kept.get("a", other).is_none() && kept.conversation("a", other).is_none());
         assert!(kept.cancel("a", other).is_none() && !kept.remove("a", other));
         assert!(kept.conversation("a", Owner::default()).is_some());
+    }
+
+    /// The end of a response may come in the moment in which somebody deletes or cancels it.
+    #[test]
+    fn what_was_deleted_or_cancelled_does_not_come_back() {
+        let kept = Kept::new(4);
+        let begun = |id: &str| Entry {
+            response: json!({"id": id, "status": "in_progress"}),
+            cancel: Some(Arc::new(Notify::new())),
+            ..entry(id, "x")
+        };
+        let everybody = Owner::default();
+        ["a", "b", "c"].iter().for_each(|id| kept.insert(begun(id)));
+        assert!(kept.remove("a", everybody));
+        assert!(kept.cancel("b", everybody).is_some());
+        ["a", "b", "c"]
+            .iter()
+            .for_each(|id| kept.finish(entry(id, "x")));
+        assert!(kept.get("a", everybody).is_none());
+        let cancelled = kept.get("b", everybody).expect("it is kept");
+        assert_eq!(cancelled["status"], "cancelled");
+        assert!(kept.conversation("b", everybody).is_none(), "no answer");
+        assert!(kept.conversation("c", everybody).is_some());
     }
 }

@@ -20,6 +20,7 @@ use super::constrain;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::json::JsonBody;
+use super::unsupported;
 use crate::app::{App, Shared};
 use crate::auth::Owner;
 use crate::constraint::Constraint;
@@ -63,6 +64,7 @@ pub(crate) async fn create(
 ) -> Result<Response, ApiError> {
     app.check_ready()?;
     let fields = Fields::read(&body)?;
+    unsupported::refuse_fields(&body)?;
     let own: ResponseFields = body.read()?;
     own.refuse_unsupported(&fields)?;
     let form = fields.form()?;
@@ -76,12 +78,20 @@ pub(crate) async fn create(
     let conversation = own.into_conversation(&app, owner)?;
     let instructions = instructions.map(|text| Message::new(Role::System, text));
     let messages = instructions.into_iter().chain(conversation.clone());
-    let prompt_ids = prompt(&app, &chat, ChatFields::of(messages.collect())).await?;
+    let info = app.info(&model)?;
+    let fits = (!fields.truncates()).then_some(&info);
+    let prompt_ids = prompt(&app, &chat, ChatFields::of(messages.collect()), fits).await?;
+    let arrived = body.arrived();
+    drop(body);
     let fields = fields.with_max_tokens("max_output_tokens", max_output_tokens)?;
-    let prompt_ids = fields.truncated(prompt_ids, app.info(&model)?.max_model_len)?;
-    let mut request = fields.request(&app, &model, &chat, prompt_ids, None)?;
+    let prompt_ids = fields.truncated(prompt_ids, info.max_model_len)?;
+    let template = fields.template(&app, &model, &chat).await?;
+    let mut request = template.request(&app, prompt_ids, None)?;
     request.request.constraint = constraint.or(request.request.constraint);
-    let completion = generate::start(app.clone(), chat, request).await?;
+    let mut started = generate::start(&app, &chat, vec![request], arrived).await?;
+    let completion = started.pop().ok_or(Error::Unavailable {
+        reason: "the engine gave no answer",
+    })?;
     let keeping = keep.then(|| Keeping {
         app: app.clone(),
         owner,
@@ -107,7 +117,9 @@ fn in_background(answer: Answer, completion: TextStream) -> Value {
     let begun = answer.envelope.clone();
     if let Some(keeping) = &answer.keeping {
         let cancelled = keeping.begin(&begun);
+        let task = keeping.app.background.begin();
         tokio::spawn(async move {
+            let _held_until_done = task;
             let whole = tokio::select! {
                 whole = generate::collect(completion) => whole,
                 () = cancelled => return, // Dropping the completion frees what it held.

@@ -3,14 +3,14 @@
 use updraft_chat::Chat;
 
 use crate::constraint::Constraint;
-use crate::error::{BoxError, Error, Result};
+use crate::error::{Error, Result};
 
 /// Refuses every constraint.
 #[derive(Debug)]
 pub(in super::super) struct Grammars;
 
 /// None exists.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in super::super) enum Grammar {}
 
 impl Grammars {
@@ -25,11 +25,11 @@ impl Grammars {
 }
 
 impl Grammar {
-    pub(in super::super) fn mask(&mut self, _: &[f32], _: &[u32]) -> Result<Vec<f32>, BoxError> {
+    pub(in super::super) fn mask(&mut self, _: &[f32], _: &[u32]) -> Result<Vec<f32>> {
         match *self {}
     }
 
-    pub(in super::super) fn accept(&mut self, _: u32) -> Result<(), BoxError> {
+    pub(in super::super) fn accept(&mut self, _: u32) -> Result<()> {
         match *self {}
     }
 

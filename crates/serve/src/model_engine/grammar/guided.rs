@@ -10,7 +10,7 @@ use serde_json::json;
 use updraft_chat::{Chat, TokenizerExt};
 
 use crate::constraint::Constraint;
-use crate::error::{BoxError, Error, Result};
+use crate::error::{Error, Result};
 
 /// Work that a schema's regular expressions may take: about 10 ms.
 const COMPILE_FUEL: u64 = 500_000;
@@ -26,6 +26,7 @@ struct Shared {
 }
 
 /// How far one answer has come.
+#[derive(Clone)]
 pub(in super::super) struct Grammar {
     matcher: Matcher,
     end: u32,
@@ -62,7 +63,7 @@ impl Shared {
         })?;
         let mut schema = match constraint {
             Constraint::JsonObject => json!({"type": "object"}),
-            Constraint::JsonSchema(schema) => schema,
+            Constraint::JsonSchema(schema) => Arc::unwrap_or_clone(schema),
         };
         if let Some(fields) = schema.as_object_mut() {
             // As `json.dumps` writes it, which models have seen most; free white space would let a
@@ -105,12 +106,9 @@ impl Shared {
 impl Grammar {
     /// The logits with everything forbidden at minus infinity; the tokens that stop the request
     /// are allowed where the answer may end.
-    pub(in super::super) fn mask(
-        &mut self,
-        logits: &[f32],
-        stops: &[u32],
-    ) -> Result<Vec<f32>, BoxError> {
-        let allowed = self.matcher.compute_mask_or_eos()?;
+    pub(in super::super) fn mask(&mut self, logits: &[f32], stops: &[u32]) -> Result<Vec<f32>> {
+        let allowed = self.matcher.compute_mask_or_eos();
+        let allowed = allowed.map_err(|cause| self.failure(&cause))?;
         let mut masked = vec![f32::NEG_INFINITY; logits.len()];
         for (id, (masked, logit)) in (0..).zip(masked.iter_mut().zip(logits)) {
             if allowed.is_allowed(id) {
@@ -128,8 +126,17 @@ impl Grammar {
     }
 
     /// Goes on by one token.
-    pub(in super::super) fn accept(&mut self, token: u32) -> Result<(), BoxError> {
-        Ok(self.matcher.consume_token(token)?)
+    pub(in super::super) fn accept(&mut self, token: u32) -> Result<()> {
+        let accepted = self.matcher.consume_token(token);
+        accepted.map_err(|cause| self.failure(&cause))
+    }
+
+    /// That a form cannot be followed is the request's fault: an expression may compile within its
+    /// fuel and have more states than anybody can walk through.
+    fn failure(&self, cause: &dyn fmt::Display) -> Error {
+        tracing::warn!(%cause, "an answer's form could not be followed");
+        let message = "the answer's form is too complex to follow; simplify the schema's patterns";
+        Error::invalid("response_format", message)
     }
 
     /// Whether nothing may follow.

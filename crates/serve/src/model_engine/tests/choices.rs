@@ -26,7 +26,7 @@ async fn only_allowed_tokens_are_chosen() {
     for temperature in [0.0, 1.0] {
         let request = asking(|request| {
             request.sampling.temperature = temperature;
-            request.sampling.allowed_token_ids.clone_from(&allowed);
+            request.sampling.allowed_token_ids = allowed.clone().into();
         });
         let chosen = tokens(request).await;
         assert_eq!(chosen.len(), 24);
@@ -53,7 +53,10 @@ async fn bad_words_are_never_completed() {
         .iter()
         .position(|id| *id == single)
         .expect("it is there");
-    let without = ids(&tokens(asking(|request| request.bad_words = vec![vec![single]])).await);
+    let without = ids(&tokens(asking(|request| {
+        request.bad_words = vec![vec![single]].into();
+    }))
+    .await);
     assert!(!without.contains(&single), "{without:?}");
     assert_eq!(
         without[..begins],
@@ -65,7 +68,10 @@ async fn bad_words_are_never_completed() {
         .windows(3)
         .position(|three| three == word)
         .expect("it is there");
-    let without = ids(&tokens(asking(|request| request.bad_words = vec![word.clone()])).await);
+    let without = ids(&tokens(asking(|request| {
+        request.bad_words = vec![word.clone()].into();
+    }))
+    .await);
     assert!(without.windows(3).all(|three| three != word), "{without:?}");
     assert_eq!(
         without[..ends],
@@ -77,7 +83,7 @@ async fn bad_words_are_never_completed() {
 #[tokio::test]
 async fn named_tokens_are_told_instead_of_the_likeliest() {
     let likeliest = tokens(asking(|_| {})).await;
-    let named = tokens(asking(|request| request.logprob_ids = vec![7, 250])).await;
+    let named = tokens(asking(|request| request.logprob_ids = vec![7, 250].into())).await;
     for ((id, top), (same, named)) in likeliest.iter().zip(&named) {
         assert_eq!((id, top.logprob, top.rank), (same, named.logprob, 1));
         assert_eq!(top.top[0], (*id, top.logprob));
@@ -100,10 +106,10 @@ async fn settings_reach_to_the_vocabularys_end_and_not_beyond() {
             repetition_penalty: 1.5,
             frequency_penalty: 2.0,
             presence_penalty: -2.0,
-            logit_bias: vec![(last, 100.0), (0, -100.0)],
+            logit_bias: vec![(last, 100.0), (0, -100.0)].into(),
             ..SamplingParams::greedy()
         };
-        request.stop_token_ids = vec![last];
+        request.stop_token_ids = vec![last].into();
         request.min_tokens = 24;
     });
     let chosen = tokens(request).await;
@@ -112,12 +118,12 @@ async fn settings_reach_to_the_vocabularys_end_and_not_beyond() {
         "{chosen:?}"
     );
     for change in [
-        (|request: &mut GenerateRequest| request.sampling.logit_bias = vec![(288, 1.0)])
+        (|request: &mut GenerateRequest| request.sampling.logit_bias = vec![(288, 1.0)].into())
             as fn(&mut GenerateRequest),
-        |request| request.stop_token_ids = vec![288],
-        |request| request.logprob_ids = vec![288],
-        |request| request.bad_words = vec![vec![1, 288]],
-        |request| request.sampling.allowed_token_ids = vec![288],
+        |request| request.stop_token_ids = vec![288].into(),
+        |request| request.logprob_ids = vec![288].into(),
+        |request| request.bad_words = vec![vec![1, 288]].into(),
+        |request| request.sampling.allowed_token_ids = vec![288].into(),
     ] {
         let refused = engine(&small()).generate(asking(change)).await;
         assert!(matches!(refused, Err(Error::InvalidRequest { .. })));
@@ -128,8 +134,8 @@ async fn settings_reach_to_the_vocabularys_end_and_not_beyond() {
 #[tokio::test]
 async fn settings_that_leave_no_token_are_refused() {
     let request = asking(|request| {
-        request.sampling.allowed_token_ids = vec![5];
-        request.bad_words = vec![vec![5]];
+        request.sampling.allowed_token_ids = vec![5].into();
+        request.bad_words = vec![vec![5]].into();
     });
     let events = engine(&small())
         .generate(request)

@@ -13,7 +13,7 @@ use updraft_model::{KvPages, merge, tiny};
 
 use super::registry::Generation;
 use super::status::Status;
-use super::worker::{Job, Worker};
+use super::worker::{Arrival, Worker};
 use super::*;
 use crate::engine::{Adapters, Engine, Existing, GenerateRequest, TokenEvent, TokenLogprobs};
 use crate::error::{Error, Result};
@@ -132,7 +132,7 @@ mod with_adapters {
 }
 
 /// A worker that nobody runs, with room for two sequences and 64 tokens a step.
-pub(super) fn served_parts() -> (Worker, mpsc::Sender<Job>) {
+pub(super) fn served_parts() -> (Worker, mpsc::Sender<Arrival>) {
     let model = served(&weights(), &[]);
     let scheduler = Scheduler::new(SchedulerConfig {
         max_num_seqs: 2,

@@ -1,7 +1,7 @@
 //! Answers that follow a schema.
 
 use serde_json::{Value, json};
-use updraft_chat::TokenizerExt;
+use updraft_chat::{EncodePolicy, Tokenizer, TokenizerExt, Vocabulary};
 
 use super::*;
 use crate::Constraint;
@@ -9,7 +9,7 @@ use crate::Constraint;
 fn asking(constraint: Constraint, seed: u64) -> GenerateRequest {
     GenerateRequest {
         sampling: SamplingParams::seeded(seed),
-        stop_token_ids: vec![256],
+        stop_token_ids: Arc::from([256]),
         constraint: Some(constraint),
         ..GenerateRequest::greedy("tiny", (0..20).collect(), 200)
     }
@@ -85,4 +85,69 @@ async fn schemas_that_cannot_be_used_are_refused() {
     let (text, ended) = answer(&*engine, request).await;
     assert_eq!((text.as_str(), ended), ("\"aaaaaaaaaaaaaaaaaaa", false));
     crate::conformance::until_idle(&engine).await;
+}
+
+/// Bytes, the end, and words of many letters, as real vocabularies have them.
+#[derive(Debug)]
+struct Words(Vocabulary);
+
+impl Words {
+    fn new() -> Self {
+        let letter = |word: u64, at: u64| match crate::rng::uniform(word, at) < 0.5 {
+            true => b'a',
+            false => b'b',
+        };
+        let words = (0..30).map(|word| (0..400).map(|at| letter(word, at)).collect());
+        let bytes = (0..=u8::MAX).map(|byte| vec![byte]);
+        let all: Vec<Vec<u8>> = bytes.chain(words).collect();
+        Self(Vocabulary::new(all.iter().map(Vec::as_slice), ["<|end|>"]))
+    }
+}
+
+impl Tokenizer for Words {
+    fn encode_into(
+        &self,
+        text: &str,
+        _: EncodePolicy,
+        ids: &mut Vec<u32>,
+    ) -> updraft_chat::Result<()> {
+        ids.extend(text.bytes().map(u32::from));
+        Ok(())
+    }
+
+    fn vocabulary(&self) -> &Vocabulary {
+        &self.0
+    }
+}
+
+/// A pattern may be small, compile within its fuel, and be too much work all the same: twice as
+/// much with each of its letters. That is the request's fault, not the server's.
+#[tokio::test]
+async fn a_form_that_turns_out_too_complex_is_refused() {
+    let special_tokens = SpecialTokens::new([("eos_token", "<|end|>")]);
+    let template = ChatTemplate::new("{{ messages[-1].content }}", special_tokens);
+    let model = ServedModel {
+        chat: Chat::new(template.expect("valid Jinja"), Arc::new(Words::new())),
+        ..served(&weights(), &[])
+    };
+    let engine: Arc<dyn Engine> = Arc::new(ModelEngine::new(model, &small()).expect("sound"));
+    let exponential = json!({"type": "string", "pattern": "^(a|b)*a(a|b){25}$"});
+    let constraint = Constraint::json_schema(exponential).expect("small");
+    let asked = GenerateRequest {
+        stop_token_ids: Arc::from([286]),
+        ..asking(constraint, 3)
+    };
+    let ended: Result<Vec<TokenEvent>> = match engine.generate(asked).await {
+        Ok(events) => events.try_collect().await,
+        Err(refused) => Err(refused),
+    };
+    match ended {
+        Err(Error::InvalidRequest { param, .. }) => {
+            assert_eq!(param.as_deref(), Some("response_format"));
+        }
+        other => panic!("{other:?}"),
+    }
+    crate::conformance::until_idle(&engine).await;
+    let next = run(&*engine, GenerateRequest::greedy("tiny", vec![1], 3)).await;
+    assert_eq!(next.len(), 5, "it serves the next one: {next:?}");
 }

@@ -3,26 +3,25 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use updraft_model::ModelFiles;
 
 use crate::sampling::SamplingDefaults;
 
 /// The sampling settings that `generation_config.json` recommends.
-pub(super) fn sampling(files: &ModelFiles) -> serde_json::Result<SamplingDefaults> {
-    match files.files.get("generation_config.json") {
+pub(crate) fn sampling(generation_config: Option<&[u8]>) -> serde_json::Result<SamplingDefaults> {
+    match generation_config {
         Some(json) => serde_json::from_slice(json),
         None => Ok(SamplingDefaults::default()),
     }
 }
 
 /// The ids that the tokenizer puts before a text, as its post-processor says.
-pub(super) fn text_prefix(files: &ModelFiles) -> serde_json::Result<Vec<u32>> {
+pub(crate) fn text_prefix(tokenizer_json: Option<&[u8]>) -> serde_json::Result<Vec<u32>> {
     #[derive(Deserialize)]
     struct File {
         #[serde(default)]
         post_processor: Option<PostProcessor>,
     }
-    let Some(json) = files.files.get("tokenizer.json") else {
+    let Some(json) = tokenizer_json else {
         return Ok(Vec::new());
     };
     let file: File = serde_json::from_slice(json)?;

@@ -1,0 +1,204 @@
+//! What a request may hold before its first token is computed, and how several of its completions
+//! get there together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use updraft_model::Threads;
+use updraft_serve::{EchoEngine, EngineOptions, ModelEngine, ModelSource, ServeOptions};
+
+use crate::client::{Answer, Server};
+use crate::load::{model_files, write};
+
+const CHAT: &str = "/v1/chat/completions";
+
+async fn tiny(options: &EngineOptions) -> Server {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let source = ModelSource::folder(folder.path());
+    let engine = ModelEngine::load("tiny", &source, &[], &Threads::single(), options).await;
+    let engine = Arc::new(engine.expect("it loads"));
+    Server::start(engine, ServeOptions::default()).await
+}
+
+/// A number from `/metrics`.
+async fn metric(server: &Server, name: &str) -> f64 {
+    let metrics = server.get("/metrics").await.body;
+    let start = format!("vllm:{name}{{model_name=\"tiny\",engine=\"0\"}} ");
+    let line = metrics.lines().find_map(|line| line.strip_prefix(&start));
+    line.expect("the metric").parse().expect("a number")
+}
+
+/// Completions that come one after the other get one forward pass each; those that come together
+/// share theirs.
+#[tokio::test]
+async fn prompts_of_one_request_share_their_steps() {
+    let server = tiny(&EngineOptions::default()).await;
+    let prompts: Vec<Value> = (0..64).map(|id| json!([id, id + 1, id + 2])).collect();
+    let body = json!({"prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": true});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let choices = answer.json()["choices"].as_array().map(Vec::len);
+    assert_eq!(choices, Some(64));
+    let steps = metric(&server, "iteration_tokens_total_count").await;
+    assert!(steps <= 4.0, "{steps} steps");
+    let body = json!({"prompt": "x", "n": 64, "max_tokens": 2, "ignore_eos": true});
+    assert_eq!(server.post("/completion", &body).await.status, 200);
+    assert_eq!(server.post("/v1/completions", &body).await.status, 200);
+    let more = metric(&server, "iteration_tokens_total_count").await - steps;
+    assert!(more <= 8.0, "{more} steps for 64 choices of two tokens");
+}
+
+/// More choices than the queue has room for are a matter of waiting, not of asking for less.
+#[tokio::test]
+async fn what_alone_exceeds_the_queue_is_taken_when_nothing_waits() {
+    let options = EngineOptions {
+        max_num_seqs: 1,
+        max_queued_requests: 2,
+        max_queued_tokens: 50,
+        ..EngineOptions::default()
+    };
+    let server = tiny(&options).await;
+    let body = json!({"prompt": "x".repeat(40), "n": 8, "max_tokens": 2});
+    for _ in 0..2 {
+        let answer = server.post("/v1/completions", &body).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        assert_eq!(answer.json()["usage"]["prompt_tokens"], 40);
+    }
+    // Beside others that wait it is refused as a whole, and nothing of it stays.
+    let mut long = body.clone();
+    long["max_tokens"] = json!(200);
+    long["ignore_eos"] = json!(true);
+    let headers = "Content-Type: application/json\r\n";
+    let long = long.to_string();
+    let held = server.send("POST", "/v1/completions", headers, Some(&long));
+    let _held = held.await;
+    while metric(&server, "num_requests_waiting").await < 7.0 {}
+    let answer = server.post("/v1/completions", &body).await;
+    answer.error(429, Some("rate_limit_exceeded"));
+    assert!(metric(&server, "num_requests_waiting").await <= 7.0);
+}
+
+/// Every list and text of a request is bounded, and says so by its name and limit before anything
+/// is made of it.
+#[tokio::test]
+async fn lists_and_texts_are_bounded() {
+    let server = Server::echo().await;
+    let biases = |count: u32| (0..count).map(|id| (id.to_string(), json!(1)));
+    let biases = |count| biases(count).collect::<serde_json::Map<_, _>>();
+    let strings = |count, bytes| json!(vec!["x".repeat(bytes); count]);
+    for (field, value, limit) in [
+        ("stop_token_ids", json!(vec![1; 1025]), "1024"),
+        ("logprob_token_ids", json!(vec![1; 21]), "20"),
+        ("allowed_token_ids", json!(vec![1; (1 << 18) + 1]), "262144"),
+        ("logit_bias", json!(biases(1025)), "1024"),
+        ("bad_words", strings(1025, 1), "1024"),
+        ("bad_words", strings(1, 129), "128"),
+        ("stop", strings(5, 1), "4"),
+        ("stop", strings(1, 1025), "1024"),
+        ("cache_salt", json!("x".repeat(1025)), "1024"),
+    ] {
+        let mut body = json!({"messages": [{"role": "user", "content": "x"}]});
+        body[field] = value;
+        let error = server.post(CHAT, &body).await.error(400, None);
+        assert_eq!(error["param"], field, "{error}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains(limit), "{field}: {message}");
+    }
+    for (field, value) in [
+        ("stop", strings(17, 1)),
+        ("stop", strings(1, 1025)),
+        ("response_fields", strings(65, 1)),
+        ("logit_bias", json!(vec![json!([1, 1]); 1025])),
+        ("logit_bias", json!([["x".repeat(129), 1]])),
+    ] {
+        let mut body = json!({"prompt": "x"});
+        body[field] = value;
+        let error = server.post("/completion", &body).await.error(400, None);
+        assert_eq!(error["param"], field, "{error}");
+    }
+    // What repeats itself counts once, and as much as may be is taken.
+    let mut ids: Vec<u32> = vec![1; 1000];
+    ids.extend([2; 24]);
+    let body = json!({
+        "messages": [{"role": "user", "content": "x"}], "stop_token_ids": ids,
+        "bad_words": vec!["yz"; 1024], "stop": strings(4, 1024), "max_tokens": 1,
+    });
+    assert_eq!(server.post(CHAT, &body).await.status, 200);
+}
+
+/// All bodies together take so much and no more, however slowly they come.
+#[tokio::test]
+async fn bodies_share_their_room() {
+    let options = ServeOptions {
+        max_bytes_in_flight: 10_000,
+        ..ServeOptions::default()
+    };
+    let server = Server::start(Arc::new(EchoEngine::new(["echo"])), options).await;
+    let body = json!({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "user": "x".repeat(6000),
+    });
+    let headers = "Content-Type: application/json\r\n";
+    // It says 8,000 and sends 6,000 of them.
+    let mut slow = tokio::net::TcpStream::connect(server.addr)
+        .await
+        .expect("it listens");
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 8000\r\n\r\n{}",
+        " ".repeat(6000)
+    );
+    slow.write_all(head.as_bytes()).await.expect("sent");
+    let refused = until_status(&server, &body, 429).await;
+    refused.error(429, Some("rate_limit_exceeded"));
+    assert!(refused.header("retry-after").is_some());
+    drop(slow);
+    until_status(&server, &body, 200).await; // Its room is free again.
+    // Ten of them one after the other need no more room than one.
+    for _ in 0..10 {
+        assert_eq!(server.post(CHAT, &body).await.status, 200);
+    }
+}
+
+/// The first answer with this status; the server sees what other clients do a moment later.
+async fn until_status(server: &Server, body: &Value, status: u16) -> Answer {
+    for _ in 0..500 {
+        let answer = server.post(CHAT, body).await;
+        if answer.status == status {
+            return answer;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("never {status}");
+}
+
+/// What cannot fit is refused for its size, before its tokens are counted: the number told is the
+/// fewest that it can have.
+#[tokio::test]
+async fn texts_that_cannot_fit_are_not_tokenized() {
+    let server = Server::echo().await;
+    // The echo's longest token has 7 bytes, and normalizing may leave a third of a text.
+    let text = "x".repeat(3 * 7 * 5000);
+    for (path, body) in [
+        (
+            CHAT,
+            json!({"messages": [{"role": "user", "content": text}]}),
+        ),
+        ("/v1/completions", json!({"prompt": ["x", text]})),
+        ("/v1/responses", json!({"input": text})),
+        ("/v1/embeddings", json!({"input": text})),
+        ("/completion", json!({"prompt": text})),
+    ] {
+        let code = Some("context_length_exceeded");
+        let error = server.post(path, &body).await.error(400, code);
+        assert_eq!(error["n_prompt_tokens"], 5000, "{path}: {error}");
+    }
+    let cut = json!({"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1});
+    let usage = server.post("/v1/completions", &cut).await.json()["usage"].clone();
+    assert_eq!(usage["prompt_tokens"], 5, "unless it is to be cut: {usage}");
+    // Too many are refused before the first is looked at.
+    let many = json!({"prompt": vec![""; 200]});
+    let error = server.post("/v1/completions", &many).await.error(400, None);
+    assert_eq!(error["param"], "n");
+}
