@@ -3,13 +3,12 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
-use candle_core::{
-    CpuStorage, DType, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType,
-};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, StorageRef, WithDType};
 use updraft_kernels::rope::Table;
 use updraft_kernels::{Float, Mat, MatMut};
 
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// A number type that both candle and the kernels know.
 pub(crate) trait Real: Float + WithDType {
@@ -24,6 +23,19 @@ pub(crate) trait Real: Float + WithDType {
 pub(crate) enum RopeTable {
     F32(Table<f32>),
     F64(Table<f64>),
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    Gpu(updraft_kernels::cuda::rope::Table),
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+impl RopeTable {
+    /// The table on a GPU.
+    pub(crate) fn gpu(&self) -> Result<&updraft_kernels::cuda::rope::Table> {
+        match self {
+            Self::Gpu(table) => Ok(table),
+            _ => Err(crate::gpu::host_only()),
+        }
+    }
 }
 
 macro_rules! real {
@@ -135,6 +147,7 @@ impl MatShape {
 /// # Errors
 /// [`Error::Device`] off the CPU, [`Error::Candle`] for another number type or a transposed view.
 pub(crate) fn read<F: WithDType>(tensor: &Tensor) -> Result<View<'_, F>> {
+    let tensor = tensor.host()?;
     let (storage, layout) = tensor.storage_and_layout();
     let shape = MatShape::of(layout)?;
     match &*storage {
@@ -179,6 +192,7 @@ pub(crate) fn edit<F: Real, R>(
     tensor: &Tensor,
     change: impl FnOnce(MatMut<'_, F>) -> R,
 ) -> Result<R> {
+    let tensor = tensor.host()?;
     if !matches!(tensor.device(), Device::Cpu) {
         return Err(unsupported_device(tensor.device()));
     }
@@ -199,6 +213,7 @@ pub(crate) fn edit_slice<F: Real, R>(
     tensor: &Tensor,
     change: impl FnOnce(&mut [F]) -> R,
 ) -> Result<R> {
+    let tensor = tensor.host()?;
     if !tensor.is_contiguous() {
         return Err(candle_core::Error::RequiresContiguous { op: "kernel" }
             .bt()
@@ -207,7 +222,7 @@ pub(crate) fn edit_slice<F: Real, R>(
     if tensor.elem_count() == 0 {
         return Ok(change(&mut [])); // a matrix has no row to hand out
     }
-    edit(&tensor.flatten_all()?, |mut row: MatMut<'_, F>| {
+    edit(&tensor.flatten_all()?.into(), |mut row: MatMut<'_, F>| {
         change(row.row_mut(0))
     })
 }
@@ -251,7 +266,7 @@ pub(crate) fn tensor<F: Real>(
     elements: Vec<F>,
     shape: impl Into<candle_core::Shape>,
 ) -> Result<Tensor> {
-    Ok(Tensor::from_vec(elements, shape.into(), &Device::Cpu)?)
+    Ok(candle_core::Tensor::from_vec(elements, shape.into(), &Device::Cpu)?.into())
 }
 
 fn unsupported_device(device: &Device) -> Error {
@@ -274,7 +289,10 @@ mod tests {
         );
         edit(&view, |mut mat: MatMut<'_, f32>| mat.row_mut(2).fill(0.0)).expect("writable");
         assert_eq!(
-            whole.to_vec2::<f32>().expect("f32")[2],
+            whole
+                .host()
+                .and_then(|host| Ok(host.to_vec2::<f32>()?))
+                .expect("f32")[2],
             [8.0, 0.0, 0.0, 11.0]
         );
     }
@@ -282,7 +300,11 @@ mod tests {
     #[test]
     fn what_is_no_matrix_or_of_another_type_is_an_error() {
         let whole = tensor(vec![0.0_f32; 12], (3, 4)).expect("12 elements");
-        assert!(read::<f32>(&whole.t().expect("transposed")).is_err());
+        let transposed = whole
+            .host()
+            .and_then(|host| Ok(host.t()?))
+            .expect("transposed");
+        assert!(read::<f32>(&transposed.into()).is_err());
         assert!(read::<f64>(&whole).is_err());
         assert!(edit_slice(&whole, |_: &mut [f64]| ()).is_err());
         assert!(edit_slice(&whole, |slice: &mut [f32]| slice.len()).is_ok_and(|len| len == 12));

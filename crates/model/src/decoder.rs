@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{DType, Device, TensorId};
 use updraft_kernels::Threads;
 
 use crate::batch::Batch;
@@ -12,11 +12,12 @@ use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
 use crate::kv_pages::{KvPages, Places};
 use crate::layers::{
-    AdapterRows, Block, Embedding, Loader, Matrices, Pass, RmsNorm, SavedBlock, Stream,
+    AdapterRows, Block, Embedding, Loader, Matrices, Pass, Place, RmsNorm, SavedBlock, Stream,
 };
-use crate::lora::Adapter;
+use crate::lora::{Adapter, Views};
 use crate::ops::{Ops, Rows, check_device, new_rope_table};
 use crate::quantized::Quantization;
+use crate::tensor::Tensor;
 use crate::weights::Weights;
 
 /// A decoder-only language model, ready to run.
@@ -36,6 +37,8 @@ pub struct Decoder {
     pub(crate) head: Tensor,
     /// The adapter some of whose weights took the place of the model's.
     saved_of: Option<TensorId>,
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    gpu: Option<updraft_kernels::cuda::Gpu>,
 }
 
 impl Decoder {
@@ -87,16 +90,49 @@ impl Decoder {
         device: &Device,
         threads: &Threads,
     ) -> Result<Self> {
-        config.validate()?;
         check_device(device)?;
-        let rope = Arc::new(new_rope_table(config, dtype)?);
+        let rope = new_rope_table(config, dtype)?;
         let loader = Loader {
             config,
             weights,
             dtype,
             matrices,
-            device,
+            place: Place::Host(device),
         };
+        Self::load_from(loader, rope, threads)
+    }
+
+    /// Loads a model's weights into a GPU's memory, to train an adapter there: activations, frozen
+    /// weights and products are of `dtype`, [`DType::BF16`], [`DType::F16`] or [`DType::F32`],
+    /// sums and the adapter are f32. It reads no pages, and cannot be one of
+    /// [`with_saved_modules`](Self::with_saved_modules).
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and [`Error::Gpu`].
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub fn load_on_gpu(
+        config: &ModelConfig,
+        weights: &Weights,
+        dtype: DType,
+        gpu: &updraft_kernels::cuda::Gpu,
+        threads: &Threads,
+    ) -> Result<Self> {
+        let frequencies = config.rope.inverse_frequencies(config.head_dim);
+        let table = updraft_kernels::rope::Table::new(&frequencies, config.max_len(), 1.0);
+        let table = updraft_kernels::cuda::rope::Table::new(gpu, &table)?;
+        let loader = Loader {
+            config,
+            weights,
+            dtype,
+            matrices: Matrices::Computed,
+            place: Place::Gpu(gpu),
+        };
+        Self::load_from(loader, RopeTable::Gpu(table), threads)
+    }
+
+    fn load_from(loader: Loader<'_>, rope: RopeTable, threads: &Threads) -> Result<Self> {
+        let config = loader.config;
+        config.validate()?;
         let embedding = Embedding::load(loader)?;
         let head = if config.tie_word_embeddings {
             embedding.weight.clone()
@@ -105,14 +141,19 @@ impl Decoder {
         };
         Ok(Self {
             config: config.clone(),
-            dtype,
+            dtype: loader.dtype,
             threads: threads.clone(),
-            rope,
+            rope: Arc::new(rope),
             embedding,
             blocks: load_blocks(loader, threads)?,
             norm: RmsNorm::load(loader, "model.norm.weight", config.hidden_size)?,
             head,
             saved_of: None,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            gpu: match loader.place {
+                Place::Gpu(gpu) => Some(gpu.clone()),
+                Place::Host(_) => None,
+            },
         })
     }
 
@@ -125,6 +166,10 @@ impl Decoder {
     /// [`Error::Adapter`] if the adapter is for another model.
     pub fn with_saved_modules(&self, adapter: &Adapter) -> Result<Self> {
         self.check_fit(adapter)?;
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if self.gpu.is_some() && adapter.saves_modules() {
+            return Err(crate::gpu::host_only());
+        }
         let saved = adapter.saved();
         Ok(Self {
             config: self.config.clone(),
@@ -140,7 +185,34 @@ impl Decoder {
             norm: self.norm.with_saved(saved),
             head: saved.head().unwrap_or(&self.head).clone(),
             saved_of: adapter.saves_modules().then(|| adapter.id()),
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            gpu: self.gpu.clone(),
         })
+    }
+
+    /// The GPU it lies on, if on one.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
+        self.gpu.as_ref()
+    }
+
+    /// An adapter where this decoder's weights lie; `None` where that is where it lies already.
+    pub(crate) fn placed(&self, adapter: &Adapter) -> Result<Option<Views>> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = &self.gpu {
+            return adapter.on_gpu(gpu).map(Some);
+        }
+        let _ = adapter;
+        Ok(None)
+    }
+
+    /// The number type of the adapters that run on it.
+    fn adapter_dtype(&self) -> DType {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if self.gpu.is_some() {
+            return DType::F32;
+        }
+        self.dtype
     }
 
     /// The configuration it was loaded with.
@@ -175,7 +247,7 @@ impl Decoder {
         batch: &Batch,
         adapters: &[&Adapter],
         kv: Option<&mut KvPages>,
-    ) -> Result<Tensor> {
+    ) -> Result<candle_core::Tensor> {
         batch.validate(&self.config, adapters.len())?;
         adapters
             .iter()
@@ -190,9 +262,15 @@ impl Decoder {
             rows,
         };
         self.threads.install(|| {
-            let stream = self.run(&ops, batch, &adapter_rows(batch, adapters), kv, |_| {})?;
+            let placed = adapters.iter().map(|adapter| self.placed(adapter));
+            let placed = placed.collect::<Result<Vec<_>>>()?;
+            let views = adapters.iter().zip(&placed);
+            let views: Vec<&Views> = views
+                .map(|(adapter, placed)| placed.as_ref().unwrap_or(adapter.views()))
+                .collect();
+            let stream = self.run(&ops, batch, &adapter_rows(batch, &views), kv, |_| {})?;
             let mut stream = stream.rows(&ops, &batch.logit_rows)?;
-            Ok(self.norm.forward(&ops, &mut stream)?.0)
+            self.norm.forward(&ops, &mut stream)?.0.into_host()
         })
     }
 
@@ -200,7 +278,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::Candle`] if `hidden` is not of this model's width and number type.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub fn logits(&self, hidden: &candle_core::Tensor) -> Result<candle_core::Tensor> {
         if hidden.dims().last() != Some(&self.config.hidden_size) {
             let (hidden, width) = (hidden.dims(), self.config.hidden_size);
             return Err(Error::batch(format!(
@@ -211,7 +289,8 @@ impl Decoder {
             threads: self.threads.clone(),
             rows: Rows::Apart,
         };
-        ops.linear(hidden, &self.head, None)
+        let hidden = self.head.beside(hidden)?;
+        ops.linear(&hidden, &self.head, None)?.into_host()
     }
 
     /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
@@ -282,8 +361,8 @@ impl Decoder {
     }
 
     fn check_fit(&self, adapter: &Adapter) -> Result<()> {
-        if adapter.dtype() != self.dtype {
-            let (adapter, own) = (adapter.dtype(), self.dtype);
+        if adapter.dtype() != self.adapter_dtype() {
+            let (adapter, own) = (adapter.dtype(), self.adapter_dtype());
             return Err(Error::adapter(format!(
                 "it is {adapter:?} where the decoder computes in {own:?}"
             )));
@@ -330,7 +409,7 @@ fn load_blocks(loader: Loader<'_>, threads: &Threads) -> Result<Vec<Block>> {
 }
 
 /// Neighbouring sequences with the same adapter make one run of rows.
-fn adapter_rows<'a>(batch: &Batch, adapters: &[&'a Adapter]) -> Vec<AdapterRows<'a>> {
+fn adapter_rows<'a>(batch: &Batch, adapters: &[&'a Views]) -> Vec<AdapterRows<'a>> {
     let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
     for (s, adapter) in batch.adapters.iter().enumerate() {
         let (Some(adapter), rows) = (*adapter, batch.rows(s)) else {

@@ -109,6 +109,10 @@ pub enum Error {
         /// The device asked for.
         device: String,
     },
+    /// A GPU, its driver or its memory failed.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    #[error(transparent)]
+    Gpu(#[from] updraft_kernels::cuda::Error),
     /// The caller asked to stop.
     #[error("cancelled; run again to continue")]
     Cancelled,

@@ -1,10 +1,11 @@
 //! Page memory for the keys and values of sequences being served.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use crate::batch::{Batch, BlockTables};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// The keys and values of all layers, in pages of `block_size` tokens.
 ///
@@ -55,8 +56,8 @@ impl KvPages {
         let layers = (0..config.num_hidden_layers)
             .map(|_| {
                 Ok(LayerPages {
-                    keys: Tensor::zeros(shape, dtype, device)?,
-                    values: Tensor::zeros(shape, dtype, device)?,
+                    keys: candle_core::Tensor::zeros(shape, dtype, device)?.into(),
+                    values: candle_core::Tensor::zeros(shape, dtype, device)?.into(),
                 })
             })
             .collect::<Result<_>>()?;

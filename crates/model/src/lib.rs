@@ -38,6 +38,8 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | `hub` | [`import_model`] takes Hugging Face Hub ids too |
+//! | `cuda` | [`Decoder::load_on_gpu`]: training on NVIDIA GPUs |
+//! | `cuda-emulator` | the same on kernels compiled for the CPU, to test it |
 //! | `conformance` | `tiny`: random tiny models for the tests of other crates |
 
 mod error;
@@ -60,8 +62,11 @@ mod training;
 mod lora;
 
 mod bridge;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod ops;
 mod random;
+mod tensor;
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod tiny;
@@ -80,4 +85,6 @@ pub use model_files::{ModelFiles, load_model_config, load_model_files};
 pub use quantized::Quantization;
 pub use training::Activations;
 pub use updraft_kernels::Threads;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub use updraft_kernels::cuda::Gpu;
 pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights, f32_bytes, f32_header, f32_pieces};

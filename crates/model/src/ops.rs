@@ -3,7 +3,7 @@
 mod attention;
 mod cross_entropy;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use half::bf16;
 use updraft_kernels::rope::Table;
 use updraft_kernels::{
@@ -14,6 +14,18 @@ use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsu
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::quantized;
+use crate::tensor::Tensor;
+
+/// Leaves for the GPU's operation where the tensor lies there.
+macro_rules! on_gpu {
+    ($tensor:expr, $gpu:ident => $value:expr) => {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let crate::tensor::Tensor::Gpu($gpu) = $tensor {
+            return $value;
+        }
+    };
+}
+pub(crate) use on_gpu;
 
 /// What a row's bits may depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,9 +49,20 @@ pub(crate) struct Normed {
     pub(crate) inv_rms: Tensor,
 }
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+impl Normed {
+    fn on_gpu((y, inv_rms): (crate::gpu::Tensor, crate::gpu::Tensor)) -> Result<Self> {
+        Ok(Self {
+            y: Tensor::Gpu(y),
+            inv_rms: Tensor::Gpu(inv_rms),
+        })
+    }
+}
+
 impl Ops {
     /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`, in f32 if the table is kept in bf16 or quantized.
     pub(crate) fn gather(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        on_gpu!(table, table => Ok(Tensor::Gpu(crate::gpu::gather(table, ids)?)));
         if table.dtype() == DType::U8 {
             let table = read::<u8>(table)?;
             let table = quantized::blocks(&table)?;
@@ -48,7 +71,7 @@ impl Ops {
             embedding::forward(&self.threads, table, ids, &mut out);
             return tensor(out, (ids.len(), cols));
         }
-        let cols = table.dim(1)?;
+        let cols = table.cols();
         if table.dtype() == DType::BF16 {
             let mut out = vec![0.0_f32; ids.len() * cols];
             embedding::forward(&self.threads, read::<bf16>(table)?.mat(), ids, &mut out);
@@ -63,8 +86,9 @@ impl Ops {
 
     /// The gradient of [`gather`](Self::gather): `dout: [N, C]`, `ids: [N]` → `[num_rows, C]`.
     pub(crate) fn scatter(&self, dout: &Tensor, ids: &[u32], num_rows: usize) -> Result<Tensor> {
+        on_gpu!(dout, dout => Ok(Tensor::Gpu(crate::gpu::scatter(dout, ids, num_rows)?)));
         typed!(dout, F => {
-            let cols = dout.dim(1)?;
+            let cols = dout.cols();
             let mut out = vec![F::ZERO; num_rows * cols];
             embedding::backward(ids, read::<F>(dout)?.mat(), MatMut::new(&mut out, num_rows, cols));
             tensor(out, (num_rows, cols))
@@ -73,6 +97,7 @@ impl Ops {
 
     /// `dtable[ids_t] += dout_t`: `dout: [T, C]`, `ids: [T]`, `dtable: [V, C]`.
     pub(crate) fn add_rows(&self, dout: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
+        on_gpu!(dout, dout => crate::gpu::add_rows(dout, ids, dtable.gpu()?));
         typed!(dout, F => {
             let dout = read::<F>(dout)?;
             edit(dtable, |dtable: MatMut<'_, F>| embedding::backward(ids, dout.mat(), dtable))
@@ -81,6 +106,7 @@ impl Ops {
 
     /// `from` into `to`, which may be some columns of a wider matrix.
     pub(crate) fn copy(&self, from: &Tensor, to: &Tensor) -> Result<()> {
+        on_gpu!(from, from => crate::gpu::copy(from, to.gpu()?));
         typed!(from, F => {
             let from = read::<F>(from)?;
             edit(to, |mut to: MatMut<'_, F>| {
@@ -93,11 +119,12 @@ impl Ops {
 
     /// `x: [T, C]`, `weight: [C]`.
     pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Normed> {
+        on_gpu!(x, x => Normed::on_gpu(crate::gpu::rms_norm(x, None, weight.gpu()?, eps)?));
         typed!(x, F => {
-            let (mut y, mut inv_rms) = (vec![F::ZERO; x.elem_count()], vec![F::ZERO; x.dim(0)?]);
+            let (mut y, mut inv_rms) = (vec![F::ZERO; x.rows() * x.cols()], vec![F::ZERO; x.rows()]);
             let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
             rms_norm::forward(&self.threads, view.slice(), weight.slice(), F::of_f64(eps), &mut y, &mut inv_rms);
-            Ok(Normed { y: tensor(y, x.shape())?, inv_rms: tensor(inv_rms, x.dim(0)?)? })
+            Ok(Normed { y: tensor(y, x.dims())?, inv_rms: tensor(inv_rms, x.rows())? })
         })
     }
 
@@ -109,14 +136,15 @@ impl Ops {
         weight: &Tensor,
         eps: f64,
     ) -> Result<Normed> {
+        on_gpu!(x, x => Normed::on_gpu(crate::gpu::rms_norm(x, Some(residual.gpu()?), weight.gpu()?, eps)?));
         typed!(x, F => {
-            let (mut y, mut inv_rms) = (vec![F::ZERO; x.elem_count()], vec![F::ZERO; x.dim(0)?]);
+            let (mut y, mut inv_rms) = (vec![F::ZERO; x.rows() * x.cols()], vec![F::ZERO; x.rows()]);
             let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
             let (x_slice, weight, eps) = (view.slice(), weight.slice(), F::of_f64(eps));
             edit_slice(residual, |residual: &mut [F]| {
                 rms_norm::add_forward(&self.threads, x_slice, residual, weight, eps, &mut y, &mut inv_rms);
             })?;
-            Ok(Normed { y: tensor(y, x.shape())?, inv_rms: tensor(inv_rms, x.dim(0)?)? })
+            Ok(Normed { y: tensor(y, x.dims())?, inv_rms: tensor(inv_rms, x.rows())? })
         })
     }
 
@@ -129,6 +157,7 @@ impl Ops {
         dy: &Tensor,
         dx: &Tensor,
     ) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::rms_norm_backward(x, weight.gpu()?, inv_rms.gpu()?, dy.gpu()?, dx.gpu()?));
         typed!(x, F => {
             let (x, weight) = (read::<F>(x)?, read::<F>(weight)?);
             let (inv_rms, dy) = (read::<F>(inv_rms)?, read::<F>(dy)?);
@@ -145,6 +174,7 @@ impl Ops {
         dy: &Tensor,
         dweight: &Tensor,
     ) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::rms_norm_backward_weight(x, inv_rms.gpu()?, dy.gpu()?, dweight.gpu()?));
         typed!(x, F => {
             let (x, inv_rms, dy) = (read::<F>(x)?, read::<F>(inv_rms)?, read::<F>(dy)?);
             edit_slice(dweight, |dweight: &mut [F]| {
@@ -155,6 +185,7 @@ impl Ops {
 
     /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`; `w` may be kept in bf16 or quantized where `x` is f32.
     pub(crate) fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::linear(x, w.gpu()?, bias.map(Tensor::gpu).transpose()?)?)));
         match w.dtype() {
             DType::BF16 => return self.linear_bf16(x, w, bias),
             DType::U8 => return self.linear_q8_0(x, w, bias),
@@ -204,6 +235,7 @@ impl Ops {
 
     /// `y += alpha · x·wᵀ`, where `y` may be some columns of a wider matrix.
     pub(crate) fn add_linear(&self, alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::add_linear(alpha, x, w.gpu()?, y.gpu()?));
         typed!(x, F => {
             let (x, w) = (read::<F>(x)?, read::<F>(w)?);
             let (x, w) = (x.mat(), w.mat());
@@ -227,9 +259,10 @@ impl Ops {
 
     /// `x` with a share `p` of its numbers dropped and the others scaled up; `keys: [T]`, `x: [T, C]`.
     pub(crate) fn dropout(&self, p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
+        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::dropout(p, keys, x)?)));
         typed!(x, F => {
-            let mut out = vec![F::ZERO; x.elem_count()];
-            let (view, shape) = (read::<F>(x)?, x.dims2()?);
+            let (view, shape) = (read::<F>(x)?, (x.rows(), x.cols()));
+            let mut out = vec![F::ZERO; shape.0 * shape.1];
             noise::dropout(&self.threads, p, keys, view.mat(), MatMut::new(&mut out, shape.0, shape.1));
             tensor(out, shape)
         })
@@ -243,6 +276,7 @@ impl Ops {
         dout: &Tensor,
         dx: &Tensor,
     ) -> Result<()> {
+        on_gpu!(dout, dout => crate::gpu::dropout_backward(p, keys, dout, dx.gpu()?));
         typed!(dout, F => {
             let dout = read::<F>(dout)?;
             edit(dx, |dx: MatMut<'_, F>| {
@@ -253,11 +287,13 @@ impl Ops {
 
     /// `x_t += magnitude_t · u`, `u` uniform between -1 and 1; `keys`, `magnitudes: [T]`, `x: [T, C]`.
     pub(crate) fn add_uniform(&self, keys: &[u64], magnitudes: &[f64], x: &Tensor) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::add_uniform(keys, magnitudes, x));
         typed!(x, F => edit(x, |x: MatMut<'_, F>| noise::add_uniform(keys, magnitudes, x)))
     }
 
     /// `dy·w`: `dy: [T, N]`, `w: [N, K]` → `[T, K]`.
     pub(crate) fn linear_backward(&self, dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+        on_gpu!(dy, dy => Ok(Tensor::Gpu(crate::gpu::linear_backward(dy, w.gpu()?)?)));
         if w.dtype() == DType::BF16 {
             let (dy, w) = (read::<f32>(dy)?, read::<bf16>(w)?);
             let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
@@ -284,6 +320,7 @@ impl Ops {
         beta: f64,
         dx: &Tensor,
     ) -> Result<()> {
+        on_gpu!(dy, dy => crate::gpu::linear_backward_into(alpha, dy, w.gpu()?, beta, dx.gpu()?));
         typed!(dy, F => {
             let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
             let (dy, w, alpha, beta) = (dy.mat(), w.mat(), F::of_f64(alpha), F::of_f64(beta));
@@ -299,6 +336,7 @@ impl Ops {
         x: &Tensor,
         dw: &Tensor,
     ) -> Result<()> {
+        on_gpu!(dy, dy => crate::gpu::add_weight_gradient(alpha, dy, x.gpu()?, dw.gpu()?));
         typed!(dy, F => {
             let (dy, x) = (read::<F>(dy)?, read::<F>(x)?);
             let (dy, x) = (dy.mat(), x.mat());
@@ -310,6 +348,7 @@ impl Ops {
 
     /// `dbias += Σ_t dy_t`
     pub(crate) fn add_bias_gradient(&self, dy: &Tensor, dbias: &Tensor) -> Result<()> {
+        on_gpu!(dy, dy => crate::gpu::add_bias_gradient(dy, dbias.gpu()?));
         typed!(dy, F => {
             let dy = read::<F>(dy)?;
             edit_slice(dbias, |dbias: &mut [F]| linear::backward_bias(dy.mat(), dbias))
@@ -318,6 +357,7 @@ impl Ops {
 
     /// Turns the heads in `x: [T, n·D]` by their positions, in place.
     pub(crate) fn rope(&self, table: &RopeTable, positions: &[u32], x: &Tensor) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::rope(table.gpu()?, positions, false, x));
         typed!(x, F => {
             let table = rope_table::<F>(table)?;
             edit(x, |x: MatMut<'_, F>| rope::forward(&self.threads, table, positions, x))
@@ -331,6 +371,7 @@ impl Ops {
         positions: &[u32],
         dx: &Tensor,
     ) -> Result<()> {
+        on_gpu!(dx, dx => crate::gpu::rope(table.gpu()?, positions, true, dx));
         typed!(dx, F => {
             let table = rope_table::<F>(table)?;
             edit(dx, |dx: MatMut<'_, F>| rope::backward(&self.threads, table, positions, dx))
@@ -339,6 +380,7 @@ impl Ops {
 
     /// `gate_up: [T, 2·I]` → `[T, I]`.
     pub(crate) fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
+        on_gpu!(gate_up, gate_up => Ok(Tensor::Gpu(crate::gpu::swiglu(gate_up)?)));
         typed!(gate_up, F => {
             let view = read::<F>(gate_up)?;
             let (rows, inner) = (view.mat().num_rows(), view.mat().num_cols() / 2);
@@ -351,6 +393,7 @@ impl Ops {
 
     /// In place: `gate_up` becomes its own gradient, and `dh` becomes the forward output once more.
     pub(crate) fn swiglu_backward(&self, gate_up: &Tensor, dh: &Tensor) -> Result<()> {
+        on_gpu!(gate_up, gate_up => crate::gpu::swiglu_backward(gate_up, dh.gpu()?));
         typed!(gate_up, F => {
             edit(gate_up, |gate_up: MatMut<'_, F>| {
                 let inner = gate_up.num_cols() / 2;

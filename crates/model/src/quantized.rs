@@ -226,7 +226,9 @@ mod tests {
         )
         .expect("sound");
         let w = &decoder.head;
-        let dy = Tensor::zeros((1, config.vocab_size), DType::F32, &Device::Cpu).expect("zeros");
+        let dy = Tensor::zeros((1, config.vocab_size), DType::F32, &Device::Cpu)
+            .expect("zeros")
+            .into();
         let ops = crate::ops::Ops {
             threads,
             rows: crate::ops::Rows::Together,

@@ -6,7 +6,7 @@ use crate::batch::Part;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::layers::{AdapterRows, Dropout, SavedBlock, Stream, Trained};
-use crate::lora::{Adapter, Gradients};
+use crate::lora::{Adapter, Gradients, Views};
 use crate::ops::{Ops, Rows};
 
 /// What the backward pass finds when it arrives at a block.
@@ -31,11 +31,14 @@ impl Decoder {
             return self.with_saved_modules(adapter)?.loss(parts, Some(adapter));
         }
         self.check_parts(parts, adapter)?;
+        let placed = adapter.map(|adapter| self.placed(adapter)).transpose()?;
+        let placed = placed.flatten();
+        let views = placed.as_ref().or(adapter.map(Adapter::views));
         let losses = self.each_job(
             parts,
             |_| Ok(()),
             |ops, part, ()| {
-                let adapters = adapter.map(|adapter| whole(adapter, part));
+                let adapters = views.map(|adapter| whole(adapter, part));
                 let stream = self.run(ops, &part.batch, adapters.as_slice(), None, |_| {})?;
                 let hidden = self
                     .norm
@@ -88,6 +91,10 @@ impl Decoder {
         if !gradients.belong_to(adapter) {
             return Err(Error::adapter("gradients of another adapter"));
         }
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = self.gpu() {
+            return self.backward_on_gpu(gpu, parts, adapter, denom, gradients, activations);
+        }
         let own = |job: usize| {
             if job == 0 {
                 Ok(None)
@@ -99,8 +106,8 @@ impl Decoder {
         let jobs = self.each_job(parts, own, |ops, part, own| {
             let rows = &part.row_keys()[..];
             let trained = Trained {
-                adapter,
-                gradients: own.as_ref().unwrap_or(gradients),
+                adapter: adapter.views(),
+                gradients: own.as_ref().unwrap_or(gradients).views(),
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };
             self.backward(ops, part, rows, denom, trained, activations)
@@ -115,7 +122,7 @@ impl Decoder {
         Ok(total)
     }
 
-    fn backward(
+    pub(crate) fn backward(
         &self,
         ops: &Ops,
         part: &Part,
@@ -147,7 +154,7 @@ impl Decoder {
             &self.head,
             &part.labels,
             denom,
-            trained.gradients.saved().head(),
+            trained.gradients.saved.head(),
         )?;
         let drows = dhidden.zeros_like()?;
         self.norm
@@ -259,7 +266,7 @@ impl Decoder {
 /// What was kept of a block's forward pass.
 enum Saved {
     All(Box<SavedBlock>),
-    Input(candle_core::Tensor),
+    Input(crate::tensor::Tensor),
 }
 
 /// Parts that one thread works through, and what comes of them.
@@ -269,7 +276,7 @@ struct Job<'a, S> {
     loss: Result<f64>,
 }
 
-fn whole<'a>(adapter: &'a Adapter, part: &Part) -> AdapterRows<'a> {
+fn whole<'a>(adapter: &'a Views, part: &Part) -> AdapterRows<'a> {
     AdapterRows {
         adapter,
         rows: 0..part.batch.num_tokens(),

@@ -8,7 +8,8 @@ use super::{Gpu, memory};
 /// A kernel and its geometry.
 #[derive(Debug)]
 pub(super) struct Kernel {
-    /// The `.cu` file that it is in.
+    /// The `.cu` file that it is in, which the emulator need not know.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "one name space"))]
     pub(super) module: &'static str,
     pub(super) name: String,
     /// Blocks along x, y and z.

@@ -137,7 +137,7 @@ pub fn add_bias<T: Number>(gpu: &Gpu, bias: View<'_, T>, y: &MatMut<'_, T>) -> R
     unsafe { gpu.launch(&kernel, arguments) }
 }
 
-/// `dbias += Σ_t dy[t]`
+/// `dbias += Σ_t dy[t]`, in f32 if it is f32.
 ///
 /// # Shapes
 /// `dy: [T, N]`, `dbias: [N]`
@@ -147,7 +147,11 @@ pub fn add_bias<T: Number>(gpu: &Gpu, bias: View<'_, T>, y: &MatMut<'_, T>) -> R
 ///
 /// # Panics
 /// If the shapes do not agree.
-pub fn backward_bias<T: Number>(gpu: &Gpu, dy: Mat<'_, T>, dbias: &ViewMut<'_, T>) -> Result<()> {
+pub fn backward_bias<T: Number, O: Number>(
+    gpu: &Gpu,
+    dy: Mat<'_, T>,
+    dbias: &ViewMut<'_, O>,
+) -> Result<()> {
     let (rows, cols) = (dy.num_rows(), dy.num_cols());
     assert_eq!(dbias.len(), cols, "the bias's length");
     let shares = rows.div_ceil(SHARE);

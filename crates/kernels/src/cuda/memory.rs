@@ -266,6 +266,23 @@ impl<T> View<'_, T> {
 }
 
 impl<T> ViewMut<'_, T> {
+    /// Some of the elements.
+    ///
+    /// # Panics
+    /// If there are no such elements.
+    #[must_use]
+    pub fn part(self, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "elements of the view"
+        );
+        Self {
+            address: self.address + (range.start * size_of::<T>()) as u64,
+            len: range.len(),
+            ..self
+        }
+    }
+
     /// For reading what was written.
     #[must_use]
     pub fn as_view(&self) -> View<'_, T> {
@@ -322,6 +339,23 @@ macro_rules! mat {
                     cols,
                     stride: cols,
                 }
+            }
+
+            /// Rows that lie `stride` elements apart.
+            ///
+            /// # Panics
+            /// If rows overlap, or the view does not end with the last of them.
+            #[must_use]
+            pub fn strided(view: $view<'a, T>, rows: usize, cols: usize, stride: usize) -> Self {
+                let mat = Self {
+                    view,
+                    rows,
+                    cols,
+                    stride,
+                };
+                assert!(rows <= 1 || cols <= stride, "rows that do not overlap");
+                assert_eq!(mat.view.len, mat.span(), "the matrix's length");
+                mat
             }
 
             /// Number of rows.

@@ -52,7 +52,7 @@ pub mod swiglu;
 
 pub use device::Gpu;
 pub use error::Error;
-pub use memory::{Buffer, Element, Mat, MatMut, View, ViewMut};
+pub use memory::{Buffer, Element, Mat, MatMut, Number, View, ViewMut};
 
 /// What a call on a GPU returns.
 pub type Result<T> = std::result::Result<T, Error>;

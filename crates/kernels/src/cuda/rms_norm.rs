@@ -132,12 +132,12 @@ pub fn backward<T: Number>(
 ///
 /// # Panics
 /// If the shapes do not agree.
-pub fn backward_weight<T: Number>(
+pub fn backward_weight<T: Number, O: Number>(
     gpu: &Gpu,
     x: View<'_, T>,
     inv_rms: View<'_, f32>,
     dy: View<'_, T>,
-    dweight: &ViewMut<'_, T>,
+    dweight: &ViewMut<'_, O>,
 ) -> Result<()> {
     let (rows, cols) = (inv_rms.len(), dweight.len());
     let (x, dy) = (Mat::new(x, rows, cols), Mat::new(dy, rows, cols));

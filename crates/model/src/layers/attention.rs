@@ -1,11 +1,10 @@
 //! Self-attention: q, k and v, their norms and rotation, attention over the sequence or its pages, o.
 
-use candle_core::Tensor;
-
 use super::linear::{AdapterRows, Linear, Trained};
 use super::rms_norm::SavedNorm;
 use super::{Group, LayerPages, Loader, Pass, Places, RmsNorm, Saved};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// The attention half of a block.
 #[derive(Debug, Clone)]
@@ -140,14 +139,14 @@ impl Attention {
 }
 
 fn q_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
-    Ok(qkv.narrow(1, 0, pass.config.q_dim())?)
+    qkv.narrow(1, 0, pass.config.q_dim())
 }
 
 fn k_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
-    Ok(qkv.narrow(1, pass.config.q_dim(), pass.config.kv_dim())?)
+    qkv.narrow(1, pass.config.q_dim(), pass.config.kv_dim())
 }
 
 /// Queries and keys lie side by side and have heads of one width, so they turn in one pass.
 fn qk_of(pass: &Pass<'_>, qkv: &Tensor) -> Result<Tensor> {
-    Ok(qkv.narrow(1, 0, pass.config.q_dim() + pass.config.kv_dim())?)
+    qkv.narrow(1, 0, pass.config.q_dim() + pass.config.kv_dim())
 }

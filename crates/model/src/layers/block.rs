@@ -1,13 +1,12 @@
 //! One decoder block: attention and MLP, each behind a norm, each added to the stream.
 
-use candle_core::Tensor;
-
 use super::attention::{Attention, SavedAttention};
 use super::linear::{AdapterRows, Trained};
 use super::mlp::{Mlp, SavedMlp};
 use super::rms_norm::SavedNorm;
 use super::{LayerPages, Loader, Pass, Places, RmsNorm, Saved, Stream};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// One block.
 #[derive(Debug, Clone)]

@@ -1,10 +1,9 @@
 //! Token embeddings.
 
-use candle_core::Tensor;
-
 use super::{Loader, Pass, Saved, Trained};
 use crate::config::EMBEDDING;
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// The embedding table, `[V, C]`.
 #[derive(Debug, Clone)]
@@ -39,7 +38,7 @@ impl Embedding {
         dembedded: &Tensor,
         trained: Trained<'_>,
     ) -> Result<()> {
-        match trained.gradients.saved().get(EMBEDDING) {
+        match trained.gradients.saved.get(EMBEDDING) {
             Some(dtable) => pass.ops.add_rows(dembedded, &pass.batch.ids, dtable),
             None => Ok(()),
         }

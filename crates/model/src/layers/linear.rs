@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
 use updraft_kernels::noise::derive;
 
 use super::{GroupAdapter, Loader, Saved};
 use crate::config::Projection;
 use crate::error::Result;
-use crate::lora::{Adapter, Gradients};
+use crate::lora::Views;
 use crate::ops::Ops;
+use crate::tensor::Tensor;
 
 /// The linear maps of a block, grouped by the input they share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Group {
 /// The rows of a batch that one adapter applies to.
 #[derive(Debug, Clone)]
 pub(crate) struct AdapterRows<'a> {
-    pub(crate) adapter: &'a Adapter,
+    pub(crate) adapter: &'a Views,
     pub(crate) rows: Range<usize>,
     pub(crate) dropout: Option<Dropout<'a>>,
 }
@@ -68,8 +68,8 @@ impl Dropout<'_> {
 /// The adapter being trained, and where its gradients add up.
 #[derive(Clone, Copy)]
 pub(crate) struct Trained<'a> {
-    pub(crate) adapter: &'a Adapter,
-    pub(crate) gradients: &'a Gradients,
+    pub(crate) adapter: &'a Views,
+    pub(crate) gradients: &'a Views,
     pub(crate) dropout: Option<Dropout<'a>>,
 }
 
@@ -171,8 +171,7 @@ impl Linear {
         let Some(dropout) = dropout else {
             return ops.linear(x, &adapter.a, None);
         };
-        let shape = (x.dim(0)?, adapter.a.dim(0)?);
-        let down = Tensor::zeros(shape, x.dtype(), x.device())?;
+        let down = x.zeros(&[x.rows(), adapter.a.rows()])?;
         for pair in &adapter.pairs {
             let keys = dropout.keys(self.layer, pair.projection);
             let kept = ops.dropout(dropout.p, &keys, x)?;
@@ -231,7 +230,7 @@ impl Linear {
         let Some(adapter) = self.adapter(trained.adapter.layer(self.layer)) else {
             return Ok(None);
         };
-        let dlow = Tensor::zeros((dy.dim(0)?, adapter.a.dim(0)?), dy.dtype(), dy.device())?;
+        let dlow = dy.zeros(&[dy.rows(), adapter.a.rows()])?;
         for pair in &adapter.pairs {
             let dy = self.columns_of(pair.projection, dy)?;
             ops.linear_backward_into(
@@ -255,7 +254,7 @@ impl Linear {
         (low, dlow): (Option<&Tensor>, Option<&Tensor>),
         trained: Trained<'_>,
     ) -> Result<()> {
-        let saved = trained.gradients.saved();
+        let saved = &trained.gradients.saved;
         if !saved.is_empty() {
             self.backward_saved(ops, dy, x, saved)?;
         }
@@ -311,9 +310,9 @@ impl Linear {
 }
 
 fn rows(matrix: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
-    Ok(matrix.narrow(0, rows.start, rows.len())?)
+    matrix.narrow(0, rows.start, rows.len())
 }
 
 fn narrow(matrix: &Tensor, columns: &Range<usize>) -> Result<Tensor> {
-    Ok(matrix.narrow(1, columns.start, columns.len())?)
+    matrix.narrow(1, columns.start, columns.len())
 }

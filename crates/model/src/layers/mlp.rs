@@ -1,10 +1,9 @@
 //! The gated MLP: gate and up, SwiGLU, down.
 
-use candle_core::Tensor;
-
 use super::linear::{AdapterRows, Linear, Trained};
 use super::{Group, Loader, Pass, Saved};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// The MLP half of a block.
 #[derive(Debug, Clone)]

@@ -12,7 +12,7 @@ pub(crate) use embedding::Embedding;
 pub(crate) use linear::{AdapterRows, Dropout, Group, Trained};
 pub(crate) use rms_norm::{RmsNorm, Stream};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use crate::batch::Batch;
 use crate::bridge::RopeTable;
@@ -22,6 +22,7 @@ use crate::kv_pages::{LayerPages, Places};
 use crate::lora::{GroupAdapter, Saved};
 use crate::ops::Ops;
 use crate::quantized;
+use crate::tensor::Tensor;
 use crate::weights::Weights;
 
 /// Where weights come from and what they become.
@@ -32,7 +33,15 @@ pub(crate) struct Loader<'a> {
     /// What the decoder computes in.
     pub(crate) dtype: DType,
     pub(crate) matrices: Matrices,
-    pub(crate) device: &'a Device,
+    pub(crate) place: Place<'a>,
+}
+
+/// Whose memory weights go to.
+#[derive(Clone, Copy)]
+pub(crate) enum Place<'a> {
+    Host(&'a Device),
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    Gpu(&'a updraft_kernels::cuda::Gpu),
 }
 
 /// What frozen matrices are kept as.
@@ -48,12 +57,13 @@ pub(crate) enum Matrices {
 impl Loader<'_> {
     /// A vector, which every pass reads whole: in what the decoder computes in.
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
-        self.weights.load(name, &[len], self.dtype, self.device)
+        let load = |device: &Device| self.weights.load(name, &[len], self.dtype, device);
+        self.placed(load)
     }
 
     /// Vectors one after the other.
     pub(crate) fn vectors(&self, tensors: &[(String, Vec<usize>)]) -> Result<Tensor> {
-        self.weights.load_stacked(tensors, self.dtype, self.device)
+        self.placed(|device| self.weights.load_stacked(tensors, self.dtype, device))
     }
 
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Tensor> {
@@ -65,11 +75,23 @@ impl Loader<'_> {
         let dtype = match self.matrices {
             Matrices::Computed => self.dtype,
             Matrices::Q8_0 if quantized::fits(tensors) => {
-                return self.weights.load_q8_0(tensors, self.device);
+                return self.placed(|device| self.weights.load_q8_0(tensors, device));
             }
             Matrices::Bf16 | Matrices::Q8_0 => DType::BF16,
         };
-        self.weights.load_stacked(tensors, dtype, self.device)
+        self.placed(|device| self.weights.load_stacked(tensors, dtype, device))
+    }
+
+    fn placed(&self, load: impl FnOnce(&Device) -> Result<candle_core::Tensor>) -> Result<Tensor> {
+        match self.place {
+            Place::Host(device) => Ok(load(device)?.into()),
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            Place::Gpu(gpu) => {
+                let tensor = load(&Device::Cpu)?;
+                let there = crate::gpu::Tensor::upload(gpu, &tensor, tensor.dtype())?;
+                Ok(Tensor::Gpu(there))
+            }
+        }
     }
 }
 

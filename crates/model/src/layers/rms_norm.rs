@@ -1,10 +1,9 @@
 //! RMS norms over the residual stream and over single heads.
 
-use candle_core::Tensor;
-
 use super::{Loader, Saved, Trained};
 use crate::error::Result;
 use crate::ops::{Normed, Ops};
+use crate::tensor::Tensor;
 
 /// The residual stream: what has been added up, and the newest addition still apart, so that adding
 /// it and norming the sum is one pass.
@@ -94,7 +93,7 @@ impl RmsNorm {
         dx: &Tensor,
         trained: Trained<'_>,
     ) -> Result<()> {
-        if let Some(dweight) = trained.gradients.saved().get(&self.name) {
+        if let Some(dweight) = trained.gradients.saved.get(&self.name) {
             ops.rms_norm_backward_weight(&saved.x, &saved.inv_rms, dy, dweight)?;
         }
         ops.rms_norm_backward(&saved.x, &self.weight, &saved.inv_rms, dy, dx)
@@ -104,7 +103,7 @@ impl RmsNorm {
     pub(crate) fn forward_heads(&self, ops: &Ops, view: &Tensor) -> Result<SavedNorm> {
         let x = self.copy_heads(view)?;
         let Normed { y, inv_rms } = ops.rms_norm(&x, &self.weight, self.eps)?;
-        ops.copy(&y.reshape(view.shape())?, view)?;
+        ops.copy(&y.reshape(view.dims())?, view)?;
         Ok(SavedNorm { x, inv_rms })
     }
 
@@ -119,13 +118,13 @@ impl RmsNorm {
         let dy = self.copy_heads(view)?;
         let dx = dy.zeros_like()?;
         self.backward(ops, saved, &dy, &dx, trained)?;
-        ops.copy(&dx.reshape(view.shape())?, view)
+        ops.copy(&dx.reshape(view.dims())?, view)
     }
 
     /// A copy with one head per row, `[T·n, D]`; never a view, which for one token it could be.
     fn copy_heads(&self, view: &Tensor) -> Result<Tensor> {
-        Ok(view
-            .force_contiguous()?
-            .reshape(((), self.weight.elem_count()))?)
+        let width = self.weight.cols();
+        let copy = view.packed_copy()?;
+        copy.reshape(&[view.rows() * view.cols() / width, width])
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Tensor, TensorId};
+use candle_core::{DType, Device, TensorId};
 
 use super::config::LoraConfig;
 use super::plan::{LayerAdapter, PairAdapter, Parameter, Plan, Role, Views};
@@ -12,6 +12,7 @@ use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::layers::Group;
 use crate::random::Random;
+use crate::tensor::Tensor;
 use crate::weights::{Weights, decode};
 
 /// A LoRA adapter: for each adapted linear map `y = x·Wᵀ` the pair that adds `s·(x·Aᵀ)·Bᵀ`; and
@@ -104,12 +105,12 @@ impl Adapter {
             let mut random = Random::new(seed, &parameter.name);
             values[parameter.range.clone()].fill_with(|| random.uniform(-bound, bound) as f32);
         }
-        let values = Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
+        let values = candle_core::Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
         Self::from_values(config.clone(), plan, values)
     }
 
     fn into_device(self, device: &Device) -> Result<Self> {
-        let values = self.values.to_device(device)?;
+        let values = self.values.host()?.to_device(device)?;
         Self::from_values(self.config, self.plan, values)
     }
 
@@ -126,11 +127,12 @@ impl Adapter {
         for parameter in &plan.parameters {
             fill(parameter, &mut values[parameter.range.clone()])?;
         }
-        let values = Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
+        let values = candle_core::Tensor::from_vec(values, plan.len(), &Device::Cpu)?;
         Self::from_values(config, plan, values)
     }
 
-    fn from_values(config: LoraConfig, plan: Plan, values: Tensor) -> Result<Self> {
+    fn from_values(config: LoraConfig, plan: Plan, values: candle_core::Tensor) -> Result<Self> {
+        let values = Tensor::from(values);
         let views = plan.views(&values)?;
         Ok(Self {
             config,
@@ -165,7 +167,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::Candle`] if the device fails.
     pub fn values(&self) -> Result<Vec<f32>> {
-        Ok(self.values.to_dtype(DType::F32)?.to_vec1()?)
+        Ok(self.values.host()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     /// Calls `look` with the flat buffer, without a copy.
@@ -190,9 +192,9 @@ impl Adapter {
     /// [`Error::Candle`] if candle cannot convert.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let values = if dtype == self.dtype() {
-            self.values.copy()?
+            self.values.host()?.copy()?
         } else {
-            self.values.to_dtype(dtype)?
+            self.values.host()?.to_dtype(dtype)?
         };
         Self::from_values(self.config.clone(), self.plan.clone(), values)
     }
@@ -230,9 +232,23 @@ impl Adapter {
         model.tie_word_embeddings && one_of_both && !self.plan.tied_head()
     }
 
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
+    }
+
+    /// A copy of it on a GPU.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn on_gpu(&self, gpu: &updraft_kernels::cuda::Gpu) -> Result<Views> {
+        let values = crate::gpu::Tensor::upload(gpu, self.values.host()?, DType::F32)?;
+        self.plan.views(&Tensor::Gpu(values))
+    }
+
     /// Which flat buffer it is a view of.
     pub(crate) fn id(&self) -> TensorId {
-        self.values.id()
+        self.values
+            .host()
+            .expect("an adapter lies in the host's memory")
+            .id()
     }
 
     pub(crate) fn saved(&self) -> &Saved {
@@ -242,7 +258,7 @@ impl Adapter {
     /// Some of the flat buffer.
     pub(super) fn part(&self, range: &Range<usize>) -> Result<Vec<f32>> {
         let part = self.values.narrow(0, range.start, range.len())?;
-        Ok(part.to_dtype(DType::F32)?.to_vec1()?)
+        Ok(part.host()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     pub(crate) fn plan(&self) -> &Plan {

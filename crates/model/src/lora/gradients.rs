@@ -1,12 +1,12 @@
 //! Gradients of an adapter, laid out as the adapter is.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use super::adapter::Adapter;
-use super::plan::{LayerAdapter, Plan, Views};
-use super::saved::Saved;
+use super::plan::{Plan, Views};
 use crate::bridge::{edit_slice, read, typed};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// The gradients of an [`Adapter`]'s parameters, one flat buffer in the same order.
 ///
@@ -32,7 +32,7 @@ impl Gradients {
     }
 
     fn of_plan(plan: &Plan, dtype: DType) -> Result<Self> {
-        let values = Tensor::zeros(plan.len(), dtype, &Device::Cpu)?;
+        let values = Tensor::from(candle_core::Tensor::zeros(plan.len(), dtype, &Device::Cpu)?);
         Ok(Self {
             plan: plan.clone(),
             views: plan.views(&values)?,
@@ -40,12 +40,8 @@ impl Gradients {
         })
     }
 
-    pub(crate) fn layer(&self, layer: usize) -> Option<&LayerAdapter> {
-        self.views.layers.get(layer)
-    }
-
-    pub(crate) fn saved(&self) -> &Saved {
-        &self.views.saved
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
     }
 
     /// Whether they are laid out as an adapter is.
@@ -100,6 +96,6 @@ impl Gradients {
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) if the device fails.
     pub fn to_vec(&self) -> Result<Vec<f64>> {
-        Ok(self.values.to_dtype(DType::F64)?.to_vec1()?)
+        Ok(self.values.host()?.to_dtype(DType::F64)?.to_vec1()?)
     }
 }

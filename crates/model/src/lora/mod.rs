@@ -14,6 +14,6 @@ pub use adapter::Adapter;
 pub use combine::{Combination, combine};
 pub use config::{LoraConfig, TargetModules};
 pub use gradients::Gradients;
-pub(crate) use plan::{GroupAdapter, LayerAdapter};
+pub(crate) use plan::{GroupAdapter, LayerAdapter, Views};
 pub use plan::{Parameter, Role};
 pub(crate) use saved::{Saved, SavedModules};

@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
-
 use super::config::LoraConfig;
 use super::saved::{Saved, SavedModules};
 use crate::config::{ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::layers::Group;
+use crate::tensor::Tensor;
 
 /// Where one parameter lies in the flat buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,6 +151,13 @@ impl Parameter {
 /// What PEFT writes before every module's path.
 pub(super) const PREFIX: &str = "base_model.model.";
 
+impl Views {
+    /// The adapters of one block; none beyond the last adapted one.
+    pub(crate) fn layer(&self, layer: usize) -> Option<&LayerAdapter> {
+        self.layers.get(layer)
+    }
+}
+
 impl Plan {
     pub(super) fn new(
         config: &LoraConfig,
@@ -278,9 +284,8 @@ impl Plan {
     /// Views of a flat buffer laid out by this plan.
     pub(crate) fn views(&self, values: &Tensor) -> Result<Views> {
         let matrix = |range: &Range<usize>, rows: usize| -> Result<Tensor> {
-            Ok(values
-                .narrow(0, range.start, range.len())?
-                .reshape((rows, ()))?)
+            let part = values.narrow(0, range.start, range.len())?;
+            part.reshape(&[rows, range.len() / rows])
         };
         let group = |plan: &GroupPlan| -> Result<GroupAdapter> {
             let pairs = plan.pairs.iter().map(|pair| {
@@ -302,7 +307,7 @@ impl Plan {
         });
         let saved = self.saved.iter().map(|plan| {
             let flat = values.narrow(0, plan.range.start, plan.range.len())?;
-            Ok((plan.name.clone(), flat.reshape(plan.shape.clone())?))
+            Ok((plan.name.clone(), flat.reshape(&plan.shape)?))
         });
         Ok(Views {
             layers: layers.collect::<Result<_>>()?,

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
-
 use super::config::LoraConfig;
 use super::plan::PREFIX;
 use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
 use crate::error::{Error, Result};
 use crate::layers::Group;
+use crate::tensor::Tensor;
 
 /// Names and shapes of weights that a layer holds as one tensor, one below the other.
 pub(crate) type Stack = Vec<(String, Vec<usize>)>;

@@ -1,16 +1,16 @@
 //! Attention over whole sequences and over pages.
 
-use candle_core::Tensor;
 use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
 use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::{Float, MatMut, kv_scatter};
 
-use super::Ops;
+use super::{Ops, on_gpu};
 use crate::batch::Batch;
 use crate::bridge::{Real, View, edit_slice, read, tensor, typed};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::kv_pages::{LayerPages, Places};
+use crate::tensor::Tensor;
 
 impl Ops {
     /// `qkv: [T, (H + 2·H_kv)·D]` → output `[T, H·D]` and log-sum-exp `[T, H]`.
@@ -20,6 +20,10 @@ impl Ops {
         seq_starts: &[u32],
         qkv: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
+        on_gpu!(qkv, qkv => {
+            let (out, lse) = crate::gpu::attention(model, seq_starts, qkv)?;
+            Ok((Tensor::Gpu(out), Tensor::Gpu(lse)))
+        });
         typed!(qkv, F => {
             let view = read::<F>(qkv)?;
             let (rows, width) = (view.mat().num_rows(), model.q_dim());
@@ -39,10 +43,15 @@ impl Ops {
         (out, lse): (&Tensor, &Tensor),
         dout: &Tensor,
     ) -> Result<Tensor> {
+        on_gpu!(qkv, qkv => {
+            let saved = (out.gpu()?, lse.gpu()?);
+            let dqkv = crate::gpu::attention_backward(model, seq_starts, qkv, saved, dout.gpu()?)?;
+            Ok(Tensor::Gpu(dqkv))
+        });
         typed!(qkv, F => {
             let (qkv_view, out, lse, dout) = (read::<F>(qkv)?, read::<F>(out)?, read::<F>(lse)?, read::<F>(dout)?);
-            let (rows, cols) = qkv.dims2()?;
-            let mut dqkv = vec![F::ZERO; qkv.elem_count()];
+            let (rows, cols) = (qkv.rows(), qkv.cols());
+            let mut dqkv = vec![F::ZERO; rows * cols];
             let (dq, rest) = MatMut::new(&mut dqkv, rows, cols).split_cols(model.q_dim());
             let (dk, dv) = rest.split_cols(model.kv_dim());
             let saved = attention::Saved { out: out.mat(), lse: lse.slice() };

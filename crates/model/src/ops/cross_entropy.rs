@@ -1,12 +1,13 @@
 //! The head with its loss.
 
-use candle_core::{DType, Tensor, WithDType};
+use candle_core::{DType, WithDType};
 use half::bf16;
 use updraft_kernels::{MatMut, Weight, linear_cross_entropy};
 
-use super::Ops;
+use super::{Ops, on_gpu};
 use crate::bridge::{Real, edit, read, tensor, typed};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 impl Ops {
     /// The summed cross-entropy of `hidden·headᵀ` against labels.
@@ -16,6 +17,7 @@ impl Ops {
         head: &Tensor,
         labels: &[u32],
     ) -> Result<f64> {
+        on_gpu!(hidden, hidden => crate::gpu::cross_entropy(hidden, head.gpu()?, labels));
         if head.dtype() == DType::BF16 {
             return self.cross_entropy_of::<f32, bf16>(hidden, head, labels);
         }
@@ -50,6 +52,13 @@ impl Ops {
         denom: f64,
         dhead: Option<&Tensor>,
     ) -> Result<(f64, Tensor)> {
+        on_gpu!(hidden, hidden => {
+            if dhead.is_some() {
+                return Err(crate::gpu::host_only());
+            }
+            let (loss, dhidden) = crate::gpu::cross_entropy_backward(hidden, head.gpu()?, labels, denom)?;
+            Ok((loss, Tensor::Gpu(dhidden)))
+        });
         if head.dtype() == DType::BF16 {
             return self.cross_entropy_backward_of::<f32, bf16>(hidden, head, labels, denom, None);
         }
@@ -69,7 +78,7 @@ impl Ops {
         denom: f64,
         dhead: Option<MatMut<'_, F>>,
     ) -> Result<(f64, Tensor)> {
-        let (rows, cols) = hidden.dims2()?;
+        let (rows, cols) = (hidden.rows(), hidden.cols());
         let (hidden, head) = (read::<F>(hidden)?, read::<W>(head)?);
         let (mut dhidden, mut scratch) = (vec![F::ZERO; rows * cols], Vec::new());
         let grads = linear_cross_entropy::Grads {

@@ -2,6 +2,8 @@
 
 mod combine;
 mod golden;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod gradients;
 mod identities;
 mod oracle;

@@ -1,0 +1,354 @@
+//! The kernels as operations on tensors; what each computes is said where `Ops` says it for the CPU.
+//!
+//! Where an operand's type is not that of the activations, as an adapter's f32 beside bf16, it is cast first; gradients of
+//! parameters add up in f32.
+
+use updraft_kernels::attention::Heads;
+use updraft_kernels::cuda::attention::{Qkv, QkvGrads, Saved, Sequences};
+use updraft_kernels::cuda::{self as kernels, Gpu, rope::Table};
+
+use super::tensor::{Element, Tensor, typed};
+use crate::config::ModelConfig;
+use crate::error::Result;
+
+pub(crate) fn gather(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    typed!(table, T => {
+        let (gpu, cols) = (table.gpu(), table.cols());
+        let mut out = gpu.zeros::<T>(ids.len() * cols)?;
+        let ids_there = gpu.upload(ids)?;
+        let out_mat = out.mat_mut(ids.len(), cols);
+        kernels::embedding::forward(gpu, table.read::<T>().mat(), ids_there.view(), &out_mat)?;
+        Ok(Tensor::of_buffer(gpu, out, &[ids.len(), cols]))
+    })
+}
+
+pub(crate) fn scatter(dout: &Tensor, ids: &[u32], num_rows: usize) -> Result<Tensor> {
+    typed!(dout, T => {
+        let (gpu, cols) = (dout.gpu(), dout.cols());
+        let mut out = gpu.zeros::<T>(num_rows * cols)?;
+        let ids = gpu.upload(ids)?;
+        let out_mat = out.mat_mut(num_rows, cols);
+        kernels::embedding::scatter(gpu, dout.read::<T>().mat(), ids.view(), &out_mat)?;
+        Ok(Tensor::of_buffer(gpu, out, &[num_rows, cols]))
+    })
+}
+
+pub(crate) fn add_rows(dout: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
+    let dout = dout.cast(dtable.dtype())?;
+    typed!(dtable, T => {
+        let gpu = dout.gpu();
+        let ids = gpu.upload(ids)?;
+        let (dout, mut dtable) = (dout.read::<T>(), dtable.write::<T>());
+        Ok(kernels::embedding::backward(gpu, ids.view(), dout.mat(), &dtable.mat())?)
+    })
+}
+
+pub(crate) fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
+    typed!(from, T => {
+        let (read, mut to) = (from.read::<T>(), to.write::<T>());
+        Ok(kernels::cast::axpby(from.gpu(), 1.0, read.mat(), 0.0, &to.mat())?)
+    })
+}
+
+/// The norm and the roots; adds `x` to `residual` first, if there is one.
+pub(crate) fn rms_norm(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let weight = weight.cast(x.dtype())?;
+    typed!(x, T => {
+        let (gpu, rows, cols) = (x.gpu(), x.rows(), x.cols());
+        let (mut y, mut inv_rms) = (gpu.zeros::<T>(rows * cols)?, gpu.zeros::<f32>(rows)?);
+        let (x, weight) = (x.read::<T>(), weight.read::<T>());
+        let (y_view, roots) = (y.view_mut(), inv_rms.view_mut());
+        match residual {
+            None => kernels::rms_norm::forward(gpu, x.mat(), weight.view(), eps as f32, y_view, &roots)?,
+            Some(residual) => {
+                let mut residual = residual.write::<T>();
+                let (x, residual) = (x.view(), residual.view());
+                kernels::rms_norm::add_forward(gpu, x, residual, weight.view(), eps as f32, y_view, &roots)?;
+            }
+        }
+        let inv_rms = Tensor::of_buffer(gpu, inv_rms, &[rows]);
+        Ok((Tensor::of_buffer(gpu, y, &[rows, cols]), inv_rms))
+    })
+}
+
+pub(crate) fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    inv_rms: &Tensor,
+    dy: &Tensor,
+    dx: &Tensor,
+) -> Result<()> {
+    let weight = weight.cast(x.dtype())?;
+    typed!(x, T => {
+        let gpu = x.gpu();
+        let (x, weight, inv_rms) = (x.read::<T>(), weight.read::<T>(), inv_rms.read::<f32>());
+        let (dy, mut dx) = (dy.read::<T>(), dx.write::<T>());
+        let (weight, inv_rms) = (weight.view(), inv_rms.view());
+        Ok(kernels::rms_norm::backward(gpu, x.mat(), weight, inv_rms, dy.view(), &dx.mat())?)
+    })
+}
+
+pub(crate) fn rms_norm_backward_weight(
+    x: &Tensor,
+    inv_rms: &Tensor,
+    dy: &Tensor,
+    dweight: &Tensor,
+) -> Result<()> {
+    typed!(x, T => {
+        let gpu = x.gpu();
+        let (x, inv_rms, dy) = (x.read::<T>(), inv_rms.read::<f32>(), dy.read::<T>());
+        let mut dweight = dweight.write::<f32>();
+        let (x, inv_rms, dy) = (x.view(), inv_rms.view(), dy.view());
+        Ok(kernels::rms_norm::backward_weight(gpu, x, inv_rms, dy, &dweight.view())?)
+    })
+}
+
+pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let w = w.cast(x.dtype())?;
+    typed!(x, T => {
+        let (gpu, rows, cols) = (x.gpu(), x.rows(), w.rows());
+        let mut y = gpu.zeros::<T>(rows * cols)?;
+        let y_mat = y.mat_mut(rows, cols);
+        kernels::linear::forward(gpu, 1.0, x.read::<T>().mat(), w.read::<T>().mat(), 0.0, &y_mat)?;
+        if let Some(bias) = bias {
+            let bias = bias.cast(x.dtype())?;
+            kernels::linear::add_bias(gpu, bias.read::<T>().view(), &y_mat)?;
+        }
+        Ok(Tensor::of_buffer(gpu, y, &[rows, cols]))
+    })
+}
+
+pub(crate) fn add_linear(alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
+    let w = w.cast(x.dtype())?;
+    typed!(x, T => {
+        let (x_read, w, mut y) = (x.read::<T>(), w.read::<T>(), y.write::<T>());
+        let (x_mat, y) = (x_read.mat(), y.mat());
+        Ok(kernels::linear::forward(x.gpu(), alpha as f32, x_mat, w.mat(), 1.0, &y)?)
+    })
+}
+
+pub(crate) fn linear_backward(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let dx = dy.zeros(&[dy.rows(), w.cols()])?;
+    linear_backward_into(1.0, dy, w, 0.0, &dx)?;
+    Ok(dx)
+}
+
+pub(crate) fn linear_backward_into(
+    alpha: f64,
+    dy: &Tensor,
+    w: &Tensor,
+    beta: f64,
+    dx: &Tensor,
+) -> Result<()> {
+    let w = w.cast(dy.dtype())?;
+    typed!(dy, T => {
+        let (gpu, alpha, beta) = (dy.gpu(), alpha as f32, beta as f32);
+        let (dy, w, mut dx) = (dy.read::<T>(), w.read::<T>(), dx.write::<T>());
+        Ok(kernels::linear::backward_input(gpu, alpha, dy.mat(), w.mat(), beta, &dx.mat())?)
+    })
+}
+
+pub(crate) fn add_weight_gradient(alpha: f64, dy: &Tensor, x: &Tensor, dw: &Tensor) -> Result<()> {
+    typed!(dy, T => {
+        let (gpu, alpha) = (dy.gpu(), alpha as f32);
+        let (dy, x, mut dw) = (dy.read::<T>(), x.read::<T>(), dw.write::<f32>());
+        Ok(kernels::linear::backward_weight(gpu, alpha, dy.mat(), x.mat(), 1.0, &dw.mat())?)
+    })
+}
+
+pub(crate) fn add_bias_gradient(dy: &Tensor, dbias: &Tensor) -> Result<()> {
+    typed!(dy, T => {
+        let gpu = dy.gpu();
+        let (dy, mut dbias) = (dy.read::<T>(), dbias.write::<f32>());
+        Ok(kernels::linear::backward_bias(gpu, dy.mat(), &dbias.view())?)
+    })
+}
+
+pub(crate) fn dropout(p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
+    let out = x.zeros(&[x.rows(), x.cols()])?;
+    let keys = x.gpu().upload(keys)?;
+    typed!(x, T => {
+        let (x_read, mut out) = (x.read::<T>(), out.write::<T>());
+        kernels::noise::dropout(x.gpu(), p, keys.view(), x_read.mat(), &out.mat())?;
+    });
+    Ok(out)
+}
+
+pub(crate) fn dropout_backward(p: f64, keys: &[u64], dout: &Tensor, dx: &Tensor) -> Result<()> {
+    let keys = dout.gpu().upload(keys)?;
+    typed!(dout, T => {
+        let (read, mut dx) = (dout.read::<T>(), dx.write::<T>());
+        Ok(kernels::noise::dropout_backward(dout.gpu(), p, keys.view(), read.mat(), &dx.mat())?)
+    })
+}
+
+/// The noise is drawn on the CPU, so that it is the same there and here.
+pub(crate) fn add_uniform(keys: &[u64], magnitudes: &[f64], x: &Tensor) -> Result<()> {
+    let (rows, cols) = (x.rows(), x.cols());
+    let mut noise = vec![0.0_f32; rows * cols];
+    let noise_mat = updraft_kernels::MatMut::new(&mut noise, rows, cols);
+    updraft_kernels::noise::add_uniform(keys, magnitudes, noise_mat);
+    let noise = Tensor::of_buffer(x.gpu(), x.gpu().upload(&noise)?, &[rows, cols]);
+    let noise = noise.cast(x.dtype())?;
+    typed!(x, T => {
+        let (read, mut write) = (noise.read::<T>(), x.write::<T>());
+        Ok(kernels::cast::axpby(x.gpu(), 1.0, read.mat(), 1.0, &write.mat())?)
+    })
+}
+
+/// Turns, or turns back.
+pub(crate) fn rope(table: &Table, positions: &[u32], back: bool, x: &Tensor) -> Result<()> {
+    let positions = x.gpu().upload(positions)?;
+    typed!(x, T => {
+        let turn = if back { kernels::rope::backward } else { kernels::rope::forward };
+        Ok(turn(x.gpu(), table, positions.view(), &x.write::<T>().mat())?)
+    })
+}
+
+pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
+    let h = gate_up.zeros(&[gate_up.rows(), gate_up.cols() / 2])?;
+    typed!(gate_up, T => {
+        let (read, mut write) = (gate_up.read::<T>(), h.write::<T>());
+        kernels::swiglu::forward(gate_up.gpu(), read.mat(), &write.mat())?;
+    });
+    Ok(h)
+}
+
+pub(crate) fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<()> {
+    typed!(gate_up, T => {
+        let (mut gate_up_write, mut dh) = (gate_up.write::<T>(), dh.write::<T>());
+        let (gate_up_mat, dh) = (gate_up_write.mat(), dh.mat());
+        Ok(kernels::swiglu::backward_recompute(gate_up.gpu(), &gate_up_mat, &dh)?)
+    })
+}
+
+pub(crate) fn attention(
+    model: &ModelConfig,
+    seq_starts: &[u32],
+    qkv: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (gpu, rows) = (qkv.gpu(), qkv.rows());
+    let sequences = Sequences::new(gpu, seq_starts)?;
+    typed!(qkv, T => {
+        let mut out = gpu.zeros::<T>(rows * model.q_dim())?;
+        let mut lse = gpu.zeros::<f32>(rows * model.num_attention_heads)?;
+        let read = qkv.read::<T>();
+        let (out_mat, lse_view) = (out.mat_mut(rows, model.q_dim()), lse.view_mut());
+        kernels::attention::forward(gpu, &heads(model), &sequences, split(model, read.mat()), &out_mat, &lse_view)?;
+        let out = Tensor::of_buffer(gpu, out, &[rows, model.q_dim()]);
+        Ok((out, Tensor::of_buffer(gpu, lse, &[rows, model.num_attention_heads])))
+    })
+}
+
+pub(crate) fn attention_backward(
+    model: &ModelConfig,
+    seq_starts: &[u32],
+    qkv: &Tensor,
+    (out, lse): (&Tensor, &Tensor),
+    dout: &Tensor,
+) -> Result<Tensor> {
+    let gpu = qkv.gpu();
+    let sequences = Sequences::new(gpu, seq_starts)?;
+    let dqkv = qkv.zeros(&[qkv.rows(), qkv.cols()])?;
+    typed!(qkv, T => {
+        let (qkv, out, lse, dout) = (qkv.read::<T>(), out.read::<T>(), lse.read::<f32>(), dout.read::<T>());
+        let mut write = dqkv.write::<T>();
+        let (dq, rest) = write.mat().split_cols(model.q_dim());
+        let (dk, dv) = rest.split_cols(model.kv_dim());
+        let saved = Saved { out: out.mat(), lse: lse.view() };
+        let grads = QkvGrads { dq, dk, dv };
+        let inputs = split(model, qkv.mat());
+        kernels::attention::backward(gpu, &heads(model), &sequences, inputs, saved, dout.mat(), &grads)?;
+    });
+    Ok(dqkv)
+}
+
+pub(crate) fn cross_entropy(hidden: &Tensor, head: &Tensor, labels: &[u32]) -> Result<f64> {
+    typed!(hidden, T => {
+        let mut head_pass = HeadPass::<T>::new(hidden, head, labels)?;
+        let (hidden_read, head) = (hidden.read::<T>(), head.read::<T>());
+        let losses = head_pass.losses.view_mut();
+        let (labels, scratch) = (head_pass.labels.view(), &mut head_pass.scratch.view_mut());
+        kernels::linear_cross_entropy::forward(
+            hidden.gpu(), hidden_read.mat(), head.mat(), labels, &losses, scratch,
+        )?;
+        head_pass.sum(hidden.gpu())
+    })
+}
+
+pub(crate) fn cross_entropy_backward(
+    hidden: &Tensor,
+    head: &Tensor,
+    labels: &[u32],
+    denom: f64,
+) -> Result<(f64, Tensor)> {
+    let dhidden = hidden.zeros(&[hidden.rows(), hidden.cols()])?;
+    typed!(hidden, T => {
+        let mut head_pass = HeadPass::<T>::new(hidden, head, labels)?;
+        let (hidden_read, head) = (hidden.read::<T>(), head.read::<T>());
+        let mut write = dhidden.write::<T>();
+        let losses = head_pass.losses.view_mut();
+        let (labels, scratch) = (head_pass.labels.view(), &mut head_pass.scratch.view_mut());
+        kernels::linear_cross_entropy::forward_backward(
+            hidden.gpu(),
+            hidden_read.mat(),
+            head.mat(),
+            labels,
+            (1.0 / denom) as f32,
+            &mut write.mat(),
+            &losses,
+            scratch,
+        )?;
+        drop(write);
+        let loss = head_pass.sum(hidden.gpu())?;
+        Ok((loss, dhidden))
+    })
+}
+
+/// What the head needs beside its inputs.
+struct HeadPass<T> {
+    labels: kernels::Buffer<u32>,
+    losses: kernels::Buffer<f32>,
+    scratch: kernels::Buffer<T>,
+}
+
+impl<T: Element> HeadPass<T> {
+    fn new(hidden: &Tensor, head: &Tensor, labels: &[u32]) -> Result<Self> {
+        let (gpu, rows, vocab) = (hidden.gpu(), hidden.rows(), head.rows());
+        let chunk = kernels::linear_cross_entropy::chunk_rows(rows, vocab);
+        Ok(Self {
+            labels: gpu.upload(labels)?,
+            losses: gpu.zeros(rows)?,
+            scratch: gpu.zeros(chunk * vocab)?,
+        })
+    }
+
+    /// In the order of the rows, in f64.
+    fn sum(&self, gpu: &Gpu) -> Result<f64> {
+        let losses = gpu.download(self.losses.view())?;
+        Ok(losses.iter().map(|&loss| f64::from(loss)).sum())
+    }
+}
+
+fn heads(model: &ModelConfig) -> Heads<f32> {
+    Heads {
+        num_heads: model.num_attention_heads,
+        num_kv_heads: model.num_key_value_heads,
+        head_dim: model.head_dim,
+        scale: (model.head_dim as f64).sqrt().recip() as f32,
+    }
+}
+
+fn split<'a, T>(model: &ModelConfig, qkv: kernels::Mat<'a, T>) -> Qkv<'a, T> {
+    let (q, kv) = (model.q_dim(), model.kv_dim());
+    Qkv {
+        q: qkv.cols(0..q),
+        k: qkv.cols(q..q + kv),
+        v: qkv.cols(q + kv..q + 2 * kv),
+    }
+}

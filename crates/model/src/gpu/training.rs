@@ -1,0 +1,52 @@
+//! Loss and gradients on a GPU: the adapter goes there, its gradients come back.
+
+use updraft_kernels::cuda::Gpu;
+
+use super::Tensor;
+use crate::batch::Part;
+use crate::decoder::Decoder;
+use crate::error::Result;
+use crate::layers::{Dropout, Trained};
+use crate::lora::{Adapter, Gradients};
+use crate::ops::{Ops, Rows};
+use crate::training::Activations;
+
+impl Decoder {
+    /// [`loss_and_backward`](Self::loss_and_backward) on a GPU, part after part; everything is checked.
+    pub(crate) fn backward_on_gpu(
+        &self,
+        gpu: &Gpu,
+        parts: &[Part],
+        adapter: &Adapter,
+        denom: f64,
+        gradients: &mut Gradients,
+        activations: Activations,
+    ) -> Result<f64> {
+        let views = adapter.on_gpu(gpu)?;
+        let len = adapter.num_parameters();
+        let sums = Tensor::of_buffer(gpu, gpu.zeros::<f32>(len)?, &[len]);
+        let sum_views = adapter.plan().views(&sums.clone().into())?;
+        let ops = Ops {
+            threads: self.threads().clone(),
+            rows: Rows::Together,
+        };
+        let p = adapter.config().lora_dropout;
+        let mut total = 0.0;
+        for part in parts.iter().filter(|part| !part.labels.is_empty()) {
+            let rows = &part.row_keys()[..];
+            let trained = Trained {
+                adapter: &views,
+                gradients: &sum_views,
+                dropout: (p > 0.0).then_some(Dropout { p, rows }),
+            };
+            total += self.backward(&ops, part, rows, denom, trained, activations)?;
+        }
+        let sums = sums.to_host()?;
+        gradients.update(|values| {
+            for (value, sum) in values.iter_mut().zip(&sums) {
+                *value += sum;
+            }
+        })?;
+        Ok(total)
+    }
+}

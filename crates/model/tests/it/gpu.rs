@@ -1,0 +1,177 @@
+//! The decoder on a GPU computes what it computes on the CPU: on the emulator where that is compiled, and on the first GPU
+//! where there is one.
+
+use candle_core::{DType, Device};
+use updraft_model::{
+    Activations, Adapter, Architecture, Batch, Decoder, Gpu, Gradients, LoraConfig, Part, Threads,
+    tiny,
+};
+
+use crate::world::{World, documents, one_part, uneven_lora};
+
+fn gpus() -> Vec<Gpu> {
+    let mut gpus = Vec::new();
+    #[cfg(feature = "cuda-emulator")]
+    gpus.push(Gpu::emulated());
+    #[cfg(feature = "cuda")]
+    match Gpu::new(0) {
+        Ok(gpu) => gpus.push(gpu),
+        Err(error) => assert!(
+            std::env::var_os("UPDRAFT_NEEDS_GPU").is_none(),
+            "UPDRAFT_NEEDS_GPU is set: {error}"
+        ),
+    }
+    gpus
+}
+
+fn on_gpu(world: &World, dtype: DType, gpu: &Gpu) -> Decoder {
+    let threads = Threads::single();
+    Decoder::load_on_gpu(&world.config, &world.weights, dtype, gpu, &threads).expect("loads")
+}
+
+fn backward(
+    decoder: &Decoder,
+    adapter: &Adapter,
+    parts: &[Part],
+    activations: Activations,
+) -> (f64, Vec<f64>) {
+    let mut gradients = Gradients::zeros(adapter).expect("zeros");
+    let denom = parts.iter().map(Part::num_labels).sum::<usize>() as f64;
+    let loss = decoder
+        .loss_and_backward(parts, adapter, denom, &mut gradients, activations)
+        .expect("sound parts");
+    (loss, gradients.to_vec().expect("readable"))
+}
+
+/// ‖actual − expected‖ / ‖expected‖
+fn error(actual: &[f64], expected: &[f64]) -> f64 {
+    let square = |x: f64| x * x;
+    let size: f64 = expected.iter().map(|&e| square(e)).sum();
+    let off: f64 = actual
+        .iter()
+        .zip(expected)
+        .map(|(a, e)| square(a - e))
+        .sum();
+    (off / size).sqrt()
+}
+
+#[test]
+fn loss_and_gradients_are_those_of_the_cpu() {
+    for gpu in gpus() {
+        for architecture in [
+            Architecture::Llama,
+            Architecture::Qwen2,
+            Architecture::Qwen3,
+        ] {
+            let world = World::new_bf16(architecture); // weights that no type here rounds
+            let adapter = world.adapter(&uneven_lora(), 4);
+            let parts = [
+                one_part(&documents(&[13, 5, 8], 1)),
+                one_part(&documents(&[3], 2)),
+            ];
+            let reference = world.decoder(DType::F32, 1);
+            let (loss, gradients) = backward(&reference, &adapter, &parts, Activations::Stored);
+            // bf16 rounds eight times coarser than f16, and so do they.
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 5e-3), (DType::BF16, 5e-2)]
+            {
+                let decoder = on_gpu(&world, dtype, &gpu);
+                let (own, own_gradients) =
+                    backward(&decoder, &adapter, &parts, Activations::Stored);
+                let what = format!("{architecture:?} in {dtype:?}");
+                assert!(
+                    (own / loss - 1.0).abs() < tolerance,
+                    "{what}: {own}, {loss}"
+                );
+                let off = error(&own_gradients, &gradients);
+                assert!(off < tolerance, "{what}: gradients off by {off:.1e}");
+                let evaluated = decoder.loss(&parts, Some(&adapter)).expect("sound parts");
+                assert!(
+                    (evaluated / own - 1.0).abs() < 1e-6,
+                    "{what}: {evaluated}, {own}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn dropout_and_noise_are_those_of_the_cpu() {
+    for gpu in gpus() {
+        let world = World::new(Architecture::Qwen2);
+        let lora = LoraConfig {
+            lora_dropout: 0.3,
+            ..uneven_lora()
+        };
+        let adapter = world.adapter(&lora, 4);
+        let mut part = one_part(&documents(&[9, 6], 1));
+        part.seeds = vec![11, 12];
+        part.neftune_noise_alpha = 5.0;
+        let parts = [part];
+        let reference = world.decoder(DType::F32, 1);
+        let (loss, gradients) = backward(&reference, &adapter, &parts, Activations::Stored);
+        let decoder = on_gpu(&world, DType::F32, &gpu);
+        let (own, own_gradients) = backward(&decoder, &adapter, &parts, Activations::Stored);
+        assert!((own / loss - 1.0).abs() < 1e-5, "{own}, {loss}");
+        assert!(error(&own_gradients, &gradients) < 1e-5);
+    }
+}
+
+#[test]
+fn two_runs_and_recomputed_activations_have_the_same_bits() {
+    for gpu in gpus() {
+        let world = World::new(Architecture::Qwen2);
+        let adapter = world.adapter(&uneven_lora(), 4);
+        let parts = [one_part(&documents(&[10, 7], 1))];
+        for dtype in [DType::F32, DType::BF16] {
+            let decoder = on_gpu(&world, dtype, &gpu);
+            let stored = backward(&decoder, &adapter, &parts, Activations::Stored);
+            let again = backward(&decoder, &adapter, &parts, Activations::Stored);
+            assert_eq!(stored, again);
+            let recomputed = backward(&decoder, &adapter, &parts, Activations::Recomputed);
+            assert_eq!(stored, recomputed);
+        }
+    }
+}
+
+#[test]
+fn logits_are_those_of_the_cpu() {
+    for gpu in gpus() {
+        let world = World::new(Architecture::Llama);
+        let adapter = world.adapter(&uneven_lora(), 4);
+        let ids: Vec<u32> = (0..11).map(|i| i * 7 % 96).collect();
+        let mut batch = Batch::packed([&ids[..]]);
+        batch.adapters = vec![Some(0)];
+        batch.logit_rows = vec![10, 3];
+        let logits = |decoder: &Decoder| -> Vec<f64> {
+            let hidden = decoder.forward(&batch, &[&adapter], None).expect("sound");
+            let logits = decoder.logits(&hidden).expect("logits");
+            let logits = logits.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
+            logits.expect("f32").into_iter().map(f64::from).collect()
+        };
+        let expected = logits(&world.decoder(DType::F32, 1));
+        assert!(error(&logits(&on_gpu(&world, DType::F32, &gpu)), &expected) < 1e-5);
+        assert!(error(&logits(&on_gpu(&world, DType::BF16, &gpu)), &expected) < 2e-2);
+    }
+}
+
+#[test]
+fn what_needs_the_host_says_so() {
+    for gpu in gpus() {
+        let config = tiny::config(Architecture::Qwen2);
+        let weights = tiny::weights(&config, 7);
+        let threads = Threads::single();
+        let decoder =
+            Decoder::load_on_gpu(&config, &weights, DType::F32, &gpu, &threads).expect("loads");
+        let whole = LoraConfig {
+            modules_to_save: vec!["embed_tokens".to_owned()],
+            ..LoraConfig::default()
+        };
+        let adapter = Adapter::init_over(&whole, &config, &weights, 1, &Device::Cpu).expect("fits");
+        let refused = decoder
+            .with_saved_modules(&adapter)
+            .expect_err("whole modules");
+        assert!(refused.to_string().contains("on the CPU"), "{refused}");
+        let f64 = Decoder::load_on_gpu(&config, &weights, DType::F64, &gpu, &threads);
+        assert!(f64.expect_err("no f64").to_string().contains("BF16"));
+    }
+}
