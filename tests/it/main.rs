@@ -6,6 +6,7 @@ mod hub;
 mod imports;
 mod kill;
 mod pipeline;
+mod serve;
 
 /// The example's own data, with its tests.
 #[path = "../../examples/pipeline/letters.rs"]

@@ -37,9 +37,14 @@
 //! - Log-probabilities are of the model's own distribution, before penalties and temperature.
 //! - With `echo`, the prompt's first token has the log-probability 0, not null: typed clients
 //!   refuse null.
+//! - Lists are bounded: 1,024 stop token ids, bad words and biases, 20 named log-probabilities, 4 stop
+//!   strings of 1,024 bytes (`/completion` takes 16); more is a 400.
+//! - `text_offset` counts characters of the text: tokens that hold parts of one share its place.
+//! - Who closes their side of a connection has gone, and what they asked for is cancelled.
 //! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.
 //! - Responses are kept in memory, as many as `max_kept_responses`, for the key that asked for them.
-//! - Embeddings come as floats unless base64 is asked for, as OpenAI's; its Python client asks.
+//! - Embeddings come as floats unless base64 is asked for, as OpenAI's; its Python client asks. A
+//!   server that sent base64 unasked would break clients that read its reference.
 //! - Embeddings are the last token's hidden state after the final norm, of length 1.
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
 //! - What would change the answer but is not supported (`tools`, `guided_json` and its kind, GBNF

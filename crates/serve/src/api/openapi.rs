@@ -6,9 +6,13 @@ use serde_json::{Map, Value, json};
 
 use super::schemas::{
     answers, array, boolean, integer, node, nullable, number, object, string, text_or_texts,
-    token_ids,
+    token_ids, token_ids_up_to,
 };
 use crate::app::App;
+use crate::limits::{
+    MAX_BAD_WORD_BYTES, MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_BYTES,
+    MAX_STOP_TOKEN_IDS,
+};
 
 /// The document, of OpenAPI 3.1.
 pub(crate) async fn document(State(app): State<App>) -> Json<Value> {
@@ -118,7 +122,7 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
     });
     let embedding = json!({
         "model": nullable("string"), "input": text_or_texts(),
-        "encoding_format": {"enum": ["float", "base64"]},
+        "encoding_format": {"enum": ["float", "base64", null]},
     });
     let tokenize = json!({
         "model": nullable("string"), "prompt": nullable("string"), "content": nullable("string"),
@@ -130,7 +134,7 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
     let completion = json!({
         "prompt": {"anyOf": [{"type": "string", "minLength": 1}, token_ids(1)]},
         "model": nullable("string"), "n_predict": {"type": ["integer", "null"], "minimum": -1},
-        "stream": boolean(), "stop": array(json!({"type": "string", "minLength": 1}), 0, 16),
+        "stream": boolean(), "stop": array(text_within(MAX_STOP_BYTES), 0, 16),
         "temperature": number(0.0, 2.0), "top_k": integer(0, u32::MAX), "top_p": number(0.01, 1.0),
         "min_p": number(0.0, 1.0), "repeat_penalty": number(0.01, 10.0), "ignore_eos": boolean(),
         "n_probs": integer(0, 20), "return_tokens": boolean(), "cache_prompt": boolean(),
@@ -196,19 +200,22 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
 
 /// The fields that both completion APIs have.
 fn common(own: Value) -> Value {
-    let text = json!({"type": "string", "minLength": 1});
+    let stop = text_within(MAX_STOP_BYTES);
     let mut properties = json!({
         "model": nullable("string"), "stream": boolean(), "n": integer(1, 128),
         "max_tokens": integer(0, u32::MAX), "min_tokens": integer(0, u32::MAX),
-        "stop": {"anyOf": [{"type": "null"}, text, array(text.clone(), 0, 4)]},
-        "stop_token_ids": token_ids(0), "bad_words": array(text.clone(), 0, 1024),
-        "allowed_token_ids": token_ids(1), "logprob_token_ids": token_ids(0),
+        "stop": {"anyOf": [{"type": "null"}, stop, array(stop.clone(), 0, 4)]},
+        "stop_token_ids": token_ids_up_to(MAX_STOP_TOKEN_IDS),
+        "bad_words": array(text_within(MAX_BAD_WORD_BYTES), 0, MAX_BAD_WORDS),
+        "allowed_token_ids": token_ids(1),
+        "logprob_token_ids": token_ids_up_to(MAX_LOGPROBS),
         "seed": {"type": ["integer", "null"], "minimum": i64::MIN, "maximum": i64::MAX},
         "temperature": number(0.0, 2.0), "top_p": number(0.01, 1.0), "min_p": number(0.0, 1.0),
         "top_k": integer(0, u32::MAX), "frequency_penalty": number(-2.0, 2.0),
         "presence_penalty": number(-2.0, 2.0), "repetition_penalty": number(0.01, 10.0),
         "logit_bias": {
             "type": ["object", "null"], "propertyNames": {"pattern": "^[0-9]+$"},
+            "maxProperties": MAX_LOGIT_BIASES,
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         },
         "stream_options": object(&[], &json!({
@@ -228,6 +235,11 @@ fn common(own: Value) -> Value {
         all.extend(own);
     }
     properties
+}
+
+/// A text of so many bytes, whatever its characters are.
+fn text_within(bytes: usize) -> Value {
+    json!({"type": "string", "minLength": 1, "maxLength": bytes / 4})
 }
 
 fn post(summary: &str, body: &Value, answer: Answer) -> Value {

@@ -295,6 +295,12 @@ pub(super) fn token_ids(least: usize) -> Value {
     json!({"type": "array", "minItems": least, "items": id})
 }
 
+pub(super) fn token_ids_up_to(most: usize) -> Value {
+    let mut ids = token_ids(0);
+    ids["maxItems"] = json!(most);
+    ids
+}
+
 pub(super) fn text_or_texts() -> Value {
     let text = json!({"type": "string", "minLength": 1});
     json!({"anyOf": [

@@ -8,14 +8,13 @@ use tokio::sync::{mpsc as events, oneshot};
 use updraft_chat::Chat;
 use updraft_model::ModelConfig;
 
-use super::grammar::{Grammar, Grammars};
+use super::grammar::Grammars;
 use super::load::{AdapterSource, load_adapter};
 use super::options::{CachePlan, EngineOptions};
 use super::registry::Registry;
 use super::served::ServedModel;
 use super::status::Status;
 use super::worker::{Arrival, Job, Worker};
-use crate::constraint::Constraint;
 use crate::engine::{
     Adapters, Engine, EngineStats, Existing, GenerateRequest, ModelInfo, TokenEvent, TokenStream,
     longest_token_bytes,
@@ -125,21 +124,19 @@ impl Engine for ModelEngine {
     }
 
     async fn generate_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<TokenStream>> {
-        let mut jobs = Vec::with_capacity(requests.len());
+        let mut jobs: Vec<Job> = Vec::with_capacity(requests.len());
         let mut streams = Vec::with_capacity(requests.len());
-        let mut compiled: Option<(Constraint, Grammar)> = None;
         for request in requests {
             let adapter = self.registry.find(&request.model)?;
             check_request(&request, self.config.vocab_size, self.max_model_len)?;
-            let grammar = match (&request.constraint, &compiled) {
+            // Choices of one request have one form, which is compiled once.
+            let last = jobs
+                .last()
+                .filter(|last| last.request.constraint == request.constraint);
+            let grammar = match (&request.constraint, last.map(|last| last.grammar.clone())) {
                 (None, _) => None,
-                // Choices of one request have one schema.
-                (Some(asked), Some((known, grammar))) if asked == known => Some(grammar.clone()),
-                (Some(asked), _) => {
-                    let grammar = self.grammars.compile(asked.clone()).await?;
-                    compiled = Some((asked.clone(), grammar.clone()));
-                    Some(grammar)
-                }
+                (Some(_), Some(grammar)) => grammar,
+                (Some(asked), None) => Some(self.grammars.compile(asked.clone()).await?),
             };
             let (events, received) = events::unbounded_channel();
             jobs.push(Job {

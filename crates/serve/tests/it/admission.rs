@@ -10,17 +10,22 @@ use updraft_model::Threads;
 use updraft_serve::{EchoEngine, EngineOptions, ModelEngine, ModelSource, ServeOptions};
 
 use crate::client::{Answer, Server};
-use crate::load::{model_files, write};
+use crate::load::{ask, model_files, write};
+use crate::slow::closed_window;
 
 const CHAT: &str = "/v1/chat/completions";
 
 async fn tiny(options: &EngineOptions) -> Server {
+    tiny_with(options, ServeOptions::default()).await
+}
+
+async fn tiny_with(options: &EngineOptions, serve: ServeOptions) -> Server {
     let folder = tempfile::tempdir().expect("a temporary folder");
     write(folder.path(), &model_files());
     let source = ModelSource::folder(folder.path());
     let engine = ModelEngine::load("tiny", &source, &[], &Threads::single(), options).await;
     let engine = Arc::new(engine.expect("it loads"));
-    Server::start(engine, ServeOptions::default()).await
+    Server::start(engine, serve).await
 }
 
 /// A number from `/metrics`.
@@ -201,4 +206,73 @@ async fn texts_that_cannot_fit_are_not_tokenized() {
     let many = json!({"prompt": vec![""; 200]});
     let error = server.post("/v1/completions", &many).await.error(400, None);
     assert_eq!(error["param"], "n");
+}
+
+/// What brings others to their knees, against an engine that computes: much of everything, floods
+/// of ids, and clients that take nothing. It ends, nothing of it stays, and the next answer is what
+/// it was before.
+#[tokio::test]
+async fn a_real_engine_withstands_what_others_do_not() {
+    let serve = ServeOptions {
+        write_timeout: Duration::from_millis(100),
+        ..ServeOptions::default()
+    };
+    let server = tiny_with(&EngineOptions::default(), serve).await;
+    let expected = ask(&server, "tiny").await;
+
+    let much = json!({
+        "messages": [{"role": "user", "content": "x"}], "n": 32, "logprobs": true,
+        "top_logprobs": 20, "max_tokens": 100, "ignore_eos": true,
+    });
+    let answer = server.post(CHAT, &much).await.json();
+    let choices = answer["choices"].as_array().expect("choices");
+    assert_eq!(choices.len(), 32);
+    for choice in choices {
+        let content = choice["logprobs"]["content"].as_array().expect("a list");
+        assert!(content.len() == 100 && content[99]["top_logprobs"][19].is_object());
+    }
+
+    for (field, value) in [
+        ("stop_token_ids", json!(vec![1; 100_000])),
+        ("logprob_token_ids", json!(vec![1; 100_000])),
+        ("allowed_token_ids", json!(vec![1; 1_000_000])),
+        ("bad_words", json!(vec!["x"; 100_000])),
+        ("stop", json!(vec!["x"; 100_000])),
+        ("stop_token_ids", json!([u32::MAX])),
+        ("allowed_token_ids", json!([258])),
+    ] {
+        let mut body = json!({"messages": [{"role": "user", "content": "x"}]});
+        body[field] = value;
+        let error = server.post(CHAT, &body).await.error(400, None);
+        assert_eq!(error["param"], field, "{error}");
+    }
+
+    let (mut client, _open, connection) = closed_window(&server).await;
+    let mut answers = Vec::new();
+    for _ in 0..8 {
+        let request = axum::http::Request::post(format!("http://{}{CHAT}", server.addr))
+            .header("content-type", "application/json")
+            .body(())
+            .expect("a request");
+        client = client.ready().await.expect("room");
+        let (answer, mut sending) = client.send_request(request, false).expect("room");
+        let mut endless = much.clone();
+        endless["stream"] = json!(true);
+        endless["n"] = json!(2);
+        let sent = sending.send_data(endless.to_string().into(), true);
+        sent.expect("it is sent");
+        answers.push(answer.await.expect("a head"));
+    }
+    for _ in 0..1000 {
+        let running = metric(&server, "num_requests_running").await;
+        if running + metric(&server, "kv_cache_usage_perc").await == 0.0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(metric(&server, "num_requests_running").await, 0.0);
+    assert_eq!(metric(&server, "num_requests_waiting").await, 0.0);
+    assert_eq!(metric(&server, "kv_cache_usage_perc").await, 0.0);
+    assert_eq!(ask(&server, "tiny").await, expected, "as before");
+    connection.abort();
 }

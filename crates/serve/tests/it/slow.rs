@@ -154,20 +154,7 @@ async fn a_window_that_never_opens_ends_its_request() {
     ] {
         let engine = EchoEngine::new(["echo"]).with_pace(Duration::from_millis(1));
         let server = server(engine.clone(), options).await;
-        let stream = TcpStream::connect(server.addr).await.expect("it listens");
-        let mut builder = h2::client::Builder::new();
-        builder.initial_window_size(0);
-        let handshake = builder.handshake::<_, bytes::Bytes>(stream).await;
-        let (mut client, mut connection) = handshake.expect("it speaks HTTP/2");
-        let (open, opened) = tokio::sync::oneshot::channel::<()>();
-        let connection = tokio::spawn(async move {
-            tokio::select! {
-                _ = &mut connection => return,
-                _ = opened => {}
-            }
-            connection.set_initial_window_size(1 << 20).expect("sent");
-            let _ = connection.await;
-        });
+        let (mut client, open, connection) = closed_window(&server).await;
         let body = json!({
             "messages": [{"role": "user", "content": "x"}], "stream": true, "ignore_eos": true,
             "max_tokens": 4000,
@@ -196,6 +183,30 @@ async fn a_window_that_never_opens_ends_its_request() {
         assert!(matches!(last, Some(Err(_))), "{what}: {last:?}");
         connection.abort();
     }
+}
+
+/// A client of HTTP/2 that takes nothing until it is told to.
+pub(crate) async fn closed_window(
+    server: &Server,
+) -> (
+    h2::client::SendRequest<bytes::Bytes>,
+    tokio::sync::oneshot::Sender<()>,
+    tokio::task::JoinHandle<()>,
+) {
+    let stream = TcpStream::connect(server.addr).await.expect("it listens");
+    let mut builder = h2::client::Builder::new();
+    builder.initial_window_size(0);
+    let (client, mut connection) = builder.handshake(stream).await.expect("it speaks HTTP/2");
+    let (open, opened) = tokio::sync::oneshot::channel::<()>();
+    let connection = tokio::spawn(async move {
+        tokio::select! {
+            _ = &mut connection => return,
+            Ok(()) = opened => {}
+        }
+        connection.set_initial_window_size(1 << 20).expect("sent");
+        let _ = connection.await;
+    });
+    (client, open, connection)
 }
 
 /// A client that sent a byte more than its request, to which HTTP/1 listens only after the answer,

@@ -46,6 +46,88 @@ async fn answers_survive_preemption() {
     crate::conformance::until_idle(&crowded).await;
 }
 
+/// The same for the weights that servers really have: halves, and nine bits a number.
+#[tokio::test]
+async fn stored_weights_answer_alike_at_any_load_cut_and_prefix() {
+    for quantization in [None, Some(Quantization::Q8_0)] {
+        let engine = |options: &EngineOptions| {
+            let (config, weights, device) = (config(), weights(), Device::Cpu);
+            let threads = Threads::single();
+            let decoder = match quantization {
+                None => {
+                    let dtype = candle_core::DType::BF16;
+                    Decoder::load(&config, &weights, dtype, &device, &threads)
+                }
+                Some(kind) => Decoder::load_quantized(&config, &weights, kind, &device, &threads),
+            };
+            let model = ServedModel {
+                decoder: decoder.expect("sound weights"),
+                ..served(&weights, &[])
+            };
+            ModelEngine::new(model, options).expect("sound options")
+        };
+        let asked = || requests("tiny");
+        let off = EngineOptions {
+            prefix_cache: false,
+            ..EngineOptions::default()
+        };
+        let alone = sharing::answers(one_by_one(&engine(&off), asked()).await);
+        for max_num_batched_tokens in [16, 17, 512] {
+            let options = EngineOptions {
+                max_num_batched_tokens,
+                block_size: 4,
+                ..small()
+            };
+            let engine = engine(&options);
+            let cold = sharing::answers(together(&engine, asked()).await);
+            assert_eq!(
+                cold, alone,
+                "{quantization:?}, {max_num_batched_tokens} at once"
+            );
+            let warm = sharing::answers(together(&engine, asked()).await);
+            assert_eq!(warm, alone, "{quantization:?}, from the cache");
+            assert!(engine.stats()[0].prefix_cache_hits > 0);
+        }
+    }
+}
+
+/// Not of a few likely tokens but of the whole vocabulary, at every position.
+#[test]
+fn an_adapters_logits_are_its_merged_models() {
+    let adapter = adapter(1);
+    let base = weights();
+    let merged = merge::merge(&base, &config(), &adapter).expect("it fits");
+    let merged: Result<Vec<_>, _> = merged
+        .map(|file| file.map(|(name, bytes)| (name, bytes.into())))
+        .collect();
+    let merged = Weights::from_files(merged.expect("f32 weights")).expect("sound files");
+    let ids: Vec<u32> = (0..60).map(|at| at * 37 % 256).collect();
+    let logits = |weights: &Weights, adapters: &[&Adapter]| -> Vec<f32> {
+        let decoder = served(weights, &[]).decoder;
+        let mut batch = Batch::packed([&ids[..]]);
+        batch.logit_rows = (0..ids.len() as u32).collect();
+        if !adapters.is_empty() {
+            batch.adapters = vec![Some(0)];
+        }
+        let hidden = decoder.forward(&batch, adapters, None).expect("sound");
+        let logits = decoder.logits(&hidden).expect("logits");
+        logits
+            .flatten_all()
+            .and_then(|all| all.to_vec1())
+            .expect("f32")
+    };
+    let (unmerged, merged) = (logits(&base, &[&adapter]), logits(&merged, &[]));
+    assert_eq!(unmerged.len(), ids.len() * config().vocab_size);
+    let difference = |a: &[f32], b: &[f32]| {
+        let pairs = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        pairs.fold(0.0, f32::max)
+    };
+    let apart = difference(&unmerged, &merged);
+    assert!(apart < 1e-4, "{apart:e}");
+    let plain = difference(&unmerged, &logits(&base, &[]));
+    assert!(plain > 1e-2, "the adapter does something: {plain:e}");
+}
+
 /// Cached, batched decoding against one whole forward pass per token without any cache.
 #[tokio::test]
 async fn cached_decode_equals_full_forward() {

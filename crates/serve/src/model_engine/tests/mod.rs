@@ -7,7 +7,7 @@ use futures::future::join_all;
 use futures::{StreamExt, TryStreamExt};
 use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, SpecialTokens};
 use updraft_model::{
-    Adapter, Architecture, Batch, Decoder, LoraConfig, ModelConfig, Threads, Weights,
+    Adapter, Architecture, Batch, Decoder, LoraConfig, ModelConfig, Quantization, Threads, Weights,
 };
 use updraft_model::{KvPages, merge, tiny};
 

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Every request as it is told to the client, without what of its prompt was cached.
-fn answers(events: Vec<Vec<TokenEvent>>) -> Vec<Vec<TokenEvent>> {
+pub(super) fn answers(events: Vec<Vec<TokenEvent>>) -> Vec<Vec<TokenEvent>> {
     let plain = |event| match event {
         TokenEvent::Started { .. } => TokenEvent::Started { cached_tokens: 0 },
         TokenEvent::Finished { reason, mut usage } => {
