@@ -9,6 +9,8 @@
 
 mod evaluation;
 mod export;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod identities;
 mod peft;
 mod refusals;
