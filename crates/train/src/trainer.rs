@@ -18,6 +18,7 @@ use crate::checkpoints::Checkpoints;
 use crate::collective::{Alone, Collective};
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::flops::Work;
+use crate::identity::values_of;
 use crate::loader::{StepExamples, StepReader, read_ahead};
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
@@ -52,6 +53,8 @@ pub struct Trainer<'a> {
     plan: RunPlan<'a>,
     schedule: Schedule,
     adapter: Adapter,
+    /// A hash of what it began with.
+    start: String,
     parameters: Vec<Parameter>,
     gradients: Gradients,
     optimizer: Box<dyn Optimizer>,
@@ -97,6 +100,7 @@ impl<'a> Trainer<'a> {
             parameters: adapter.parameters().to_vec(),
             gradients: Gradients::zeros(&adapter)?,
             optimizer: optim::build(&config, decoder.threads()),
+            start: values_of(&adapter)?,
             adapter,
             cursor: plan.start(),
             log: Vec::new(),
