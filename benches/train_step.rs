@@ -7,6 +7,13 @@
 //! ```sh
 //! cargo bench --bench train_step && python benches/peers/train_step.py --threads 2 --dtype f32
 //! ```
+//!
+//! Both print the most memory their process held; name one case (`-- train_step/f32/2`) for its own.
+
+#![expect(
+    clippy::print_stderr,
+    reason = "a bench says what criterion does not measure"
+)]
 
 use std::time::{Duration, Instant};
 
@@ -77,6 +84,10 @@ fn train_step(criterion: &mut Criterion) {
         }
     }
     group.finish();
+    // Of all four together; criterion's own is a few MiB. The peer prints its own.
+    if let Some(bytes) = updraft::train::peak_memory() {
+        eprintln!("peak_rss_mib: {}", bytes >> 20);
+    }
 }
 
 criterion_group!(benches, train_step);

@@ -9,7 +9,8 @@
 //! `question` and `answer`, or of `prompt` and `completion`. `--out` gets the adapter
 //! (`lora_model/`, for PEFT), the merged model (`fused/`), `metrics.jsonl`, TensorBoard's files
 //! (`runs/`) and checkpoints, from which the same command goes on after an interruption. On SIGTERM
-//! and Ctrl-C it writes one more and exits with 143.
+//! and Ctrl-C it writes one more and exits with 143; on a second one, and after training, it exits at
+//! once. Data, base and settings must be the same then, or be given another `--out`.
 //!
 //! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
 //! option by its own name. Besides:
@@ -29,11 +30,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use updraft::chat::{Chat, ChatFiles, Conversation, Example, Message, TemplateFiles};
 use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads, peft};
@@ -46,6 +50,14 @@ use updraft::train::{FUSED, LORA_MODEL, check_memory, evaluate, export, gemm_cei
 const STOPPED: u8 = 128 + 15;
 
 fn main() -> Result<ExitCode> {
+    // What the libraries warn of.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(false)
+        .init();
+
     // Settings: the libraries' defaults, but for these four.
     let mut options = Options::parse(std::env::args().skip(1))?;
     let (base, data) = (options.need("base")?, options.need("data")?);
@@ -76,6 +88,11 @@ fn main() -> Result<ExitCode> {
         ..usual
     })?;
     options.nothing_left()?;
+    let store = Store::open(&out)?;
+    ensure!(
+        store.local_path("").is_some(),
+        "--out {out} is not a folder: `pipeline` and `train::train_stage` write to stores"
+    );
 
     // The model's files, and how it chats.
     let files = ModelFiles::from_dir(Path::new(&base))?;
@@ -125,7 +142,15 @@ fn main() -> Result<ExitCode> {
         let read =
             |name: &str| std::fs::read(Path::new(&continued).join(name)).context(name.to_owned());
         let (settings, weights) = (read(peft::CONFIG_FILE)?, read(peft::WEIGHTS_FILE)?);
-        peft::read_adapter(&settings, &weights, &files.config)?
+        let adapter = peft::read_adapter(&settings, &weights, &files.config)?;
+        let over = adapter.config().base_model_name_or_path.clone();
+        ensure!(
+            !adapter.config().is_for_another_base(&base),
+            "--adapter {continued} was trained over {}, not {base}: give that base, or correct its {}",
+            over.unwrap_or_default(),
+            peft::CONFIG_FILE
+        );
+        adapter
     };
     let lora = adapter.config().clone();
 
@@ -142,52 +167,55 @@ fn main() -> Result<ExitCode> {
     println!("training takes about {} MiB", estimate.total() >> 20);
 
     // A spot notice, or Ctrl-C: the trainer writes a checkpoint.
-    let runtime = tokio::runtime::Runtime::new()?;
-    let cancel = CancelToken::new();
-    let (stop, mut terminated) = {
-        let _inside = runtime.enter();
-        (cancel.clone(), signal(SignalKind::terminate())?)
-    };
-    runtime.spawn(async move {
-        tokio::select! {
-            _ = terminated.recv() => {}
-            _ = tokio::signal::ctrl_c() => {}
-        }
-        stop.cancel();
-    });
+    let runtime = Runtime::new()?;
+    let (cancel, training) = (CancelToken::new(), Arc::new(AtomicBool::new(true)));
+    watch_signals(&runtime, cancel.clone(), Arc::clone(&training))?;
 
     // Train, from the newest checkpoint if there is one.
-    let store = Store::open(&out)?;
     let checkpoints = Checkpoints::new(&store, "checkpoints", config.save_total_limit as usize);
     let path = Path::new(&out);
     let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
+        .with_base(files.fingerprint())
         .with_gemm_ceiling(gemm_ceiling(&threads, dtype))
         .with_observer(TextLines::new(std::io::stdout(), logging_steps))
-        .with_cancel(cancel)
+        .with_cancel(cancel.clone())
         .with_checkpoints(checkpoints.clone(), runtime.handle().clone());
-    let run = RunInfo::new(&out)
-        .with_params(&lora)?
-        .with_params(&config)?;
-    for name in report_to.split(',').filter(|name| !name.is_empty()) {
-        trainer = trainer.with_observer(Sink::named(name, path)?.open(&run)?);
-    }
     if let Some(held_out) = &held_out {
-        let batch_size = config.per_device_eval_batch_size as usize;
-        let (eval_loss, _) = evaluate(&decoder, None, held_out, batch_size)?;
-        println!("{{'eval_loss': {eval_loss:.4}, 'epoch': 0}}");
         trainer = trainer.with_evaluation(held_out);
     }
     if let Some(checkpoint) = runtime.block_on(checkpoints.latest(decoder.config()))? {
         println!("continuing after step {}", checkpoint.state.cursor.step);
         trainer = trainer.resume(checkpoint)?;
     }
-    match trainer.run() {
-        Ok(_) => {} // Its last line is the report.
+    let run = RunInfo::new(&out)
+        .with_identity(trainer.identity().key())
+        .with_params(&lora)?
+        .with_params(&config)?;
+    for name in report_to.split(',').filter(|name| !name.is_empty()) {
+        trainer = trainer.with_observer(Sink::named(name, path)?.open(&run)?);
+    }
+    let first = held_out.as_ref().map(|held_out| {
+        let batch_size = config.per_device_eval_batch_size as usize;
+        evaluate(&decoder, None, held_out, batch_size, &[cancel.clone()])
+    });
+    let trained = first.transpose().and_then(|first| {
+        if let Some((eval_loss, _)) = first {
+            println!("{{'eval_loss': {eval_loss:.4}, 'epoch': 0}}");
+        }
+        trainer.run()
+    });
+    training.store(false, Ordering::Relaxed);
+    match trained {
         Err(Error::Cancelled { step }) => {
             println!("stopped after step {step}; the same command goes on from there");
             return Ok(ExitCode::from(STOPPED));
         }
         Err(error) => return Err(error.into()),
+        Ok(_) if cancel.is_cancelled() => {
+            println!("stopped after the last step; the same command writes the result");
+            return Ok(ExitCode::from(STOPPED));
+        }
+        Ok(_) => {} // Its last line is the report.
     }
     let (adapter, log) = trainer.into_parts();
 
@@ -212,6 +240,27 @@ fn main() -> Result<ExitCode> {
         println!("{result} is at https://huggingface.co/{push_to_hub}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// SIGTERM and Ctrl-C end the training with a checkpoint. The second time, and when there is no
+/// training to end, they end the program: an export that is cut short begins anew.
+fn watch_signals(runtime: &Runtime, cancel: CancelToken, training: Arc<AtomicBool>) -> Result<()> {
+    let _inside = runtime.enter();
+    let mut terminated = signal(SignalKind::terminate())?;
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    runtime.spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminated.recv() => {}
+                _ = interrupted.recv() => {}
+            }
+            if cancel.is_cancelled() || !training.load(Ordering::Relaxed) {
+                std::process::exit(STOPPED.into());
+            }
+            cancel.cancel();
+        }
+    });
+    Ok(())
 }
 
 /// Uploads a folder to a repository of the Hub, which is made, private, if it is not there.

@@ -12,6 +12,7 @@ line with the median step.
 
 import argparse
 import json
+import resource
 import statistics
 import time
 
@@ -64,6 +65,7 @@ def main():
     print(json.dumps({
         "peer": "peft", "threads": args.threads, "dtype": args.dtype, "batch": args.batch, "seq": args.seq,
         "seconds_per_step": round(step, 4), "tokens_per_second": round(args.batch * args.seq / step, 1),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
     }))
 

@@ -43,6 +43,13 @@ use tasks::Launcher;
 use updraft::store::Progress;
 
 fn main() -> ExitCode {
+    // What the libraries warn of.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .with_ansi(false)
+        .init();
     let settings = match Settings::from_args() {
         Ok(Some(settings)) => settings,
         Ok(None) => {

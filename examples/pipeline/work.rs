@@ -184,15 +184,22 @@ fn dataset_source(settings: &Settings) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-/// A spot notice or a launcher's cancel: the trainer writes a checkpoint, then the stage ends.
+/// A spot notice or a launcher's cancel: the trainer writes a checkpoint, then the stage ends. A
+/// second one waits for nothing, such as data that does not come; every stage begins again from what
+/// is in the store.
 fn cancel_on_signal(cancel: CancelToken) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = tokio::signal::ctrl_c() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            if cancel.is_cancelled() {
+                std::process::exit(128 + 15);
+            }
+            cancel.cancel();
         }
-        cancel.cancel();
     });
     Ok(())
 }

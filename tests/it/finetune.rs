@@ -75,3 +75,50 @@ fn stopped_by_sigterm_it_says_so_and_the_same_command_ends_in_the_same_bits() {
     );
     assert_eq!(written(dir.path(), "stopped"), written(dir.path(), "calm"));
 }
+
+/// Other data, and a base that is another model of the same shape: refused, and what is there stays.
+#[test]
+fn another_runs_checkpoint_is_refused_and_stays() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let run = |command: &mut Command| {
+        let output = command.stderr(Stdio::piped()).output().expect("it starts");
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    assert!(run(&mut finetune(dir.path(), "out")).0);
+    let checkpoint = || {
+        let folder = dir.path().join("out/checkpoints/00000024");
+        std::fs::read(folder.join("adapter_model.safetensors")).expect("a checkpoint")
+    };
+    let before = checkpoint();
+
+    // The same file name with one answer changed.
+    let mut command = finetune(dir.path(), "out");
+    let data = dir.path().join("questions.jsonl");
+    let changed = std::fs::read_to_string(&data).expect("there");
+    std::fs::write(&data, changed.replacen("comes 3.", "comes 4.", 1)).expect("written");
+    let (ended, said) = run(&mut command);
+    assert!(!ended && said.contains("the data differs"), "{said}");
+    assert_eq!(checkpoint(), before);
+
+    // A store is no folder, and none of its name is made.
+    let mut command = finetune(dir.path(), "unused");
+    command.current_dir(dir.path());
+    let arguments = command.get_args().map(std::ffi::OsStr::to_owned);
+    let to_store = arguments.map(|argument| {
+        let is_out = Path::new(&argument).ends_with("unused");
+        if is_out {
+            "s3://bucket/out".into()
+        } else {
+            argument
+        }
+    });
+    let to_store: Vec<_> = to_store.collect();
+    let mut command = Command::new(example("finetune_lora"));
+    command.args(to_store).current_dir(dir.path());
+    let (ended, said) = run(&mut command);
+    assert!(!ended && said.contains("is not a folder"), "{said}");
+    assert!(!dir.path().join("s3:").exists());
+}

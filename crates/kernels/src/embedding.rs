@@ -49,6 +49,23 @@ pub fn backward<F: Float>(ids: &[u32], dout: Mat<'_, F>, mut dtable: MatMut<'_, 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{check_gradient, random, weighted};
+
+    /// Rows that come twice, once and never.
+    #[test]
+    fn gradients_match_finite_differences() {
+        let (rows, cols, ids) = (5, 7, [3, 0, 3, 1]);
+        let (table, dout) = (random::<f64>(rows * cols, 1), random::<f64>(4 * cols, 2));
+        let mut dtable = vec![0.0; rows * cols];
+        let out = MatMut::new(&mut dtable, rows, cols);
+        backward(&ids, Mat::new(&dout, 4, cols), out);
+        check_gradient("dtable", &table, &dtable, |table| {
+            let mut out = vec![0.0; 4 * cols];
+            let threads = Threads::single();
+            forward(&threads, Mat::new(table, rows, cols), &ids, &mut out);
+            weighted(&out, &dout)
+        });
+    }
 
     #[test]
     fn rows_are_gathered_and_their_gradients_added_up() {

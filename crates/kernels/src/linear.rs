@@ -120,7 +120,37 @@ impl<F: Float> Op for AddBias<'_, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{check_close, narrow, random, thread_counts};
+    use crate::testing::{check_close, check_gradient, narrow, random, thread_counts, weighted};
+
+    /// Of the input, the weight and the bias, in sizes that no tile divides.
+    #[test]
+    fn gradients_match_finite_differences() {
+        let threads = Threads::single();
+        for (t, k, n) in [(1, 3, 2), (5, 19, 11), (9, 4, 23)] {
+            let alpha = 0.75;
+            let (x, w) = (random::<f64>(t * k, 1), random::<f64>(n * k, 2));
+            let (bias, dy) = (random::<f64>(n, 3), random::<f64>(t * n, 4));
+            let loss = |x: &[f64], w: &[f64], bias: &[f64]| {
+                let mut y = vec![f64::NAN; t * n];
+                let (x, w) = (Mat::new(x, t, k), Mat::new(w, n, k));
+                forward(&threads, alpha, x, w, 0.0, MatMut::new(&mut y, t, n));
+                add_bias(&threads, bias, MatMut::new(&mut y, t, n));
+                weighted(&y, &dy)
+            };
+            let upstream = Mat::new(&dy, t, n);
+            let mut dx = vec![f64::NAN; t * k];
+            let into = MatMut::new(&mut dx, t, k);
+            backward_input(&threads, alpha, upstream, Mat::new(&w, n, k), 0.0, into);
+            check_gradient("dx", &x, &dx, |x| loss(x, &w, &bias));
+            let mut dw = vec![f64::NAN; n * k];
+            let into = MatMut::new(&mut dw, n, k);
+            backward_weight(&threads, alpha, upstream, Mat::new(&x, t, k), 0.0, into);
+            check_gradient("dw", &w, &dw, |w| loss(&x, w, &bias));
+            let mut dbias = vec![0.0; n];
+            backward_bias(upstream, &mut dbias);
+            check_gradient("dbias", &bias, &dbias, |bias| loss(&x, &w, bias));
+        }
+    }
 
     /// `alpha · a·b + beta · out` by the definition.
     fn naive(

@@ -159,7 +159,7 @@ pub fn add_uniform<F: Float>(keys: &[u64], magnitudes: &[f64], mut x: MatMut<'_,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{random, thread_counts};
+    use crate::testing::{check_gradient, random, thread_counts, weighted};
 
     const SHAPE: (usize, usize) = (40, 1000);
 
@@ -195,6 +195,29 @@ mod tests {
                 assert!((share - p * p).abs() < 0.01, "{share} of {}", p * p);
             }
         }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let (rows, cols, keys) = (3, 19, [derive(1, 0), derive(1, 1), derive(1, 2)]);
+        let (x, dout) = (random::<f64>(rows * cols, 1), random::<f64>(rows * cols, 2));
+        let threads = Threads::single();
+        let mut dx = vec![0.0; rows * cols];
+        let into = MatMut::new(&mut dx, rows, cols);
+        dropout_backward(&threads, 0.4, &keys, Mat::new(&dout, rows, cols), into);
+        assert!(dx.contains(&0.0) && dx.iter().any(|&d| d != 0.0));
+        check_gradient("dx of dropout", &x, &dx, |x| {
+            let mut out = vec![0.0; rows * cols];
+            let into = MatMut::new(&mut out, rows, cols);
+            dropout(&threads, 0.4, &keys, Mat::new(x, rows, cols), into);
+            weighted(&out, &dout)
+        });
+        // What is added does not depend on what it is added to: the gradient passes as it is.
+        check_gradient("dx of noise", &x, &dout, |x| {
+            let mut noisy = x.to_vec();
+            add_uniform(&keys, &[0.3, 2.0, 0.0], MatMut::new(&mut noisy, rows, cols));
+            weighted(&noisy, &dout)
+        });
     }
 
     #[test]

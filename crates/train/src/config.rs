@@ -24,7 +24,11 @@ pub struct TrainConfig {
     /// is passed over as often as that takes.
     pub max_steps: Option<u64>,
     /// Examples per micro-batch, or packed rows when `packing` is on. Memory
-    /// grows with it.
+    /// grows with it. The token budget of a micro-batch (other programs'
+    /// `max_tokens`, `max_tokens_per_batch` or `batch_tokens`) is
+    /// `packing: true` with this many times `max_seq_len`: no micro-batch has
+    /// more tokens. Without packing examples lie end to end all the same:
+    /// nothing is ever padded, and the numbers are those of padded batches.
     pub per_device_train_batch_size: u32,
     /// Micro-batches per optimizer step. The step's loss and gradients do not
     /// depend on how the same examples are divided.
@@ -33,7 +37,7 @@ pub struct TrainConfig {
     /// Attention and positions stay per example, so only the composition of a
     /// step changes.
     pub packing: bool,
-    /// Tokens in a packed row. Without packing only a limit that the data must
+    /// Tokens in a packed row, `max_length` in TRL. Without packing only a limit that the data must
     /// already respect.
     pub max_seq_len: u32,
     /// Examples packed together. A larger window fills rows better and holds

@@ -191,6 +191,14 @@ pub enum Error {
         /// The distance allowed.
         tolerance: f64,
     },
+    /// A merged model is not what base and adapter give.
+    #[error(
+        "{name} of the merged model is not what base and adapter give: do not use it, report this as a bug"
+    )]
+    WrongMerge {
+        /// The tensor, or `config.json`.
+        name: String,
+    },
     /// The run was asked to stop; a checkpoint of this step was written when
     /// a place for checkpoints was given.
     #[error("cancelled after step {step}")]

@@ -10,7 +10,9 @@ use candle_core::{DType, Device};
 use updraft_chat::Example;
 use updraft_model::{Adapter, Decoder, LoraConfig, ModelFiles, merge, peft};
 
-use crate::verify::{Probe, compare, difference, tolerance};
+use crate::merged::check_merged;
+use crate::swap::{recover, swap, write_synced};
+use crate::verify::{Probe, compare, tolerance};
 use crate::{Error, Result, StepRecord, TrainConfig};
 
 /// Folder of the adapter within the stage.
@@ -26,9 +28,12 @@ const MODEL_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 ///
 /// `decoder` is the base model in f32. Both folders are read back and asked for the logits of
 /// `probe`, as [`train_stage`](crate::train_stage) does, before they take the place of earlier ones.
+/// Those are moved aside first and deleted last: a kill leaves either, and the next export puts back
+/// what it finds aside.
 ///
 /// # Errors
-/// [`Error::Verification`] if a folder does not give the trained model's logits;
+/// [`Error::Verification`] if a folder does not give the trained model's logits,
+/// [`Error::WrongMerge`] if a merged weight is not what base and adapter give;
 /// [`Error::Model`] if a file cannot be written or read.
 pub fn export(
     folder: &Path,
@@ -38,19 +43,10 @@ pub fn export(
     card: &str,
     probe: &Example,
 ) -> Result<()> {
-    let new = folder.join(".new");
-    let write = |name: &str, bytes: &[u8]| {
-        let path = new.join(name);
-        let parent = path.parent().unwrap_or(&new);
-        std::fs::create_dir_all(parent).map_err(io(parent))?;
-        std::fs::write(&path, bytes).map_err(io(&path))
-    };
-    if new.exists() {
-        std::fs::remove_dir_all(&new).map_err(io(&new))?; // What a killed export left.
-    }
+    let new = recover(folder)?;
+    let write = |name: &str, bytes: &[u8]| write_synced(&new.join(name), bytes);
     let probe = Probe::new(probe);
     let expected = probe.logits(&decoder, Some(adapter))?;
-    let learned = difference(&expected, &probe.logits(&decoder, None)?);
     if !adapter.is_whole() {
         for (name, bytes) in adapter_folder(adapter, card, &base.files)? {
             write(&name, &bytes)?;
@@ -67,24 +63,15 @@ pub fn export(
         write(&format!("{FUSED}/{name}"), &bytes)?;
     }
     let merged = ModelFiles::from_dir(&new.join(FUSED))?;
-    let tolerance = tolerance(&merged.weights, learned)?;
+    check_merged(base, adapter, &merged.config, &merged.weights)?;
+    let tolerance = tolerance(&merged.weights)?;
     let (config, weights) = (&merged.config, &merged.weights);
     let merged = Decoder::load(config, weights, DType::F32, &Device::Cpu, &threads)?;
     compare(FUSED, &expected, &probe.logits(&merged, None)?, tolerance)?;
-
-    for name in [LORA_MODEL, FUSED] {
-        let (from, to) = (new.join(name), folder.join(name));
-        if to.exists() {
-            std::fs::remove_dir_all(&to).map_err(io(&to))?;
-        }
-        if from.exists() {
-            std::fs::rename(&from, &to).map_err(io(&to))?;
-        }
-    }
-    std::fs::remove_dir(&new).map_err(io(&new))
+    swap(folder)
 }
 
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();
     move |source| Error::Model(updraft_model::Error::Io { path, source })
 }

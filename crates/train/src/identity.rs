@@ -1,10 +1,10 @@
 //! What makes two runs one run: everything that a resume must share.
 
 use serde::{Deserialize, Serialize};
-use updraft_model::{LoraConfig, ModelConfig};
+use updraft_model::{Adapter, LoraConfig, ModelConfig, f32_bytes, f32_pieces};
 use updraft_store::sha256_hex;
 
-use crate::TrainConfig;
+use crate::{Result, TrainConfig};
 
 /// Names a run by everything that decides what it ends with, but for the machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -21,6 +21,8 @@ pub struct RunIdentity {
     pub data: String,
     /// The id of the held-out data's plan, where there is some.
     pub held_out: Option<String>,
+    /// The parameters that the run began with, hashed.
+    pub start: String,
 }
 
 impl RunIdentity {
@@ -42,6 +44,7 @@ impl RunIdentity {
             ("the held-out data", self.held_out == other.held_out),
             ("TrainConfig", self.config == other.config),
             ("LoraConfig", self.lora == other.lora),
+            ("the adapter it began with", self.start == other.start),
         ];
         let found = pairs.into_iter().find(|(_, same)| !same);
         found.map(|(what, _)| what)
@@ -50,6 +53,17 @@ impl RunIdentity {
 
 /// What differs when the weights of two base models have other names or sizes.
 pub(crate) const SHAPE: &str = "the base model's shape";
+
+/// An adapter's parameters, hashed a mebibyte at a time.
+pub(crate) fn values_of(adapter: &Adapter) -> Result<String> {
+    let pieces = |values: &[f32]| -> String {
+        let pieces = f32_pieces(0..values.len());
+        pieces
+            .map(|piece| sha256_hex(&f32_bytes(&values[piece])))
+            .collect()
+    };
+    Ok(sha256_hex(adapter.with(pieces)?.as_bytes()))
+}
 
 /// The names and shapes of a model's weights, hashed.
 pub(crate) fn shape_of(model: &ModelConfig) -> String {

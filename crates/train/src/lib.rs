@@ -72,8 +72,10 @@ mod observer;
 mod trainer;
 
 mod export;
+mod merged;
 pub mod metrics;
 mod stage;
+mod swap;
 mod verify;
 
 #[cfg(any(test, feature = "conformance"))]

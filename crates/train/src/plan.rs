@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::packing::best_fit_decreasing;
+use crate::packing::{best_fit_decreasing, fill_rate};
 use crate::source::{ExamplePlan, ExampleSource};
 use crate::{Error, Result, TrainConfig};
 
@@ -268,6 +268,15 @@ impl<'a> RunPlan<'a> {
         shape
     }
 
+    /// The share of the packed rows that tokens fill, in the first epoch; `None` without packing.
+    pub fn fill_rate(&self) -> Option<f64> {
+        let Batching::Packed { max_seq_len, .. } = self.batching else {
+            return None;
+        };
+        let EpochShape { tokens, rows, .. } = self.epoch(0);
+        Some(fill_rate(tokens, rows, max_seq_len))
+    }
+
     fn rows(&self, epoch: u64, window: u64) -> Vec<Vec<usize>> {
         let lengths = &self.source.plan().lengths;
         let window_rows = self.window_rows(epoch, window);
@@ -398,6 +407,16 @@ mod tests {
         seen.sort_unstable();
         assert_eq!(seen, (0..100).collect::<Vec<u64>>());
         assert_eq!(plan.epoch(3).micro_batches, micro_batches);
+        let shape = plan.epoch(0);
+        let fill = shape.tokens as f64 / (shape.rows * 64) as f64;
+        assert_eq!(plan.fill_rate(), Some(fill));
+        assert!(fill > 0.9 && fill <= 1.0, "{fill}");
+        let unpacked = TrainConfig {
+            packing: false,
+            ..config
+        };
+        let unpacked = RunPlan::new(&source, &unpacked).expect("a plan");
+        assert_eq!(unpacked.fill_rate(), None);
     }
 
     #[test]

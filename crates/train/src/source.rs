@@ -35,6 +35,9 @@ pub struct ExamplePlan {
 ///   `row(epoch, index + 1)`, … to the epoch's end, so a stream opened at an
 ///   index equals the tail of the stream opened at zero.
 ///
+/// - The stream's `next` comes back in bounded time: it is asked from a thread that a run waits for
+///   when it ends or is cancelled, so what reads over a network has its own timeout.
+///
 /// The suite `conformance::example_source` (feature `conformance`) checks it.
 pub trait ExampleSource: Debug + Send + Sync {
     /// Lengths and identity, without reading an example.

@@ -54,6 +54,7 @@ pub(crate) fn report(steps: u64) -> TrainReport {
         train_steps_per_second: 0.5 * steps as f64,
         train_tokens_per_second: 48.0 * steps as f64,
         flops_per_second: 1e9,
+        packing_fill_rate: None,
         mfu: Some(0.5),
         peak_memory_bytes: Some(1 << 30),
         resumed_from: 0,

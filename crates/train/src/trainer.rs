@@ -18,6 +18,7 @@ use crate::checkpoints::Checkpoints;
 use crate::collective::{Alone, Collective};
 use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::flops::Work;
+use crate::identity::values_of;
 use crate::loader::{StepExamples, StepReader, read_ahead};
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
@@ -52,6 +53,8 @@ pub struct Trainer<'a> {
     plan: RunPlan<'a>,
     schedule: Schedule,
     adapter: Adapter,
+    /// A hash of what it began with.
+    start: String,
     parameters: Vec<Parameter>,
     gradients: Gradients,
     optimizer: Box<dyn Optimizer>,
@@ -97,6 +100,7 @@ impl<'a> Trainer<'a> {
             parameters: adapter.parameters().to_vec(),
             gradients: Gradients::zeros(&adapter)?,
             optimizer: optim::build(&config, decoder.threads()),
+            start: values_of(&adapter)?,
             adapter,
             cursor: plan.start(),
             log: Vec::new(),
@@ -159,7 +163,8 @@ impl<'a> Trainer<'a> {
         self
     }
 
-    /// Stops when this token is cancelled, or one given before.
+    /// Stops when this token is cancelled, or one given before: after the step or evaluation batch
+    /// under way, and when the source has come back from the example it is reading.
     pub fn with_cancel(mut self, cancel: CancelToken) -> Self {
         self.cancels.push(cancel);
         self
@@ -180,6 +185,14 @@ impl<'a> Trainer<'a> {
     pub fn with_gemm_ceiling(mut self, flops_per_second: f64) -> Self {
         self.gemm_ceiling = Some(flops_per_second);
         self
+    }
+
+    /// About how many operations the whole run will be: six for each token and number of the model.
+    pub(crate) fn expected_flops(&self) -> f64 {
+        let epoch = self.plan.epoch(0);
+        let tokens = epoch.tokens as f64 / epoch.steps.max(1) as f64;
+        let numbers = self.decoder.config().num_parameters() as f64;
+        6.0 * numbers * tokens * self.plan.total_steps() as f64
     }
 
     /// The adapter as trained so far.

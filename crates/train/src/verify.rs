@@ -77,22 +77,18 @@ pub(crate) fn difference(expected: &[f32], actual: &[f32]) -> f64 {
     distance / norm(&mut expected.iter().map(|&e| f64::from(e))).max(f64::MIN_POSITIVE)
 }
 
-/// How far a merged model's logits may lie from base and adapter.
+/// How far a merged model's logits may lie from base and adapter, once every merged weight is known
+/// to be the right one.
 ///
-/// In f32 `1e-4`: only the order of sums differs. A 16-bit type rounds each merged weight, by eight
-/// units in the last place of the logits at most where weights change much; where they change by
-/// less than half a unit, rounding undoes the change, and at worst the merged model is the base.
-/// So `learned`, the difference between base and tuned model, is allowed there too.
-pub(crate) fn tolerance(weights: &Weights, learned: f64) -> Result<f64> {
-    let mut tolerance = 1e-4f64;
+/// In f32 `1e-4`: only the order of sums differs. What 16-bit types round away has no bound that a
+/// wrong weight would pass and a right one not: there the logits need only be numbers.
+pub(crate) fn tolerance(weights: &Weights) -> Result<f64> {
     for name in weights.names() {
-        tolerance = tolerance.max(match weights.dtype(name)? {
-            Dtype::BF16 => 8.0 / 256.0 + learned,
-            Dtype::F16 => 8.0 / 2048.0 + learned,
-            _ => 0.0,
-        });
+        if matches!(weights.dtype(name)?, Dtype::BF16 | Dtype::F16) {
+            return Ok(f64::INFINITY);
+        }
     }
-    Ok(tolerance)
+    Ok(1e-4)
 }
 
 #[cfg(test)]
@@ -115,5 +111,7 @@ mod tests {
                 "{error}"
             );
         }
+        let no_number = [3.0, f32::NAN];
+        compare("fused", &[3.0, 4.0], &no_number, f64::INFINITY).expect_err("no number");
     }
 }

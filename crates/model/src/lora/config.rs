@@ -127,6 +127,19 @@ impl LoraConfig {
         matches!(&self.target_modules, TargetModules::Names(names) if names.is_empty())
     }
 
+    /// Whether an adapter of these settings says that it was trained over a base of another name.
+    ///
+    /// One model lies under many paths, so only the last part of the names is compared, without case;
+    /// who says nothing contradicts nothing.
+    pub fn is_for_another_base(&self, base: &str) -> bool {
+        let last = |name: &str| {
+            let name = name.trim_end_matches('/');
+            name.rsplit('/').next().unwrap_or(name).to_lowercase()
+        };
+        let own = self.base_model_name_or_path.as_deref();
+        own.is_some_and(|own| last(own) != last(base))
+    }
+
     /// The part of [`validate`](Self::validate) that also holds for adapters trained elsewhere.
     pub(crate) fn validate_numbers(&self) -> Result<()> {
         for (field, &rank) in std::iter::once(("r", &self.r))
@@ -344,5 +357,17 @@ mod tests {
             "rank_pattern: \"(?<=q)_proj\" is no regular expression",
         );
         refused(|c| c.lora_alpha = f64::NAN, "lora_alpha: NaN");
+    }
+
+    #[test]
+    fn a_base_is_known_by_the_last_part_of_its_name() {
+        let over = |base: Option<&str>| LoraConfig {
+            base_model_name_or_path: base.map(str::to_owned),
+            ..LoraConfig::default()
+        };
+        let hub = over(Some("Qwen/Qwen2.5-0.5B"));
+        assert!(!hub.is_for_another_base("models/qwen2.5-0.5b/"));
+        assert!(hub.is_for_another_base("models/qwen2.5-1.5b"));
+        assert!(!over(None).is_for_another_base("models/qwen2.5-1.5b"));
     }
 }

@@ -128,6 +128,49 @@ fn a_document_does_not_feel_its_neighbours() {
     assert_eq!(hidden(&[1, 2, 3]), hidden(&[90, 50, 4]));
 }
 
+/// The gradient that reaches a document's embeddings: another document beside it changes no bit.
+#[test]
+fn the_gradient_of_a_documents_input_does_not_feel_its_neighbours() {
+    let world = World::new(Architecture::Llama); // Its head is no embedding.
+    assert!(!world.config.tie_word_embeddings);
+    let lora = LoraConfig {
+        modules_to_save: vec!["embed_tokens".to_owned()],
+        ..LoraConfig::default()
+    };
+    let (decoder, adapter) = (world.decoder(DType::F32, 1), world.adapter(&lora, 4));
+    let table = adapter.parameters().last().expect("the table").clone();
+    assert!(table.name.ends_with("embed_tokens.weight"));
+    let own = [7, 8, 9, 10, 11];
+    // The rows of the table that the second document alone uses hold the gradient of its input.
+    let input_gradient = |first: &[u32], stored| {
+        let mut part = Part::default();
+        part.push(first, std::slice::from_ref(&(1..first.len())));
+        part.push(&own, std::slice::from_ref(&(2..5)));
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        decoder
+            .loss_and_backward(&[part], &adapter, 1.0, &mut gradients, stored)
+            .expect("a sound part");
+        let width = table.shape[1];
+        let rows = own.map(|id| {
+            let start = table.range.start + id as usize * width;
+            let row = gradients.with(|values| values[start..start + width].to_vec());
+            row.expect("f32")
+        });
+        rows.concat()
+    };
+    for stored in [Activations::Stored, Activations::Recomputed] {
+        let calm = input_gradient(&[1, 2, 3, 4, 5, 6], stored);
+        // The last token is nobody's input; every other has a gradient.
+        let hidden = table.shape[1];
+        assert!(calm[..4 * hidden].iter().any(|&x| x != 0.0));
+        for first in [[90, 50, 4, 60, 61, 62], [1, 2, 3, 4, 5, 60]] {
+            let other = input_gradient(&first, stored);
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&other), bits(&calm));
+        }
+    }
+}
+
 #[test]
 fn merged_weights_run_like_the_adapter() {
     for architecture in [Architecture::Llama, Architecture::Qwen2] {

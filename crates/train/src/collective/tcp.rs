@@ -43,7 +43,8 @@ enum Welcome {
 
 impl TcpCollective {
     /// Meets the other workers. `timeout` bounds the meeting, and later each wait for another worker: it must be
-    /// longer than a step takes.
+    /// longer than a step takes, and than the first worker needs to evaluate or to write a checkpoint, for the others
+    /// wait then. An hour is not too much: a worker that is gone closes its connection, which is noticed at once.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] names the workers that did not come, or says what they do not agree on.
@@ -104,7 +105,16 @@ impl Link for TcpStream {
 
     fn receive(&self, bytes: &mut [u8]) -> io::Result<()> {
         let mut stream = self;
-        stream.read_exact(bytes)
+        stream.read_exact(bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                let timeout = self.read_timeout().ok().flatten().unwrap_or_default();
+                let what = format!(
+                    "no word for {timeout:?}: if it evaluates or writes checkpoints that long, join with a longer timeout"
+                );
+                io::Error::new(io::ErrorKind::TimedOut, what)
+            }
+            _ => error,
+        })
     }
 
     fn close(&self) {
@@ -317,12 +327,16 @@ mod tests {
     }
 
     fn group(num_workers: usize) -> Vec<TcpCollective> {
+        patient_group(num_workers, TIMEOUT)
+    }
+
+    fn patient_group(num_workers: usize, timeout: Duration) -> Vec<TcpCollective> {
         let master = meeting_point();
         thread::scope(|scope| {
             let joining: Vec<_> = (0..num_workers)
                 .map(|rank| {
                     let launch = launch(rank, num_workers, &master);
-                    scope.spawn(move || TcpCollective::join(&launch, TIMEOUT))
+                    scope.spawn(move || TcpCollective::join(&launch, timeout))
                 })
                 .collect();
             let joined = joining
@@ -344,6 +358,21 @@ mod tests {
         };
         assert_eq!(source.to_string(), "workers [1, 2] did not come");
         assert!(error.is_retryable());
+    }
+
+    /// As while it evaluates or writes a checkpoint for longer than the others are told to wait.
+    #[test]
+    fn a_first_worker_that_is_busy_for_too_long_is_told_of_with_what_to_do() {
+        let mut workers = patient_group(2, Duration::from_millis(300));
+        let error = workers[1].exchange(b"ready").expect_err("no answer");
+        let Error::Worker { rank: 0, source } = &error else {
+            panic!("{error}");
+        };
+        let source = source.to_string();
+        assert!(
+            source.contains("no word for 300ms") && source.contains("longer timeout"),
+            "{source}"
+        );
     }
 
     #[test]

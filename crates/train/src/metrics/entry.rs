@@ -60,6 +60,8 @@ impl Entry {
             ("train_loss", report.train_loss),
             ("flops_per_second", report.flops_per_second),
         ];
+        let fill = report.packing_fill_rate;
+        values.extend(fill.map(|fill| ("packing_fill_rate", fill)));
         values.extend(report.mfu.map(|mfu| ("mfu", mfu)));
         let peak = report.peak_memory_bytes.map(|bytes| bytes as f64);
         values.extend(peak.map(|bytes| ("peak_memory_bytes", bytes)));

@@ -35,7 +35,8 @@ use state::{Identity, SentFile};
 /// JSON lines as [`JsonLines`](super::JsonLines) writes them, and `<file>.sent` says how far the
 /// server has them. A process that opens the same file, because a killed run goes on or only to
 /// hand in what was left, sends the rest to the same run; nothing arrives twice. One file belongs
-/// to one run of one server.
+/// to one run of one server: where it is another run's, because settings or data have changed, the
+/// new run gets one beside it, `<file>.<run>.jsonl`, and is another run at the server too.
 ///
 /// Dropping it waits a few seconds for what is on its way, [`flush`](Self::flush) for longer.
 #[derive(Debug)]
@@ -54,8 +55,9 @@ impl RemoteLog {
     /// belongs to another server, [`Error::Config`] for an address that is none.
     #[cfg(feature = "mlflow")]
     pub fn mlflow(config: &MlflowConfig, run: RunInfo, path: impl AsRef<Path>) -> Result<Self> {
+        let key = run.key();
         let service = mlflow::Mlflow::new(config, run.params)?;
-        Self::open(service, run.name, path.as_ref(), Pace::default())
+        Self::open(service, run.name, key, path.as_ref(), Pace::default())
     }
 
     /// Sends to Weights & Biases.
@@ -64,16 +66,24 @@ impl RemoteLog {
     /// As [`mlflow`](Self::mlflow).
     #[cfg(feature = "wandb")]
     pub fn wandb(config: &WandbConfig, run: RunInfo, path: impl AsRef<Path>) -> Result<Self> {
+        let key = run.key();
         let service = wandb::Wandb::new(config, run.params)?;
-        Self::open(service, run.name, path.as_ref(), Pace::default())
+        Self::open(service, run.name, key, path.as_ref(), Pace::default())
     }
 
-    fn open<S: Service>(service: S, name: String, path: &Path, pace: Pace) -> Result<Self> {
-        let log = LogFile::open(path)?;
-        let identity = Identity::new(service.target(), name);
-        let sent = SentFile::open(path, identity, log.len())?;
+    fn open<S: Service>(
+        service: S,
+        name: String,
+        key: String,
+        path: &Path,
+        pace: Pace,
+    ) -> Result<Self> {
+        let identity = Identity::new(service.target(), name, key);
+        let path = state::log_of(path, &identity)?;
+        let log = LogFile::open(&path)?;
+        let sent = SentFile::open(&path, identity, log.len())?;
         let shared = Arc::new(Shared::new(log.len(), sent.bytes()));
-        let thread = sender::spawn(service, path.to_owned(), sent, Arc::clone(&shared), pace);
+        let thread = sender::spawn(service, path, sent, Arc::clone(&shared), pace);
         let thread = thread.map_err(|error| Error::Thread(error.into()))?;
         Ok(Self {
             log,

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 use serde_json::{Map, Value};
+#[cfg(any(feature = "mlflow", feature = "wandb"))]
+use updraft_store::sha256_hex;
 
 use crate::{Error, Result};
 
@@ -12,6 +14,9 @@ pub struct RunInfo {
     pub name: String,
     /// Its settings, flat.
     pub params: Map<String, Value>,
+    /// What tells it from other runs, such as [`RunIdentity::key`](crate::RunIdentity::key) or a
+    /// stage's key; without it name and settings do.
+    pub identity: Option<String>,
 }
 
 impl RunInfo {
@@ -20,6 +25,26 @@ impl RunInfo {
         Self {
             name: name.into(),
             params: Map::new(),
+            identity: None,
+        }
+    }
+
+    /// The same with what tells it from other runs: one that goes on has it again.
+    #[must_use]
+    pub fn with_identity(mut self, identity: impl Into<String>) -> Self {
+        self.identity = Some(identity.into());
+        self
+    }
+
+    /// What tells it from other runs, as one SHA-256.
+    #[cfg(any(feature = "mlflow", feature = "wandb"))]
+    pub(super) fn key(&self) -> String {
+        match &self.identity {
+            Some(identity) => sha256_hex(identity.as_bytes()),
+            None => {
+                let settings = Value::Object(self.params.clone());
+                sha256_hex(format!("{}\n{settings}", self.name).as_bytes())
+            }
         }
     }
 

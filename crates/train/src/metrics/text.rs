@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crate::observer::{Observer, StepStats};
 use crate::{EvalRecord, TrainReport};
 
-/// Writes a line for every so many-th step, as transformers logs it, with the run's speed and how
+/// Writes a line for every so many-th step, as transformers logs it, the loss being the mean of the
+/// steps since the line before, with the run's speed and how
 /// long the rest will take; and one for each evaluation.
 ///
 /// ```text
@@ -19,6 +20,8 @@ pub struct TextLines<W> {
     logging_steps: u64,
     /// When this process began, and after which step.
     began: Option<(Instant, u64)>,
+    /// The losses since the last line, and how many they are.
+    losses: (f64, u64),
 }
 
 impl<W: Write + fmt::Debug + Send> TextLines<W> {
@@ -28,6 +31,7 @@ impl<W: Write + fmt::Debug + Send> TextLines<W> {
             out,
             logging_steps: logging_steps.max(1),
             began: None,
+            losses: (0.0, 0),
         }
     }
 
@@ -43,6 +47,7 @@ impl<W: Write + fmt::Debug + Send> Observer for TextLines<W> {
         // The first step's own time is not known.
         let (began, after) = *self.began.get_or_insert((Instant::now(), record.step));
         let (step, total) = (record.step, stats.total_steps);
+        self.losses = (self.losses.0 + record.loss, self.losses.1 + 1);
         if !step.is_multiple_of(self.logging_steps) && step != total {
             return;
         }
@@ -53,7 +58,8 @@ impl<W: Write + fmt::Debug + Send> Observer for TextLines<W> {
                 format!("  {} left", clock(began.elapsed().mul_f64(left)))
             }
         };
-        let (loss, norm, epoch) = (record.loss, record.grad_norm, record.epoch);
+        let (sum, steps) = std::mem::take(&mut self.losses);
+        let (loss, norm, epoch) = (sum / steps as f64, record.grad_norm, record.epoch);
         let (rate, speed) = (record.learning_rate, stats.tokens_per_second);
         self.line(format_args!(
             "{{'loss': {loss:.4}, 'grad_norm': {norm:.3}, 'learning_rate': {rate:.3e}, 'epoch': {epoch:.2}}}  \
@@ -84,6 +90,9 @@ impl fmt::Display for TrainReport {
         }
         row("train_loss", &format!("{:.4}", self.train_loss))?;
         row("train_runtime", &clock(self.train_runtime))?;
+        if let Some(fill) = self.packing_fill_rate {
+            row("packing_fill_rate", &format!("{:.1}%", 100.0 * fill))?;
+        }
         for (name, value) in [
             ("train_samples_per_second", self.train_samples_per_second),
             ("train_steps_per_second", self.train_steps_per_second),
@@ -140,17 +149,30 @@ mod tests {
                 .all(|line| line.contains("1234 tokens/s  0:00:00")),
             "{text}"
         );
-        assert!(text.starts_with("{'loss': "), "{text}");
+        let mean = |records: &[crate::StepRecord]| {
+            let sum: f64 = records.iter().map(|record| record.loss).sum();
+            sum / records.len() as f64
+        };
+        let records = records(10);
+        for (line, steps) in text.lines().zip([0..4, 4..8, 8..10]) {
+            let loss = format!("{{'loss': {:.4}, ", mean(&records[steps]));
+            assert!(line.starts_with(&loss), "{line} has not {loss}");
+        }
     }
 
     #[test]
     fn the_statistics_are_a_table() {
-        let text = report(8).to_string();
+        let packed = TrainReport {
+            packing_fill_rate: Some(0.985),
+            ..report(8)
+        };
+        let text = packed.to_string();
         let expected = "\
 ***** train metrics *****
   epoch                    =         1.00
   train_loss               =       1.2500
   train_runtime            =   0:00:02.00
+  packing_fill_rate        =        98.5%
   train_samples_per_second =        8.000
   train_steps_per_second   =        4.000
   train_tokens_per_second  =      384.000

@@ -34,6 +34,8 @@ pub struct TrainReport {
     pub train_steps_per_second: f64,
     /// Tokens per second, padding-free.
     pub train_tokens_per_second: f64,
+    /// The share of the packed rows that tokens fill, in the first epoch; `None` without packing.
+    pub packing_fill_rate: Option<f64>,
     /// Useful floating-point operations per second; see [`Work::flops`](crate::Work::flops).
     pub flops_per_second: f64,
     /// Model FLOPs utilization: their share of what the processor's matrix
@@ -69,6 +71,7 @@ impl Trainer<'_> {
             train_samples_per_second: rate(sum(new, |record| record.examples)),
             train_steps_per_second: rate(new.len() as u64),
             train_tokens_per_second: rate(sum(new, |record| record.tokens)),
+            packing_fill_rate: self.plan.fill_rate(),
             flops_per_second,
             mfu: self.gemm_ceiling.map(|ceiling| flops_per_second / ceiling),
             peak_memory_bytes: peak_memory(),

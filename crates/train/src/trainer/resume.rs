@@ -60,6 +60,7 @@ impl Trainer<'_> {
             base: self.base.clone(),
             data: self.source.plan().id.clone(),
             held_out: self.held_out.map(|source| source.plan().id.clone()),
+            start: self.start.clone(),
         }
     }
 

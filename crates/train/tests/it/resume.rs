@@ -371,6 +371,16 @@ fn another_base_or_other_held_out_examples_are_refused_and_nothing_is_lost() {
     let error = judged.resume(newest()).expect_err("held out");
     assert_eq!(foreign(&error), "the held-out data");
 
+    // Nor may it go on from another adapter than it began with.
+    let mut other = adapter();
+    other.update(|values| values[0] += 1.0).expect("f32");
+    let other = Trainer::new(&decoder, other, &train, config()).expect("a run");
+    let error = other
+        .with_base("one")
+        .resume(newest())
+        .expect_err("another");
+    assert_eq!(foreign(&error), "the adapter it began with");
+
     // Of another shape its tensors cannot even be read: that is no damage.
     let wider = ModelConfig {
         intermediate_size: 2 * model().intermediate_size,

@@ -17,11 +17,13 @@ pub(super) struct Identity {
     pub(super) target: String,
     /// What people call the run.
     pub(super) name: String,
+    /// What tells it from other runs: a hash of its settings.
+    pub(super) key: String,
 }
 
 impl Identity {
     /// A new run: eight letters and digits, as Weights & Biases names runs.
-    pub(super) fn new(target: String, name: String) -> Self {
+    pub(super) fn new(target: String, name: String, key: String) -> Self {
         const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
         let mut random = RandomState::new().build_hasher().finish();
         let mut digit = || {
@@ -33,7 +35,40 @@ impl Identity {
             id: (0..8).map(|_| digit()).collect(),
             target,
             name,
+            key,
         }
+    }
+}
+
+/// The log of a run: the one given, or one beside it where that is another run's.
+pub(super) fn log_of(log: &Path, identity: &Identity) -> Result<PathBuf> {
+    let path = sent_path(log);
+    let theirs = read(&path).map_err(|source| Error::MetricsFile { path, source })?;
+    let another = theirs.is_some_and(|state| {
+        state.identity.target == identity.target && state.identity.key != identity.key
+    });
+    if !another {
+        return Ok(log.to_owned());
+    }
+    let stem = log.file_stem().unwrap_or_default().to_string_lossy();
+    let end = log.extension().unwrap_or_default().to_string_lossy();
+    let own = format!("{stem}.{}.{end}", &identity.key[..8]);
+    let own = log.with_file_name(own.trim_end_matches('.'));
+    tracing::info!(log = %log.display(), own = %own.display(), "the log is another run's");
+    Ok(own)
+}
+
+fn sent_path(log: &Path) -> PathBuf {
+    let mut path = log.as_os_str().to_owned();
+    path.push(".sent");
+    path.into()
+}
+
+fn read(path: &Path) -> io::Result<Option<State>> {
+    match std::fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
     }
 }
 
@@ -58,36 +93,28 @@ struct State {
 impl SentFile {
     /// Finds how far a log of `len` bytes was sent, or begins with nothing sent.
     pub(super) fn open(log: &Path, identity: Identity, len: u64) -> Result<Self> {
-        let mut path = log.as_os_str().to_owned();
-        path.push(".sent");
-        let path = PathBuf::from(path);
+        let path = sent_path(log);
         let failed = |source| Error::MetricsFile {
             path: path.clone(),
             source,
         };
-        let state = match std::fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => State {
+        let foreign = |what| Error::ForeignMetrics {
+            path: log.to_owned(),
+            what,
+        };
+        let state = match read(&path).map_err(failed)? {
+            None => State {
                 identity,
                 run: None,
                 lines: 0,
                 bytes: 0,
             },
-            Err(error) => return Err(failed(error)),
-            Ok(bytes) => {
-                let state: State =
-                    serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?;
-                let foreign = |what| Error::ForeignMetrics {
-                    path: log.to_owned(),
-                    what,
-                };
-                if state.identity.target != identity.target {
-                    return Err(foreign("server"));
-                }
-                if state.bytes > len {
-                    return Err(foreign("log"));
-                }
-                state
+            Some(state) if state.identity.target != identity.target => {
+                return Err(foreign("server"));
             }
+            Some(state) if state.identity.key != identity.key => return Err(foreign("run")),
+            Some(state) if state.bytes > len => return Err(foreign("log")),
+            Some(state) => state,
         };
         let file = Self { path, state };
         file.save().map_err(|source| Error::MetricsFile {

@@ -37,21 +37,35 @@ fn pace() -> Pace {
 }
 
 fn open(which: Which, address: &str, key: &str, path: &Path) -> Result<RemoteLog> {
-    let params = RunInfo::new("a run")
-        .with_params(&crate::TrainConfig::default())
-        .expect("settings")
-        .params;
-    let name = "a run".to_owned();
+    open_run(which, address, key, path, &crate::TrainConfig::default())
+}
+
+fn open_run(
+    which: Which,
+    address: &str,
+    key: &str,
+    path: &Path,
+    settings: &crate::TrainConfig,
+) -> Result<RemoteLog> {
+    let run = RunInfo::new("a run").with_params(settings);
+    let run = run.expect("settings");
+    let (name, own, params) = (run.name.clone(), run.key(), run.params);
     let mut log = match which {
         Mlflow => {
             let mut config = MlflowConfig::new(address, "letters");
             config.token = Some(Secret::new(key));
-            RemoteLog::open(mlflow::Mlflow::new(&config, params)?, name, path, pace())?
+            RemoteLog::open(
+                mlflow::Mlflow::new(&config, params)?,
+                name,
+                own,
+                path,
+                pace(),
+            )?
         }
         Wandb => {
             let mut config = WandbConfig::new(Secret::new(key), "p");
             config.base_url = address.to_owned();
-            RemoteLog::open(wandb::Wandb::new(&config, params)?, name, path, pace())?
+            RemoteLog::open(wandb::Wandb::new(&config, params)?, name, own, path, pace())?
         }
     };
     log.now = || SystemTime::UNIX_EPOCH + Duration::from_secs(1_763_836_800);
@@ -295,6 +309,45 @@ fn a_log_belongs_to_one_server() {
         matches!(error, Error::ForeignMetrics { what: "server", .. }),
         "{error}"
     );
+}
+
+/// A second run with another setting, told to use the same file: neither's figures are taken for the
+/// other's, though their steps have the same numbers, and each goes on in its own.
+#[test]
+fn a_run_with_other_settings_is_another_run_beside_the_first() {
+    for which in [Mlflow, Wandb] {
+        let place = Place::up();
+        let address = format!("http://{}", place.address);
+        let settings = |learning_rate| crate::TrainConfig {
+            learning_rate,
+            ..crate::TrainConfig::default()
+        };
+        let run = |learning_rate| {
+            let settings = settings(learning_rate);
+            let sink = open_run(which, &address, KEY, &place.log(), &settings);
+            sink.expect("a sink")
+        };
+        for learning_rate in [1e-3, 2e-3] {
+            let mut sink = run(learning_rate);
+            steps(&mut sink, 1..=40);
+            assert!(sink.flush(LONG));
+        }
+        for learning_rate in [2e-3, 1e-3] {
+            let mut sink = run(learning_rate);
+            steps(&mut sink, 31..=STEPS);
+            assert!(sink.flush(LONG));
+        }
+        let world = place.fake.0.lock().expect("no panic");
+        assert_eq!(world.runs.len(), 2, "{which:?}");
+        let mut rates = Vec::new();
+        for run in world.runs.values() {
+            assert_eq!((run.twice, run.finished), (0, true), "{which:?}");
+            assert_eq!(run.figures, expected());
+            rates.push(run.params["learning_rate"].clone());
+        }
+        rates.sort();
+        assert_eq!(rates, ["0.001", "0.002"]);
+    }
 }
 
 #[test]
