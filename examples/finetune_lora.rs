@@ -20,6 +20,7 @@
 //! --adapter FOLDER         go on from this adapter, with its settings
 //! --report_to NAMES        jsonl,tensorboard unless said otherwise; mlflow and wandb with the
 //!                          features of their names and the servers that the environment names
+//! --device cuda            train on the first GPU, on the second with cuda:1; needs the feature `cuda`
 //! --push_to_hub OWNER/NAME upload the result as HF_TOKEN; needs the feature `push`
 //! --eval_fraction 0.05     held out of training
 //! --logging_steps 10       --threads, as many as there are cores
@@ -73,6 +74,7 @@ fn main() -> Result<ExitCode> {
         push_to_hub.is_empty() || cfg!(feature = "push"),
         "--push_to_hub needs a build with --features push"
     );
+    let device: String = options.take("device", "cpu")?;
     let usual = match options.take("full", "false")? {
         true => LoraConfig::full_fine_tuning(),
         false => LoraConfig::default(),
@@ -156,12 +158,21 @@ fn main() -> Result<ExitCode> {
 
     // Will it fit? Then load it.
     let dtype = config.dtype();
-    let estimate = check_memory(&files.config, &lora, source.plan(), &config, &threads)?;
     let load = |dtype| {
         let (config, weights) = (&files.config, &files.weights);
         Decoder::load(config, weights, dtype, &Device::Cpu, &threads)
     };
-    let decoder = load(dtype)?;
+    let is_on_cpu = device == "cpu";
+    let checked = TrainConfig {
+        // The limit is the host's.
+        ignore_memory_estimate: config.ignore_memory_estimate || !is_on_cpu,
+        ..config.clone()
+    };
+    let estimate = check_memory(&files.config, &lora, source.plan(), &checked, &threads)?;
+    let decoder = match is_on_cpu {
+        true => load(dtype)?,
+        false => load_on_gpu(&device, &files, dtype, &threads)?,
+    };
     let (trained, all) = (adapter.num_parameters(), files.config.num_parameters());
     println!("{trained} parameters are trained over a model of {all}");
     println!("training takes about {} MiB", estimate.total() >> 20);
@@ -176,10 +187,12 @@ fn main() -> Result<ExitCode> {
     let path = Path::new(&out);
     let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
         .with_base(files.fingerprint())
-        .with_gemm_ceiling(gemm_ceiling(&threads, dtype))
         .with_observer(TextLines::new(std::io::stdout(), logging_steps))
         .with_cancel(cancel.clone())
         .with_checkpoints(checkpoints.clone(), runtime.handle().clone());
+    if is_on_cpu {
+        trainer = trainer.with_gemm_ceiling(gemm_ceiling(&threads, dtype));
+    }
     if let Some(held_out) = &held_out {
         trainer = trainer.with_evaluation(held_out);
     }
@@ -196,7 +209,7 @@ fn main() -> Result<ExitCode> {
     }
     let first = held_out.as_ref().map(|held_out| {
         let batch_size = config.per_device_eval_batch_size as usize;
-        evaluate(&decoder, None, held_out, batch_size, &[cancel.clone()])
+        evaluate(&decoder, None, held_out, batch_size, std::slice::from_ref(&cancel))
     });
     let trained = first.transpose().and_then(|first| {
         if let Some((eval_loss, _)) = first {
@@ -240,6 +253,44 @@ fn main() -> Result<ExitCode> {
         println!("{result} is at https://huggingface.co/{push_to_hub}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The base on a GPU: `cuda` is the first, `cuda:1` the second.
+#[cfg(feature = "cuda")]
+fn load_on_gpu(
+    device: &str,
+    files: &ModelFiles,
+    dtype: DType,
+    threads: &Threads,
+) -> Result<Decoder> {
+    let name = device
+        .strip_prefix("cuda")
+        .map(|rest| rest.trim_start_matches(':'));
+    let ordinal = name.and_then(|ordinal| match ordinal {
+        "" => Some(0),
+        ordinal => ordinal.parse().ok(),
+    });
+    let ordinal = ordinal.with_context(|| format!("--device {device}: say cpu, cuda or cuda:1"))?;
+    let gpu = updraft::model::Gpu::new(ordinal)?;
+    let visible = updraft::model::Gpu::count()?;
+    if visible > 1 {
+        tracing::warn!(
+            "{visible} GPUs are visible and this run uses one; CUDA_VISIBLE_DEVICES hides the others"
+        );
+    }
+    println!("training on {}", gpu.name()?);
+    Ok(Decoder::load_on_gpu(
+        &files.config,
+        &files.weights,
+        dtype,
+        &gpu,
+        threads,
+    )?)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn load_on_gpu(device: &str, _: &ModelFiles, _: DType, _: &Threads) -> Result<Decoder> {
+    anyhow::bail!("--device {device} needs a build with --features cuda (or say cpu)")
 }
 
 /// SIGTERM and Ctrl-C end the training with a checkpoint. The second time, and when there is no

@@ -34,6 +34,15 @@ impl Gpu {
         })
     }
 
+    /// How many GPUs the driver shows this process.
+    ///
+    /// # Errors
+    /// [`Error::NoDriver`], [`Error::OldDriver`], [`Error::Driver`].
+    #[cfg(feature = "cuda")]
+    pub fn count() -> Result<usize> {
+        super::driver::count()
+    }
+
     /// A device that runs kernels on the CPU, for tests; memory is the host's.
     #[cfg(feature = "cuda-emulator")]
     #[must_use]

@@ -33,24 +33,42 @@ pub(super) struct Driver {
     capability: u32,
 }
 
+/// How many devices there are.
+pub(super) fn count() -> Result<usize> {
+    // SAFETY: loads libcuda to see whether it is there, which has no other effect.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoDriver);
+    }
+    match CudaContext::device_count() {
+        Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+        Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        Err(error) => Err(Error::of(error, 0)),
+    }
+}
+
+/// Otherwise the driver gives freed memory back at each synchronization, and every step asks for it anew.
+fn keep_freed_memory(context: &CudaContext) -> Result<()> {
+    let mut all = u64::MAX;
+    // SAFETY: the device is open, and the attribute is a 64-bit number.
+    let status = unsafe {
+        result::device::get_default_mem_pool(context.cu_device()).and_then(|pool| {
+            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut all).cast()).result()
+        })
+    };
+    status.map_err(|error| Error::of(error, 0))
+}
+
 impl Driver {
     pub(super) fn open(ordinal: usize) -> Result<Self> {
         if compiled::IMAGES.is_empty() {
             return Err(Error::NotCompiled);
         }
-        // SAFETY: loads libcuda to see whether it is there, which has no other effect.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Error::NoDriver);
-        }
-        // SAFETY: as above, libcublas.
+        let count = count()?;
+        // SAFETY: loads libcublas to see whether it is there, which has no other effect.
         if !unsafe { blas_sys::is_culib_present() } {
             return Err(Error::NoBlas);
         }
-        let count = match CudaContext::device_count() {
-            Ok(count) => usize::try_from(count).unwrap_or(0),
-            Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => 0,
-            Err(error) => return Err(Error::of(error, 0)),
-        };
         if ordinal >= count {
             return Err(Error::NoDevice { ordinal, count });
         }
@@ -70,6 +88,7 @@ impl Driver {
         }
         // SAFETY: everything runs on one stream, so memory is never used before it is ready.
         unsafe { context.disable_event_tracking() };
+        keep_freed_memory(&context)?;
         let stream = context.new_stream().map_err(|error| Error::of(error, 0))?;
         let blas = CudaBlas::new(stream.clone())
             .map_err(|error| Error::Driver(format!("cuBLAS does not start: {error:?}")))?;
