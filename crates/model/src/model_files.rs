@@ -82,7 +82,7 @@ impl ModelFiles {
     /// Names the content: the SHA-256 of every file's name and SHA-256, weights, tokenizer and
     /// template included. It reads all of the weights.
     pub fn fingerprint(&self) -> String {
-        let small = self.files.iter().map(|(name, bytes)| (name, bytes));
+        let small = self.files.iter();
         let shards = self.weights.shards().iter();
         let all = small.chain(shards.map(|shard| (&shard.name, &shard.bytes)));
         let lines = all.map(|(name, bytes)| format!("{} {name}\n", sha256_hex(bytes)));
