@@ -209,7 +209,13 @@ fn main() -> Result<ExitCode> {
     }
     let first = held_out.as_ref().map(|held_out| {
         let batch_size = config.per_device_eval_batch_size as usize;
-        evaluate(&decoder, None, held_out, batch_size, std::slice::from_ref(&cancel))
+        evaluate(
+            &decoder,
+            None,
+            held_out,
+            batch_size,
+            std::slice::from_ref(&cancel),
+        )
     });
     let trained = first.transpose().and_then(|first| {
         if let Some((eval_loss, _)) = first {

@@ -170,12 +170,22 @@ impl Adapter {
         Ok(self.values.host()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
-    /// Calls `look` with the flat buffer, without a copy.
+    /// Calls `look` with the flat buffer as f32: where it lies, or a copy where it is another number
+    /// type or on another device.
     ///
     /// # Errors
-    /// [`Error::Candle`] if the adapter is not F32.
+    /// [`Error::Candle`] if the device fails.
     pub fn with<R>(&self, look: impl FnOnce(&[f32]) -> R) -> Result<R> {
-        Ok(look(read::<f32>(&self.values)?.slice()))
+        match self.is_plain() {
+            true => Ok(look(read::<f32>(&self.values)?.slice())),
+            false => Ok(look(&self.values()?)),
+        }
+    }
+
+    /// Whether [`with`](Self::with) copies nothing.
+    pub(crate) fn is_plain(&self) -> bool {
+        let on_cpu = |values: &candle_core::Tensor| values.device().is_cpu();
+        self.dtype() == DType::F32 && self.values.host().is_ok_and(on_cpu)
     }
 
     /// Changes the flat buffer in place: an optimizer step, or a checkpoint coming back.

@@ -135,7 +135,7 @@ pub fn config_json(adapter: &Adapter) -> Vec<u8> {
 /// can be written.
 ///
 /// # Errors
-/// As [`write_adapter`]; from the iterator [`Error::Candle`] if the adapter is not F32.
+/// As [`write_adapter`]; from the iterator [`Error::Candle`] if the device fails.
 pub fn weights_pieces(adapter: &Adapter) -> Result<impl Iterator<Item = Result<Bytes>>> {
     let parameters = adapter.parameters().iter();
     let mut tensors: Vec<_> = parameters
@@ -155,10 +155,18 @@ pub fn weights_pieces(adapter: &Adapter) -> Result<impl Iterator<Item = Result<B
         file: WEIGHTS_FILE.to_owned(),
         reason: error.to_string(),
     })?;
+    // From another number type or device all of it comes at once.
+    let copy = match adapter.is_plain() {
+        true => None,
+        false => Some(adapter.values()?),
+    };
     let pieces = tensors
         .into_iter()
         .flat_map(|(_, parameter)| f32_pieces(parameter.range.clone()))
-        .map(|piece| adapter.with(|values| f32_bytes(&values[piece])));
+        .map(move |piece| match &copy {
+            Some(values) => Ok(f32_bytes(&values[piece])),
+            None => adapter.with(|values| f32_bytes(&values[piece])),
+        });
     Ok(std::iter::once(Ok(header)).chain(pieces))
 }
 

@@ -169,3 +169,19 @@ fn an_adapter_for_another_base_is_refused() {
     assert!(error.contains("_proj.lora_"), "{error}");
     assert!(read_adapter(&files.config_json, &files.safetensors[..200], &model()).is_err());
 }
+
+/// A large adapter goes out in pieces, one in another number type from a copy: the same file.
+#[test]
+fn pieces_are_the_file_in_any_number_type() {
+    let adapter = Adapter::init(&LoraConfig::default(), &model(), 1, &Device::Cpu).expect("sound");
+    let whole = write_adapter(&adapter).expect("writes").safetensors;
+    for dtype in [candle_core::DType::F32, candle_core::DType::F64] {
+        let other = adapter.to_dtype(dtype).expect("converts");
+        let pieces = weights_pieces(&other).expect("pieces");
+        let pieces: Vec<_> = pieces.map(|piece| piece.expect("a piece")).collect();
+        assert!(pieces.len() > 2);
+        assert_eq!(pieces.concat(), whole);
+        let read = read_adapter(&config_json(&other), &whole, &model()).expect("reads");
+        assert_eq!(read.values().expect("f32"), adapter.values().expect("f32"));
+    }
+}
