@@ -86,7 +86,7 @@ pub(crate) use typed;
 pub(crate) fn unsupported_dtype(dtype: DType) -> Error {
     Error::Unsupported {
         what: format!("computing in {dtype:?}"),
-        instead: "load the model as F32 (or F64)",
+        instead: "load the model as F32 or BF16 on the CPU, as BF16 or F16 on a GPU",
     }
 }
 

@@ -80,6 +80,10 @@ pub struct TrainConfig {
     /// this name: half their memory, and on processors that multiply bf16 twice
     /// the speed. The adapter and everything else stay in f32.
     pub bf16: bool,
+    /// Train in f16 on a GPU, for those that came before bf16: the loss is multiplied with a power of two, as large as
+    /// does not overflow, and a step that does overflow changes nothing, as in transformers under this name.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub fp16: bool,
     /// Optimizer steps between evaluations on held-out examples, where some
     /// are given; without it they are evaluated at the end only.
     pub eval_steps: Option<u64>,
@@ -140,6 +144,7 @@ impl Default for TrainConfig {
             gradient_checkpointing: false,
             neftune_noise_alpha: None,
             bf16: false,
+            fp16: false,
             eval_steps: None,
             per_device_eval_batch_size: 8,
             load_best_model_at_end: false,
@@ -208,6 +213,10 @@ impl TrainConfig {
                 "early_stopping_threshold",
                 amount(self.early_stopping_threshold),
             ),
+            (
+                "fp16",
+                (1.0, !(self.fp16 && self.bf16), "not both bf16 and fp16"),
+            ),
             ("save_steps", count(self.save_steps)),
             ("save_total_limit", count(self.save_total_limit.into())),
         ];
@@ -274,7 +283,11 @@ impl TrainConfig {
     /// What [`Decoder::load`](updraft_model::Decoder::load) is given for a run
     /// of these settings.
     pub fn dtype(&self) -> DType {
-        if self.bf16 { DType::BF16 } else { DType::F32 }
+        match (self.bf16, self.fp16) {
+            (true, _) => DType::BF16,
+            (false, true) => DType::F16,
+            (false, false) => DType::F32,
+        }
     }
 
     /// How examples become micro-batches.

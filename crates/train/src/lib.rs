@@ -67,6 +67,7 @@ mod collective;
 mod evaluation;
 mod flops;
 mod identity;
+mod loss_scale;
 mod memory;
 mod observer;
 mod trainer;

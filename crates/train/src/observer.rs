@@ -18,7 +18,7 @@ pub struct StepRecord {
     pub loss: f64,
     /// The learning rate this step used.
     pub learning_rate: f64,
-    /// Norm of all gradients before clipping.
+    /// Norm of all gradients before clipping; 0 where they [overflowed](Self::overflowed).
     pub grad_norm: f64,
     /// Tokens read.
     pub tokens: u64,
@@ -26,6 +26,11 @@ pub struct StepRecord {
     pub trained_tokens: u64,
     /// Examples read.
     pub examples: u64,
+    /// Whether f16 gradients overflowed, so that the step changed nothing; see [`TrainConfig::fp16`].
+    ///
+    /// [`TrainConfig::fp16`]: crate::TrainConfig::fp16
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub overflowed: bool,
 }
 
 /// A finished step, with how fast it went.

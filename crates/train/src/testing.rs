@@ -35,6 +35,7 @@ pub(crate) fn records(count: u64) -> Vec<StepRecord> {
             tokens: 96,
             trained_tokens: 31,
             examples: 2,
+            overflowed: false,
         })
         .collect()
 }

@@ -20,6 +20,7 @@ use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
 use crate::flops::Work;
 use crate::identity::values_of;
 use crate::loader::{StepExamples, StepReader, read_ahead};
+use crate::loss_scale::LossScale;
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
 use crate::plan::{Cursor, RunPlan};
@@ -75,6 +76,7 @@ pub struct Trainer<'a> {
     /// Work of this process.
     work: Work,
     gemm_ceiling: Option<f64>,
+    loss_scale: Option<LossScale>,
 }
 
 impl<'a> Trainer<'a> {
@@ -115,6 +117,7 @@ impl<'a> Trainer<'a> {
             workers: Box::new(Alone),
             work: Work::default(),
             gemm_ceiling: None,
+            loss_scale: config.fp16.then(|| LossScale::after(&[])),
             config,
         })
     }
@@ -348,6 +351,7 @@ impl<'a> Trainer<'a> {
         }
 
         self.gradients.zero()?;
+        let factor = self.loss_scale.map_or(1.0, |scale| scale.factor());
         let mut loss_sum = 0.0;
         let mut noise = Noise {
             step_seed: derive(self.config.seed, step),
@@ -369,7 +373,7 @@ impl<'a> Trainer<'a> {
             loss_sum += self.decoder.loss_and_backward(
                 &parts,
                 &self.adapter,
-                trained_tokens as f64,
+                trained_tokens as f64 / factor,
                 &mut self.gradients,
                 self.config.activations(),
             )?;
@@ -379,17 +383,30 @@ impl<'a> Trainer<'a> {
         if !loss.is_finite() {
             return Err(Error::LossNotFinite { step, loss });
         }
-        let grad_norm = self
+        let mut grad_norm = self
             .gradients
-            .with(|values| clip::sum_of_squares(values).sqrt())?;
-        if !grad_norm.is_finite() {
+            .with(|values| clip::sum_of_squares(values).sqrt())?
+            / factor;
+        let overflowed = !grad_norm.is_finite();
+        let skipped = match &mut self.loss_scale {
+            Some(scale) => {
+                let skipped = scale.overflows();
+                scale.update(overflowed);
+                skipped
+            }
+            None => 0,
+        };
+        let learning_rate = self.schedule.learning_rate(self.cursor.step - skipped);
+        if !overflowed {
+            self.update(grad_norm, factor, learning_rate)?;
+        } else if self.loss_scale.is_some_and(|scale| !scale.is_exhausted()) {
+            grad_norm = 0.0;
+        } else {
             return Err(Error::GradientNotFinite {
                 step,
                 norm: grad_norm,
             });
         }
-        let learning_rate = self.schedule.learning_rate(self.cursor.step);
-        self.update(grad_norm, learning_rate)?;
 
         for example in all() {
             self.work.add(example);
@@ -404,13 +421,14 @@ impl<'a> Trainer<'a> {
             tokens: all().map(|example| example.len() as u64).sum(),
             trained_tokens,
             examples: all().count() as u64,
+            overflowed,
         });
         Ok(())
     }
 
-    /// Clips the gradients and moves the parameters.
-    fn update(&mut self, grad_norm: f64, learning_rate: f64) -> Result<()> {
-        let coefficient = clip::coefficient(grad_norm, self.config.max_grad_norm);
+    /// Takes the loss scale out of the gradients, clips them and moves the parameters.
+    fn update(&mut self, grad_norm: f64, factor: f64, learning_rate: f64) -> Result<()> {
+        let coefficient = clip::coefficient(grad_norm, self.config.max_grad_norm) / factor;
         if coefficient < 1.0 {
             let threads = self.decoder.threads();
             self.gradients

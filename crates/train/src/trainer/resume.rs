@@ -3,6 +3,7 @@
 use super::Trainer;
 use crate::checkpoint::{Checkpoint, Machine, RunState, Snapshot};
 use crate::identity::shape_of;
+use crate::loss_scale::LossScale;
 use crate::{Error, Result, RunIdentity};
 
 impl Trainer<'_> {
@@ -45,6 +46,7 @@ impl Trainer<'_> {
             );
         }
         self.optimizer.restore(optimizer)?;
+        self.loss_scale = self.loss_scale.map(|_| LossScale::after(&log));
         (self.cursor, self.adapter, self.log) = (state.cursor, adapter, log);
         (self.evals, self.best) = (evals, best);
         self.unproven = Some(step);

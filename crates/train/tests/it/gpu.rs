@@ -2,10 +2,11 @@
 //! on the first GPU where there is one.
 
 use candle_core::DType;
+use updraft_chat::Example;
 use updraft_model::{Architecture, Decoder, Gpu, Threads, tiny};
-use updraft_train::{TrainConfig, Trainer};
+use updraft_train::{MemorySource, TrainConfig, Trainer};
 
-use crate::world::{adapter, config, decoder, model, source};
+use crate::world::{adapter, config, decoder, model, source, span};
 
 fn gpus() -> Vec<Gpu> {
     let mut gpus = Vec::new();
@@ -47,7 +48,10 @@ fn losses_are_those_of_the_cpu() {
         assert_eq!((wide.len(), narrow.len()), (3, 3));
         for ((expected, wide), narrow) in expected.iter().zip(&wide).zip(&narrow) {
             assert!((wide / expected - 1.0).abs() < 1e-5, "{wide}, {expected}");
-            assert!((narrow / expected - 1.0).abs() < 1e-2, "{narrow}, {expected}");
+            assert!(
+                (narrow / expected - 1.0).abs() < 1e-2,
+                "{narrow}, {expected}"
+            );
         }
     }
 }
@@ -71,5 +75,55 @@ fn a_run_that_stopped_goes_on_to_the_bit() {
         let mut second = start().resume(checkpoint).expect("the same run");
         second.run_until(4).expect("steps");
         assert_eq!(bits(second), bits(whole));
+    }
+}
+
+/// One token is learned in each step, so that a loss of 65,536 times its size overflows.
+#[test]
+fn f16_steps_that_overflow_change_nothing_and_halve_the_scale() {
+    for gpu in gpus() {
+        let example = |i: u32| Example {
+            input_ids: (0..8).map(|t| (i * 31 + t * t * 5) % 96).collect(),
+            loss_spans: span(7..8),
+        };
+        let source = MemorySource::new("one token", (0..12).map(example).collect());
+        let settings = |fp16| TrainConfig {
+            fp16,
+            per_device_train_batch_size: 1,
+            gradient_accumulation_steps: 1,
+            warmup_steps: 0,
+            ..config()
+        };
+        let decoder = on_gpu(DType::F16, &gpu);
+        let mut trainer =
+            Trainer::new(&decoder, adapter(), &source, settings(true)).expect("a run");
+        let mut overflows = 0;
+        for step in 1..=6 {
+            let before = trainer.adapter().values().expect("readable");
+            trainer.run_until(step).expect("no error");
+            let record = trainer.log()[step as usize - 1];
+            let after = trainer.adapter().values().expect("readable");
+            assert_eq!(record.overflowed, before == after, "step {step}");
+            overflows += usize::from(record.overflowed);
+        }
+        assert!((1..6).contains(&overflows), "{overflows} steps overflowed");
+
+        // Stopped and continued, the scale is what it was.
+        let mut first = Trainer::new(&decoder, adapter(), &source, settings(true)).expect("a run");
+        first.run_until(3).expect("no error");
+        let checkpoint = first.checkpoint().expect("a checkpoint");
+        let mut second = Trainer::new(&decoder, adapter(), &source, settings(true)).expect("a run");
+        second = second.resume(checkpoint).expect("the same run");
+        second.run_until(6).expect("no error");
+        assert_eq!(second.log(), trainer.log());
+        let bits = |trainer: &Trainer<'_>| trainer.adapter().values().expect("readable");
+        assert_eq!(bits(&second), bits(&trainer));
+
+        let both = TrainConfig {
+            bf16: true,
+            ..settings(true)
+        };
+        let refused = Trainer::new(&decoder, adapter(), &source, both).err();
+        assert!(refused.expect("both").to_string().contains("fp16"));
     }
 }
