@@ -78,9 +78,9 @@ impl<'a> Tensors<'a> {
         }
         Ok(Self {
             table: gpu.upload(&table)?,
-            partial: gpu.zeros(chunks.len())?,
+            partial: gpu.alloc(chunks.len())?,
             chunks: gpu.upload(&chunks)?,
-            clip: gpu.zeros(2)?,
+            clip: gpu.alloc(2)?,
             lent: std::marker::PhantomData,
         })
     }

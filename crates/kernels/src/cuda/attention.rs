@@ -45,7 +45,7 @@ impl Sequences {
             let firsts = (start..end).step_by(TILE);
             tiles.extend(firsts.map(|first| [number(start), number(end), number(first)]));
         }
-        tiles.sort_by_key(|&[start, _, first]| std::cmp::Reverse(first - start));
+        tiles.sort_by_key(|&[start, _, first]| std::cmp::Reverse(first - start)); // stable: the same every time
         Ok(Self {
             tiles: gpu.upload(&tiles)?,
             num_tokens: seq_starts[seq_starts.len() - 1] as usize,
@@ -150,7 +150,7 @@ pub fn backward<T: Number>(
     assert_eq!(dk.stride(), dv.stride(), "the rows of dk and dv");
 
     let (rows, num_heads) = (sequences.num_tokens, heads.num_heads);
-    let delta = gpu.zeros::<f32>(rows * num_heads)?;
+    let delta = gpu.alloc::<f32>(rows * num_heads)?;
     let arguments = Arguments::new()
         .mat(saved.out)
         .mat(dout)

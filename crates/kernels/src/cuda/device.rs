@@ -80,6 +80,23 @@ impl Gpu {
         Ok(Buffer::new(memory, values.len(), self.clone()))
     }
 
+    /// Device memory for `len` elements that a kernel is about to write: whatever was there before, on the emulator NaNs.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn alloc<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
+        let memory = match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => Memory::Driver(driver.alloc(bytes)?),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(_) => Memory::host(&vec![0xff; bytes]),
+        };
+        Ok(Buffer::new(memory, len, self.clone()))
+    }
+
     /// Device memory of `len` zeros.
     ///
     /// # Errors

@@ -115,22 +115,27 @@ impl Driver {
         self.capability
     }
 
-    pub(super) fn zeros(&self, bytes: usize) -> Result<Allocation> {
+    pub(super) fn alloc(&self, bytes: usize) -> Result<Allocation> {
         self.bind()?;
         let stream = self.stream.clone();
         let failed = |error| Error::of(error, bytes);
         // SAFETY: the stream is alive; a length of 0 is no allocation, so at least one byte is asked for.
         let address =
             unsafe { result::malloc_async(stream.cu_stream(), bytes.max(1)) }.map_err(failed)?;
-        let allocation = Allocation { address, stream };
+        Ok(Allocation { address, stream })
+    }
+
+    pub(super) fn zeros(&self, bytes: usize) -> Result<Allocation> {
+        let allocation = self.alloc(bytes)?;
+        let stream = self.stream.cu_stream();
         // SAFETY: the memory was just allocated on this stream.
-        unsafe { result::memset_d8_async(address, 0, bytes, self.stream.cu_stream()) }
-            .map_err(failed)?;
+        unsafe { result::memset_d8_async(allocation.address, 0, bytes, stream) }
+            .map_err(|error| Error::of(error, bytes))?;
         Ok(allocation)
     }
 
     pub(super) fn upload(&self, bytes: &[u8]) -> Result<Allocation> {
-        let allocation = self.zeros(bytes.len())?;
+        let allocation = self.alloc(bytes.len())?;
         let stream = self.stream.cu_stream();
         // SAFETY: as many bytes were just allocated; pageable memory is read before the call returns.
         unsafe { result::memcpy_htod_async(allocation.address, bytes, stream) }

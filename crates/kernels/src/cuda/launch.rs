@@ -93,9 +93,14 @@ pub(super) fn width<T: Number>(aligned: impl IntoIterator<Item = bool>) -> usize
 /// Arguments in the order of the kernel's parameters.
 #[derive(Debug, Default)]
 pub(super) struct Arguments {
-    values: Vec<[u64; 4]>,
+    values: Vec<Value>,
     devices: Vec<usize>,
 }
+
+/// One argument, aligned as any parameter may be.
+#[derive(Debug)]
+#[repr(align(8))]
+struct Value([u8; 32]);
 
 impl Arguments {
     pub(super) fn new() -> Self {
@@ -103,16 +108,8 @@ impl Arguments {
     }
 
     fn push(mut self, bytes: &[u8]) -> Self {
-        let mut value = [0_u64; 4];
-        assert!(bytes.len() <= size_of_val(&value), "an argument's size");
-        // SAFETY: the lengths were compared, and the two do not overlap.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                bytes.as_ptr(),
-                value.as_mut_ptr().cast::<u8>(),
-                bytes.len(),
-            );
-        }
+        let mut value = Value([0; 32]);
+        value.0[..bytes.len()].copy_from_slice(bytes);
         self.values.push(value);
         self
     }
@@ -185,6 +182,63 @@ impl Arguments {
 
     pub(super) fn pointers(&mut self) -> Vec<*mut c_void> {
         let values = self.values.iter_mut();
-        values.map(|value| value.as_mut_ptr().cast()).collect()
+        values.map(|value| value.0.as_mut_ptr().cast()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+
+    #[test]
+    fn blocks_are_whole_warps_that_cover_the_work() {
+        let kernel = || Kernel::of::<f32>("rms_norm", "rms_norm_forward");
+        let geometry = |kernel: Kernel| (kernel.grid, kernel.threads);
+        assert_eq!(geometry(kernel().row_each(7, 33, 256)), ([7, 1, 1], 64));
+        assert_eq!(geometry(kernel().row_each(7, 4000, 256)), ([7, 1, 1], 256));
+        assert_eq!(geometry(kernel().row_each(0, 0, 256)), ([0, 1, 1], 32));
+        assert_eq!(geometry(kernel().piece_each(3, 608)), ([3, 3, 1], 256));
+        assert_eq!(geometry(kernel().piece_each(3, 5)), ([3, 1, 1], 32));
+    }
+
+    #[test]
+    #[should_panic(expected = "the grid is too large")]
+    fn a_grid_that_no_gpu_takes_is_refused() {
+        let _ = Kernel::of::<f32>("columns", "columns_sum").grid([1, 65_536, 1], 128);
+    }
+
+    #[test]
+    fn kernels_are_named_after_what_they_move() {
+        assert_eq!(
+            Kernel::wide::<bf16>("rope", "rope", width::<bf16>([true])).name,
+            "rope_bf16_x8"
+        );
+        assert_eq!(
+            Kernel::wide::<f32>("rope", "rope", width::<f32>([true, false])).name,
+            "rope_f32_x1"
+        );
+        assert_eq!(Kernel::of::<bf16>("cast", "axpby").name, "axpby_bf16");
+    }
+
+    #[test]
+    fn arguments_lie_where_they_were_put() {
+        let mut arguments = Arguments::new()
+            .int(7)
+            .double(0.5)
+            .floats([1.0, 2.0])
+            .long(1 << 40);
+        let bytes: Vec<[u8; 8]> = arguments
+            .values
+            .iter()
+            .map(|value| value.0[..8].try_into().expect("eight bytes"))
+            .collect();
+        assert_eq!(bytes[0][..4], 7_i32.to_ne_bytes());
+        assert_eq!(f64::from_ne_bytes(bytes[1]), 0.5);
+        assert_eq!(bytes[2][4..], 2.0_f32.to_ne_bytes());
+        assert_eq!(i64::from_ne_bytes(bytes[3]), 1 << 40);
+        let mut pointers = arguments.pointers().into_iter();
+        assert!(pointers.all(|pointer| pointer.addr().is_multiple_of(8)));
     }
 }

@@ -155,7 +155,7 @@ pub fn backward_bias<T: Number, O: Number>(
     let (rows, cols) = (dy.num_rows(), dy.num_cols());
     assert_eq!(dbias.len(), cols, "the bias's length");
     let shares = rows.div_ceil(SHARE);
-    let partial = gpu.zeros::<f32>(shares * cols)?;
+    let partial = gpu.alloc::<f32>(shares * cols)?;
     let arguments = Arguments::new()
         .mat(dy)
         .int(rows)

@@ -141,8 +141,8 @@ pub fn forward<T: Number>(
     );
     let (num_parts, part_tokens) = sequences.parts(num_heads);
     let units = rows * num_heads * num_parts;
-    let parts = gpu.zeros::<f32>(units * 2)?;
-    let sums = gpu.zeros::<f32>(units * head_dim)?;
+    let parts = gpu.alloc::<f32>(units * 2)?;
+    let sums = gpu.alloc::<f32>(units * head_dim)?;
     let arguments = Arguments::new()
         .mat(q)
         .long(q.stride())

@@ -142,7 +142,7 @@ pub fn backward_weight<T: Number, O: Number>(
     let (rows, cols) = (inv_rms.len(), dweight.len());
     let (x, dy) = (Mat::new(x, rows, cols), Mat::new(dy, rows, cols));
     let shares = rows.div_ceil(SHARE);
-    let partial = gpu.zeros::<f32>(shares * cols)?;
+    let partial = gpu.alloc::<f32>(shares * cols)?;
     let kernel = Kernel::of::<T>("rms_norm", "rms_norm_backward_weight");
     let arguments = Arguments::new()
         .mat(x)

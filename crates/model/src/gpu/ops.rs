@@ -14,7 +14,7 @@ use crate::error::Result;
 pub(crate) fn gather(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     typed!(table, T => {
         let (gpu, cols) = (table.gpu(), table.cols());
-        let mut out = gpu.zeros::<T>(ids.len() * cols)?;
+        let mut out = gpu.alloc::<T>(ids.len() * cols)?;
         let ids_there = gpu.upload(ids)?;
         let out_mat = out.mat_mut(ids.len(), cols);
         kernels::embedding::forward(gpu, table.read::<T>().mat(), ids_there.view(), &out_mat)?;
@@ -60,7 +60,7 @@ pub(crate) fn rms_norm(
     let weight = weight.cast(x.dtype())?;
     typed!(x, T => {
         let (gpu, rows, cols) = (x.gpu(), x.rows(), x.cols());
-        let (mut y, mut inv_rms) = (gpu.zeros::<T>(rows * cols)?, gpu.zeros::<f32>(rows)?);
+        let (mut y, mut inv_rms) = (gpu.alloc::<T>(rows * cols)?, gpu.alloc::<f32>(rows)?);
         let (x, weight) = (x.read::<T>(), weight.read::<T>());
         let (y_view, roots) = (y.view_mut(), inv_rms.view_mut());
         match residual {
@@ -112,7 +112,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
     let w = w.cast(x.dtype())?;
     typed!(x, T => {
         let (gpu, rows, cols) = (x.gpu(), x.rows(), w.rows());
-        let mut y = gpu.zeros::<T>(rows * cols)?;
+        let mut y = gpu.alloc::<T>(rows * cols)?;
         let y_mat = y.mat_mut(rows, cols);
         kernels::linear::forward(gpu, 1.0, x.read::<T>().mat(), w.read::<T>().mat(), 0.0, &y_mat)?;
         if let Some(bias) = bias {
@@ -133,7 +133,7 @@ pub(crate) fn add_linear(alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Resu
 }
 
 pub(crate) fn linear_backward(dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let dx = dy.zeros(&[dy.rows(), w.cols()])?;
+    let dx = dy.alloc(&[dy.rows(), w.cols()])?;
     linear_backward_into(1.0, dy, w, 0.0, &dx)?;
     Ok(dx)
 }
@@ -170,7 +170,7 @@ pub(crate) fn add_bias_gradient(dy: &Tensor, dbias: &Tensor) -> Result<()> {
 }
 
 pub(crate) fn dropout(p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
-    let out = x.zeros(&[x.rows(), x.cols()])?;
+    let out = x.alloc(&[x.rows(), x.cols()])?;
     let keys = x.gpu().upload(keys)?;
     typed!(x, T => {
         let (x_read, mut out) = (x.read::<T>(), out.write::<T>());
@@ -211,7 +211,7 @@ pub(crate) fn rope(table: &Table, positions: &[u32], back: bool, x: &Tensor) -> 
 }
 
 pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    let h = gate_up.zeros(&[gate_up.rows(), gate_up.cols() / 2])?;
+    let h = gate_up.alloc(&[gate_up.rows(), gate_up.cols() / 2])?;
     typed!(gate_up, T => {
         let (read, mut write) = (gate_up.read::<T>(), h.write::<T>());
         kernels::swiglu::forward(gate_up.gpu(), read.mat(), &write.mat())?;
@@ -235,8 +235,8 @@ pub(crate) fn attention(
     let (gpu, rows) = (qkv.gpu(), qkv.rows());
     let sequences = Sequences::new(gpu, seq_starts)?;
     typed!(qkv, T => {
-        let mut out = gpu.zeros::<T>(rows * model.q_dim())?;
-        let mut lse = gpu.zeros::<f32>(rows * model.num_attention_heads)?;
+        let mut out = gpu.alloc::<T>(rows * model.q_dim())?;
+        let mut lse = gpu.alloc::<f32>(rows * model.num_attention_heads)?;
         let read = qkv.read::<T>();
         let (out_mat, lse_view) = (out.mat_mut(rows, model.q_dim()), lse.view_mut());
         kernels::attention::forward(gpu, &heads(model), &sequences, split(model, read.mat()), &out_mat, &lse_view)?;
@@ -254,7 +254,7 @@ pub(crate) fn attention_backward(
 ) -> Result<Tensor> {
     let gpu = qkv.gpu();
     let sequences = Sequences::new(gpu, seq_starts)?;
-    let dqkv = qkv.zeros(&[qkv.rows(), qkv.cols()])?;
+    let dqkv = qkv.alloc(&[qkv.rows(), qkv.cols()])?;
     typed!(qkv, T => {
         let (qkv, out, lse, dout) = (qkv.read::<T>(), out.read::<T>(), lse.read::<f32>(), dout.read::<T>());
         let mut write = dqkv.write::<T>();
@@ -287,7 +287,7 @@ pub(crate) fn cross_entropy_backward(
     labels: &[u32],
     denom: f64,
 ) -> Result<(f64, Tensor)> {
-    let dhidden = hidden.zeros(&[hidden.rows(), hidden.cols()])?;
+    let dhidden = hidden.alloc(&[hidden.rows(), hidden.cols()])?;
     typed!(hidden, T => {
         let mut head_pass = HeadPass::<T>::new(hidden, head, labels)?;
         let (hidden_read, head) = (hidden.read::<T>(), head.read::<T>());
@@ -323,8 +323,8 @@ impl<T: Element> HeadPass<T> {
         let chunk = kernels::linear_cross_entropy::chunk_rows(rows, vocab);
         Ok(Self {
             labels: gpu.upload(labels)?,
-            losses: gpu.zeros(rows)?,
-            scratch: gpu.zeros(chunk * vocab)?,
+            losses: gpu.alloc(rows)?,
+            scratch: gpu.alloc(chunk * vocab)?,
         })
     }
 

@@ -169,13 +169,19 @@ impl Tensor {
         }
     }
 
+    /// Memory of the same type that an operation is about to fill.
+    pub(crate) fn alloc(&self, dims: &[usize]) -> Result<Self> {
+        let len = dims.iter().product();
+        typed!(self, T => Ok(Self::of_buffer(&self.gpu, self.gpu.alloc::<T>(len)?, dims)))
+    }
+
     pub(crate) fn zeros(&self, dims: &[usize]) -> Result<Self> {
         let len = dims.iter().product();
         typed!(self, T => Ok(Self::of_buffer(&self.gpu, self.gpu.zeros::<T>(len)?, dims)))
     }
 
     pub(crate) fn packed_copy(&self) -> Result<Self> {
-        let copy = self.zeros(&self.dims)?;
+        let copy = self.alloc(&self.dims)?;
         super::copy(self, &copy)?;
         Ok(copy)
     }
@@ -199,7 +205,7 @@ impl Tensor {
     }
 
     fn cast_as<From: Element, To: Element>(&self) -> Result<Self> {
-        let mut to = self.gpu.zeros::<To>(self.dims.iter().product())?;
+        let mut to = self.gpu.alloc::<To>(self.dims.iter().product())?;
         let from = self.read::<From>();
         updraft_kernels::cuda::cast::cast(&self.gpu, from.view(), &to.view_mut())?;
         Ok(Self::of_buffer(&self.gpu, to, &self.dims))
