@@ -90,9 +90,8 @@ fn main() -> Result<ExitCode> {
         ..usual
     })?;
     options.nothing_left()?;
-    let store = Store::open(&out)?;
     ensure!(
-        store.local_path("").is_some(),
+        !out.contains("://"),
         "--out {out} is not a folder: `pipeline` and `train::train_stage` write to stores"
     );
 
@@ -183,6 +182,7 @@ fn main() -> Result<ExitCode> {
     watch_signals(&runtime, cancel.clone(), Arc::clone(&training))?;
 
     // Train, from the newest checkpoint if there is one.
+    let store = Store::open(&out)?;
     let checkpoints = Checkpoints::new(&store, "checkpoints", config.save_total_limit as usize);
     let path = Path::new(&out);
     let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
