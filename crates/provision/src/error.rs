@@ -213,6 +213,26 @@ pub enum Error {
         /// How many are left.
         instances: usize,
     },
+    /// Some nodes run and the rest could not be had. What runs has its agent, or is named as without.
+    #[error(
+        "cluster `{cluster}` is launched in part: {running} still run; launch it again, or take it `down`"
+    )]
+    LaunchedInPart {
+        /// The cluster.
+        cluster: String,
+        /// The instances that run.
+        running: String,
+        /// Why the rest does not.
+        source: Box<Error>,
+    },
+    /// Of several things to be done each was tried, and these have failed.
+    #[error("could not {verb} everything; the rest is done, run it again for these:{}", problem_lines(.problems))]
+    Unfinished {
+        /// What was to be done, such as `end`.
+        verb: &'static str,
+        /// What it was to be done to, and why it was not.
+        problems: Vec<String>,
+    },
     /// The state file could not be read or written.
     #[error("could not use the state in {}", .path.display())]
     State {
@@ -254,6 +274,18 @@ impl Error {
         )
     }
 
+    /// The error and what lies under it, in one line.
+    #[cfg(feature = "state")]
+    pub(crate) fn with_causes(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        text
+    }
+
     #[cfg(any(feature = "local", feature = "ssh", feature = "state"))]
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
@@ -264,6 +296,29 @@ impl Error {
 fn attempts_table(attempts: &[Attempt]) -> String {
     let lines: Vec<_> = attempts.iter().map(ToString::to_string).collect();
     lines.join("\n")
+}
+
+fn problem_lines(problems: &[String]) -> String {
+    let lines = problems.iter().map(|problem| format!("\n  {problem}"));
+    lines.collect()
+}
+
+/// What has failed of several things, as one error: the only one itself, or all of them in words.
+#[cfg(feature = "state")]
+pub(crate) fn unfinished(verb: &'static str, mut failed: Vec<(String, Error)>) -> Result<()> {
+    match failed.len() {
+        0 => Ok(()),
+        1 => failed.pop().map_or(Ok(()), |(_, error)| Err(error)),
+        _ => {
+            let problems = failed
+                .iter()
+                .map(|(what, error)| format!("{what}: {}", error.with_causes()));
+            Err(Error::Unfinished {
+                verb,
+                problems: problems.collect(),
+            })
+        }
+    }
 }
 
 fn skipped_list(skipped: &[String]) -> String {

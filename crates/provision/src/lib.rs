@@ -2,6 +2,8 @@
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(any(feature = "agent", feature = "ssh"))]
+mod boot;
 mod budget;
 mod capability;
 mod catalog;

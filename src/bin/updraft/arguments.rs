@@ -17,11 +17,11 @@ clusters and jobs
   logs CLUSTER [JOB] [--no-follow]         a job's output, the newest's without a number
   cancel CLUSTER JOB | --all
   status [-r|--refresh]                    clusters
-  stop|start|down [-y] CLUSTER...
+  stop|start|down [-y] CLUSTER...          `down --purge` forgets machines that are gone for good
   autostop CLUSTER [-i MIN] [--down] [--cancel] [--wait-for jobs_and_ssh|jobs|none]
 
 services
-  serve up -n NAME [--port PORT] [-d] SERVICE.yaml
+  serve up -n NAME [--port PORT] [-d] SERVICE.yaml   also where its process has died
   serve update NAME SERVICE.yaml
   serve status
   serve down [-y] NAME...
@@ -104,6 +104,7 @@ pub(crate) enum Command {
     Start(Vec<String>, bool),
     Down {
         clusters: Vec<String>,
+        purge: bool,
         yes: bool,
         json: bool,
     },
@@ -144,6 +145,127 @@ struct Rest {
     cancel: bool,
     follow: bool,
     refresh: bool,
+    purge: bool,
+    /// The flags that were given, by their long names.
+    flags: Vec<&'static str>,
+}
+
+/// Every verb, so that an unknown one is told before its flags are.
+const VERBS: [&str; 21] = [
+    "launch",
+    "exec",
+    "queue",
+    "logs",
+    "cancel",
+    "status",
+    "stop",
+    "start",
+    "down",
+    "autostop",
+    "check",
+    "gpus",
+    "show-gpus",
+    "cost-report",
+    "gc",
+    "completions",
+    "serve up",
+    "serve update",
+    "serve status",
+    "serve down",
+    "serve run",
+];
+
+/// What tasks are told by `launch`, `exec` and `serve`.
+const TASK_FLAGS: [&str; 15] = [
+    "name",
+    "detach-run",
+    "yes",
+    "output",
+    "workdir",
+    "env",
+    "env-file",
+    "secret",
+    "secret-file",
+    "infra",
+    "gpus",
+    "cpus",
+    "memory",
+    "num-nodes",
+    "use-spot",
+];
+
+/// Whether a verb knows a flag: one that means nothing to it may be taken for one that keeps it from
+/// doing something.
+fn knows(verb: &str, flag: &str) -> bool {
+    let own: &[&str] = match verb {
+        "launch" => &[
+            "cluster",
+            "idle-minutes-to-autostop",
+            "down",
+            "wait-for",
+            "dryrun",
+            "r",
+            "retry-until-up",
+        ],
+        "exec" => &["cluster"],
+        "logs" => &["output", "follow", "no-follow"],
+        "cancel" => &["output", "all", "yes"],
+        "autostop" => &[
+            "output",
+            "idle-minutes-to-autostop",
+            "down",
+            "cancel",
+            "wait-for",
+            "yes",
+        ],
+        "status" => &["output", "refresh", "r"],
+        "stop" | "start" | "serve down" => &["output", "yes"],
+        "down" => &["output", "yes", "purge"],
+        "queue" | "check" | "cost-report" | "gc" | "serve status" => &["output"],
+        "gpus" | "show-gpus" => &["output", "all"],
+        "serve up" => &["port"],
+        _ => &[],
+    };
+    let is_of_task = matches!(verb, "launch" | "exec" | "serve up" | "serve update");
+    own.contains(&flag) || is_of_task && TASK_FLAGS.contains(&flag)
+}
+
+/// The long name of a flag.
+fn flag_of(argument: &lexopt::Arg<'_>) -> Option<&'static str> {
+    Some(match argument {
+        Short('c') | Long("cluster") => "cluster",
+        Short('n') | Long("name" | "service-name") => "name",
+        Short('d') | Long("detach-run") => "detach-run",
+        Short('i') | Long("idle-minutes-to-autostop" | "idle-minutes") => {
+            "idle-minutes-to-autostop"
+        }
+        Long("down") => "down",
+        Short('y') | Long("yes") => "yes",
+        Long("dryrun") => "dryrun",
+        Short('r') => "r",
+        Long("retry-until-up") => "retry-until-up",
+        Long("refresh") => "refresh",
+        Short('o') | Long("output") => "output",
+        Long("workdir") => "workdir",
+        Long("env") => "env",
+        Long("env-file") => "env-file",
+        Long("secret") => "secret",
+        Long("secret-file") => "secret-file",
+        Long("infra" | "cloud") => "infra",
+        Long("gpus") => "gpus",
+        Long("cpus") => "cpus",
+        Long("memory") => "memory",
+        Long("num-nodes") => "num-nodes",
+        Long("use-spot") => "use-spot",
+        Long("port") => "port",
+        Short('a') | Long("all") => "all",
+        Long("cancel") => "cancel",
+        Short('f') | Long("follow") => "follow",
+        Long("no-follow") => "no-follow",
+        Long("wait-for") => "wait-for",
+        Long("purge") => "purge",
+        _ => return None,
+    })
 }
 
 impl Command {
@@ -183,51 +305,52 @@ impl Rest {
         };
         let task = &mut rest.task;
         while let Some(argument) = parser.next()? {
-            match argument {
-                Short('h') | Long("help") => return Ok(None),
-                Short('c') | Long("cluster") => task.cluster = Some(parser.value()?.string()?),
-                Short('n') | Long("name" | "service-name") => {
-                    task.name = Some(parser.value()?.string()?);
+            let Some(flag) = flag_of(&argument) else {
+                match argument {
+                    Short('h') | Long("help") => return Ok(None),
+                    Value(value) => rest.values.push(value.string()?),
+                    other => return Err(other.unexpected()),
                 }
-                Short('d') | Long("detach-run") => task.detach = true,
-                Short('i') | Long("idle-minutes-to-autostop" | "idle-minutes") => {
-                    task.idle_minutes = Some(parser.value()?.parse()?);
-                }
-                Long("down") => task.down = true,
-                Short('y') | Long("yes") => task.yes = true,
-                Long("dryrun") => task.dryrun = true,
+                continue;
+            };
+            rest.flags.push(flag);
+            match flag {
+                "cluster" => task.cluster = Some(parser.value()?.string()?),
+                "name" => task.name = Some(parser.value()?.string()?),
+                "detach-run" => task.detach = true,
+                "idle-minutes-to-autostop" => task.idle_minutes = Some(parser.value()?.parse()?),
+                "down" => task.down = true,
+                "yes" => task.yes = true,
+                "dryrun" => task.dryrun = true,
                 // `launch -r` retries, `status -r` asks again: SkyPilot's letters.
-                Short('r') => (task.retry_until_up, rest.refresh) = (true, true),
-                Long("retry-until-up") => task.retry_until_up = true,
-                Long("refresh") => rest.refresh = true,
-                Short('o') | Long("output") => match parser.value()?.string()?.as_str() {
+                "r" => (task.retry_until_up, rest.refresh) = (true, true),
+                "retry-until-up" => task.retry_until_up = true,
+                "refresh" => rest.refresh = true,
+                "output" => match parser.value()?.string()?.as_str() {
                     "json" => task.json = true,
                     "table" | "text" => task.json = false,
                     other => return Err(format!("-o knows json and text, not {other}").into()),
                 },
-                Long("workdir") => task.workdir = Some(parser.value()?.string()?),
-                Long("env") => task.envs.push(pair(&parser.value()?.string()?, "--env")?),
-                Long("env-file") => task.env_file = Some(parser.value()?.into()),
-                Long("secret") => task
+                "workdir" => task.workdir = Some(parser.value()?.string()?),
+                "env" => task.envs.push(pair(&parser.value()?.string()?, "--env")?),
+                "env-file" => task.env_file = Some(parser.value()?.into()),
+                "secret" => task
                     .secrets
                     .push(pair(&parser.value()?.string()?, "--secret")?),
-                Long("secret-file") => task.secret_file = Some(parser.value()?.into()),
-                Long("infra" | "cloud") => task.infra = Some(parser.value()?.string()?),
-                Long("gpus") => task.gpus = Some(parser.value()?.string()?),
-                Long("cpus") => task.cpus = Some(parser.value()?.string()?),
-                Long("memory") => task.memory = Some(parser.value()?.string()?),
-                Long("num-nodes") => task.num_nodes = Some(parser.value()?.parse()?),
-                Long("use-spot") => task.use_spot = true,
-                Long("port") => task.port = Some(parser.value()?.parse()?),
-                Short('a') | Long("all") => rest.all = true,
-                Long("cancel") => rest.cancel = true,
-                Short('f') | Long("follow") => rest.follow = true,
-                Long("no-follow") => rest.follow = false,
-                Long("wait-for") => {
-                    task.wait_for = Some(wait_for(&parser.value()?.string()?)?);
-                }
-                Value(value) => rest.values.push(value.string()?),
-                other => return Err(other.unexpected()),
+                "secret-file" => task.secret_file = Some(parser.value()?.into()),
+                "infra" => task.infra = Some(parser.value()?.string()?),
+                "gpus" => task.gpus = Some(parser.value()?.string()?),
+                "cpus" => task.cpus = Some(parser.value()?.string()?),
+                "memory" => task.memory = Some(parser.value()?.string()?),
+                "num-nodes" => task.num_nodes = Some(parser.value()?.parse()?),
+                "use-spot" => task.use_spot = true,
+                "port" => task.port = Some(parser.value()?.parse()?),
+                "all" => rest.all = true,
+                "cancel" => rest.cancel = true,
+                "follow" => rest.follow = true,
+                "no-follow" => rest.follow = false,
+                "wait-for" => task.wait_for = Some(wait_for(&parser.value()?.string()?)?),
+                _ => rest.purge = true,
             }
         }
         Ok(Some(rest))
@@ -235,6 +358,12 @@ impl Rest {
 
     fn into_command(mut self, verb: &str) -> Result<Command, lexopt::Error> {
         let (json, yes) = (self.task.json, self.task.yes);
+        if VERBS.contains(&verb)
+            && let Some(flag) = self.flags.iter().find(|flag| !knows(verb, flag))
+        {
+            let dashes = if flag.len() == 1 { "-" } else { "--" };
+            return Err(format!("`{verb}` does not know {dashes}{flag}").into());
+        }
         let command = match verb {
             "launch" => {
                 self.task.file = Some(self.value("a task file")?.into());
@@ -285,6 +414,7 @@ impl Rest {
             "start" => Command::Start(self.many("a cluster")?, json),
             "down" => Command::Down {
                 clusters: self.many("a cluster")?,
+                purge: self.purge,
                 yes,
                 json,
             },
@@ -424,6 +554,22 @@ mod tests {
     }
 
     #[test]
+    fn every_verb_keeps_its_own_flags() {
+        for line in [
+            "launch t.yaml -r --dryrun --wait-for jobs -o json",
+            "status -r -o json",
+            "down c -y --purge",
+            "logs c 1 --no-follow",
+            "cancel c --all -y",
+            "serve up t.yaml --port 30002 -d --secret A=b",
+            "serve update s t.yaml --env A=b --infra local",
+            "gpus list -a",
+        ] {
+            assert!(read(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_understood_is_an_error() {
         for line in [
             "fly",
@@ -438,6 +584,11 @@ mod tests {
             "status extra",
             "launch t.yaml -o xml",
             "autostop c --wait-for dinner",
+            "down c --dryrun",
+            "stop c --purge",
+            "status -i 5",
+            "queue c --all",
+            "serve down s --env A=b",
             "launch t.yaml --secret NOT_SET_ANYWHERE",
         ] {
             assert!(read(line).is_err(), "{line}");

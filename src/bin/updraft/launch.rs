@@ -7,7 +7,7 @@ use std::time::Duration;
 use updraft::provision::agent::QueueStatus;
 use updraft::provision::providers::ssh::write_alias;
 use updraft::provision::{
-    Accelerator, Accelerators, Alternatives, Endpoint, Engine, EnvOverrides, ExecOptions,
+    Accelerator, Accelerators, Alternatives, Autostop, Endpoint, Engine, EnvOverrides, ExecOptions,
     FailoverPolicy, Instance, JobId, LaunchRequest, Lease, Pipeline, Plan, Task,
     agent::AgentBinary,
 };
@@ -145,28 +145,16 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
         }
     }
     let agent = world::agent()?;
-    let autostop = first.resources.autostop;
     let request = LaunchRequest {
         cluster: cluster.clone(),
-        lease: Lease {
-            idle: match options.idle_minutes {
-                Some(number) => Some(minutes(number)),
-                None => autostop.and_then(|autostop| autostop.idle),
-            },
-            down: options.down || autostop.is_some_and(|autostop| autostop.down),
-            wait_for: options
-                .wait_for
-                .or(autostop.map(|autostop| autostop.wait_for))
-                .unwrap_or_default(),
-        },
+        lease: lease_of(&options, first.resources.autostop),
         policy: FailoverPolicy {
             retry_until_up: options.retry_until_up.then_some(RETRY_GAP),
         },
     };
     screen.note(&format!("launching `{cluster}`"));
-    let instances = engine.launch(first, &request).await?;
-    // From here on it ends by itself, whatever becomes of this process.
-    engine.guard(&cluster, &agent).await?;
+    // Each node ends by itself from the moment it runs, whatever becomes of this process.
+    let instances = engine.launch_guarded(first, &request, &agent).await?;
     alias(&cluster, &instances, screen)?;
     let options_of_run = ExecOptions {
         setup: true,
@@ -181,6 +169,33 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
         }
     }
     Ok(code)
+}
+
+/// When the cluster ends by itself: what the command line says beats the task; `None` where neither
+/// says anything, which leaves a cluster that is there as it is.
+///
+/// As SkyPilot has it, `--down` alone ends it as soon as it is idle, and no idle time is under a minute:
+/// it would end before its first job is queued.
+fn lease_of(options: &TaskOptions, autostop: Option<Autostop>) -> Option<Lease> {
+    let said = options.down || options.idle_minutes.is_some() || options.wait_for.is_some();
+    if !said && autostop.is_none() {
+        return None;
+    }
+    let down = options.down || autostop.is_some_and(|autostop| autostop.down);
+    let idle = match (options.idle_minutes, autostop) {
+        (Some(number), _) => Some(minutes(number)),
+        (None, Some(autostop)) if !options.down || autostop.idle.is_some() => autostop.idle,
+        (None, _) if options.down => Some(Duration::ZERO),
+        (None, _) => Some(Autostop::DEFAULT_IDLE), // --wait-for alone
+    };
+    Some(Lease {
+        idle: idle.map(|idle| idle.max(minutes(1))),
+        down,
+        wait_for: options
+            .wait_for
+            .or(autostop.map(|autostop| autostop.wait_for))
+            .unwrap_or_default(),
+    })
 }
 
 pub(crate) async fn exec(options: TaskOptions, screen: &Screen) -> Outcome {
@@ -292,4 +307,61 @@ fn alias(cluster: &str, instances: &[Instance], screen: &Screen) -> Result<(), E
 
 pub(crate) fn here() -> Result<PathBuf, Error> {
     Ok(std::env::current_dir()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use updraft::provision::WaitFor;
+
+    use super::*;
+
+    const HOUR: Autostop = Autostop {
+        idle: Some(Duration::from_secs(3600)),
+        down: false,
+        wait_for: WaitFor::Jobs,
+    };
+
+    fn lease(down: bool, idle_minutes: Option<u64>, autostop: Option<Autostop>) -> Option<Lease> {
+        let options = TaskOptions {
+            down,
+            idle_minutes,
+            ..TaskOptions::default()
+        };
+        lease_of(&options, autostop)
+    }
+
+    #[test]
+    fn a_lease_is_what_the_command_line_and_the_task_say() {
+        let of = |seconds: u64, down: bool, wait_for: WaitFor| {
+            Some(Lease {
+                idle: Some(Duration::from_secs(seconds)),
+                down,
+                wait_for,
+            })
+        };
+        assert_eq!(lease(false, None, None), None, "nothing was said");
+        assert_eq!(lease(true, None, None), of(60, true, WaitFor::JobsAndSsh));
+        assert_eq!(
+            lease(true, Some(0), None),
+            of(60, true, WaitFor::JobsAndSsh)
+        );
+        assert_eq!(
+            lease(false, Some(9), None),
+            of(540, false, WaitFor::JobsAndSsh)
+        );
+        assert_eq!(
+            lease(false, None, Some(HOUR)),
+            of(3600, false, WaitFor::Jobs)
+        );
+        assert_eq!(lease(true, None, Some(HOUR)), of(3600, true, WaitFor::Jobs));
+        assert_eq!(
+            lease(true, Some(9), Some(HOUR)),
+            of(540, true, WaitFor::Jobs)
+        );
+        // `autostop: false` takes autostop away, unless the command line wants it.
+        let never = Autostop { idle: None, ..HOUR };
+        let lease_of_never = lease(false, None, Some(never)).expect("said");
+        assert_eq!(lease_of_never.idle, None);
+        assert_eq!(lease(true, None, Some(never)), of(60, true, WaitFor::Jobs));
+    }
 }

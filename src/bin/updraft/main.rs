@@ -86,9 +86,10 @@ async fn run(command: Command, screen: &Screen) -> Outcome {
         Command::Start(clusters, json) => show::start(&clusters, json, screen).await?,
         Command::Down {
             clusters,
+            purge,
             yes,
             json,
-        } => show::down(&clusters, yes, json, screen).await?,
+        } => show::down(&clusters, purge, yes, json, screen).await?,
         Command::Check { json } => return show::check(json, screen).await,
         Command::Gpus { json } => show::gpus(json, screen).await?,
         Command::CostReport { json } => show::cost_report(json, screen)?,

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use updraft::provision::service::{Controller, ReplicaPhase, ServiceOrder, ServiceReport};
-use updraft::provision::{Engine, ExecOptions, Task};
+use updraft::provision::{Engine, ExecOptions, MountSource, Task};
 
 use crate::arguments::TaskOptions;
 use crate::launch::{here, read_tasks};
 use crate::screen::Screen;
-use crate::show::said;
+use crate::show::tell_all;
 use crate::{Outcome, world};
 
 /// Where services listen from, as SkyPilot has it.
@@ -28,7 +28,7 @@ const VALUES: &str = "UPDRAFT_SERVE_VALUES";
 type Error = Box<dyn std::error::Error>;
 
 /// What is recorded of a service: paths and numbers, no values.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Row {
     file: PathBuf,
     env_file: Option<PathBuf>,
@@ -69,6 +69,7 @@ impl Row {
             ..TaskOptions::default()
         };
         let mut tasks = read_tasks(&options)?;
+        tasks.iter_mut().for_each(|task| self.root(task));
         match (tasks.pop(), tasks.is_empty()) {
             (Some(task), true) if task.service.is_some() => Ok(task),
             (Some(_), true) => {
@@ -77,6 +78,92 @@ impl Row {
             _ => Err("a service is a file of one task".into()),
         }
     }
+}
+
+impl Row {
+    /// Makes the task's folders independent of where its process runs.
+    fn root(&self, task: &mut Task) {
+        let rooted = |path: &mut String| {
+            if !path.starts_with("~/") {
+                *path = self.base.join(&*path).to_string_lossy().into_owned();
+            }
+        };
+        task.workdir.as_mut().map(rooted);
+        for mount in &mut task.file_mounts {
+            if let MountSource::Local(path) = &mut mount.source {
+                rooted(path);
+            }
+        }
+    }
+
+    /// Takes over what a command line says.
+    fn take(&mut self, options: &TaskOptions) -> Result<(), Error> {
+        let given = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+        self.file = std::path::absolute(options.file.clone().unwrap_or_default())?;
+        self.env_file = given(&options.env_file)?.or(self.env_file.take());
+        self.secret_file = given(&options.secret_file)?.or(self.secret_file.take());
+        let or = |new: &Option<String>, old: &mut Option<String>| {
+            if new.is_some() {
+                old.clone_from(new);
+            }
+        };
+        or(&options.workdir, &mut self.workdir);
+        or(&options.infra, &mut self.infra);
+        or(&options.gpus, &mut self.gpus);
+        or(&options.cpus, &mut self.cpus);
+        or(&options.memory, &mut self.memory);
+        self.use_spot |= options.use_spot;
+        self.base = here()?;
+        Ok(())
+    }
+}
+
+impl Values {
+    fn of(options: &TaskOptions) -> Self {
+        Self {
+            envs: options.envs.clone(),
+            secrets: options.secrets.clone(),
+        }
+    }
+
+    /// Hands the values of a version to the service's process, which takes the file away.
+    fn hand_over(&self, name: &str, version: u32) -> Result<(), Error> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut options = std::fs::OpenOptions::new();
+        let options = options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(values_path(name, version))?;
+        Ok(serde_json::to_writer(file, self)?)
+    }
+
+    /// Takes over the values of a version, if it has any of its own.
+    fn receive(&mut self, name: &str, version: u32) -> Result<(), Error> {
+        let path = values_path(name, version);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        std::fs::remove_file(&path)?;
+        let newer: Values = serde_json::from_str(&text)?;
+        self.envs.extend(newer.envs); // later ones win
+        self.secrets.extend(newer.secrets);
+        Ok(())
+    }
+}
+
+fn values_path(name: &str, version: u32) -> PathBuf {
+    folder().join(format!("{name}.values-{version}"))
+}
+
+/// What the process of a service tells of itself.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    #[serde(flatten)]
+    report: ServiceReport,
+    /// The newest version it was asked for; the report's own where that could be begun.
+    asked: u32,
+    /// What stands in its way; the version before serves on.
+    problem: Option<String>,
 }
 
 fn folder() -> PathBuf {
@@ -100,7 +187,7 @@ fn put(engine: &Engine, name: &str, row: &Row) -> Result<(), Error> {
         .put_service(name, &serde_json::to_value(row)?)?)
 }
 
-fn report(name: &str) -> Option<ServiceReport> {
+fn told(name: &str) -> Option<Told> {
     let text = std::fs::read_to_string(folder().join(format!("{name}.json"))).ok()?;
     serde_json::from_str(&text).ok()
 }
@@ -119,32 +206,37 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
         (Some(name), _) => name.clone(),
         (None, stem) => stem.unwrap_or_default().to_string_lossy().into_owned(),
     };
-    if row(&engine, &name)?.is_some() {
-        return Err(format!(
-            "service `{name}` is up already; `serve update {name}` rolls a new version out"
-        )
-        .into());
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || !name.chars().all(is_plain) {
+        return Err(
+            format!("service name `{name}` must be letters, digits, - and _; pass -n").into(),
+        );
     }
-    let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
-    let row = Row {
-        file,
-        env_file: absolute(&options.env_file)?,
-        secret_file: absolute(&options.secret_file)?,
-        workdir: options.workdir.clone(),
-        infra: options.infra.clone(),
-        gpus: options.gpus.clone(),
-        cpus: options.cpus.clone(),
-        memory: options.memory.clone(),
-        use_spot: options.use_spot,
-        base: here()?,
-        version: 1,
-        port: free_port(options.port)?,
-        down: false,
+    let known = row(&engine, &name)?;
+    if let Some(known) = &known {
+        if lock(&name)?.is_none() {
+            return Err(format!(
+                "service `{name}` is up already; `serve update {name}` rolls a new version out"
+            )
+            .into());
+        }
+        if known.down {
+            return Err(
+                format!("service `{name}` is half down; run `serve down {name}` again").into(),
+            );
+        }
+        screen.note(&format!(
+            "the process of `{name}` has ended; it is started again"
+        ));
+    }
+    let port = options.port.or(known.as_ref().map(|row| row.port));
+    let mut row = Row {
+        version: known.as_ref().map_or(1, |row| row.version + 1),
+        port: free_port(port)?,
+        ..known.unwrap_or_default()
     };
-    let values = Values {
-        envs: options.envs.clone(),
-        secrets: options.secrets.clone(),
-    };
+    row.take(&options)?;
+    let values = Values::of(&options);
     let task = row.task(&values)?;
     for warning in task.warnings(&[]) {
         screen.note(&format!("warning: {warning}"));
@@ -157,19 +249,24 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
     if options.detach {
         return Ok(ExitCode::SUCCESS);
     }
-    wait_ready(&engine, &name, 1, &options, screen).await
+    wait_ready(&engine, &name, row.version, &options, screen).await
 }
 
 pub(crate) async fn update(options: TaskOptions, screen: &Screen) -> Outcome {
     let engine = world::engine()?;
     let name = options.name.clone().unwrap_or_default();
     let mut row = row(&engine, &name)?.ok_or_else(|| format!("no service `{name}`"))?;
-    row.file = std::path::absolute(options.file.clone().unwrap_or_default())?;
+    if lock(&name)?.is_some() {
+        return Err(format!(
+            "the process of `{name}` has ended; `serve up -n {name}` with this file starts it again"
+        )
+        .into());
+    }
     row.version += 1;
-    row.task(&Values {
-        envs: options.envs.clone(),
-        secrets: options.secrets.clone(),
-    })?;
+    row.take(&options)?;
+    let values = Values::of(&options);
+    row.task(&values)?;
+    values.hand_over(&name, row.version)?;
     put(&engine, &name, &row)?;
     if options.detach {
         return Ok(ExitCode::SUCCESS);
@@ -203,9 +300,19 @@ async fn wait_ready(
             )
             .into());
         }
-        let Some(report) = report(name).filter(|report| report.version == version) else {
+        let Some(told) = told(name).filter(|told| told.asked == version) else {
             continue;
         };
+        if let Some(problem) = told.problem {
+            return Err(format!(
+                "version {version} of `{name}` was not begun, what was there serves on: {problem}"
+            )
+            .into());
+        }
+        let report = told.report;
+        if report.version != version {
+            continue;
+        }
         let now = phases(&report);
         if now != seen {
             screen.note(&now);
@@ -246,15 +353,20 @@ fn phases(report: &ServiceReport) -> String {
 
 pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
     let services = world::engine()?.state().services()?;
-    let reports: Vec<_> = services
-        .iter()
-        .map(|(name, _)| (name, report(name)))
-        .collect();
+    let mut reports = Vec::new();
+    for (name, _) in &services {
+        reports.push((name, lock(name)?.is_none(), told(name)));
+    }
     if json {
-        let known: Vec<_> = reports
-            .iter()
-            .filter_map(|(_, report)| report.as_ref())
-            .collect();
+        let mut known = Vec::new();
+        for (name, alive, told) in &reports {
+            let mut value = match told {
+                Some(told) => serde_json::to_value(told)?,
+                None => serde_json::json!({"name": name}),
+            };
+            value["alive"] = (*alive).into();
+            known.push(value);
+        }
         screen.say(&serde_json::to_string(&known)?);
         return Ok(());
     }
@@ -263,13 +375,15 @@ pub(crate) fn status(json: bool, screen: &Screen) -> Result<(), Error> {
         return Ok(());
     }
     let mut rows = Vec::new();
-    for (name, report) in reports {
-        let alive = lock(name)?.is_none();
+    for (name, alive, told) in reports {
+        if let Some(problem) = told.as_ref().and_then(|told| told.problem.as_ref()) {
+            screen.note(&format!("`{name}`: {problem}"));
+        }
+        let report = told.as_ref().map(|told| &told.report);
         let ready = report.iter().flat_map(|report| &report.replicas);
         let ready = ready
             .filter(|replica| replica.phase == ReplicaPhase::Ready)
             .count();
-        let report = report.as_ref();
         rows.push(vec![
             name.clone(),
             if !alive {
@@ -301,19 +415,24 @@ pub(crate) async fn down(
         return Err("nothing was ended".into());
     }
     let engine = world::engine()?;
+    let mut outcomes = Vec::new();
     for name in names {
-        let mut known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
-        known.down = true;
-        put(&engine, name, &known)?;
-        // Its process ends it; without one it is done here.
-        while row(&engine, name)?.is_some() {
-            if let Some(_lock) = lock(name)? {
-                engine.down_service(name).await?;
-                forget(&engine, name)?;
-            }
-            tokio::time::sleep(LOOK / 5).await;
+        outcomes.push((name, take_down(&engine, name).await));
+    }
+    tell_all(outcomes, "GONE", json, screen)
+}
+
+async fn take_down(engine: &Engine, name: &str) -> Result<(), Error> {
+    let mut known = row(engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
+    known.down = true;
+    put(engine, name, &known)?;
+    // Its process ends it; without one it is done here.
+    while row(engine, name)?.is_some() {
+        if let Some(_lock) = lock(name)? {
+            engine.down_service(name).await?;
+            forget(engine, name)?;
         }
-        said(name, "GONE", json, screen);
+        tokio::time::sleep(LOOK / 5).await;
     }
     Ok(())
 }
@@ -325,57 +444,103 @@ fn forget(engine: &Engine, name: &str) -> Result<(), Error> {
 
 /// The process behind a service, until the service is taken down.
 pub(crate) async fn run(name: &str) -> Result<(), Error> {
-    let Some(_lock) = lock(name)? else {
-        return Err(format!("service `{name}` has a process already").into());
+    let begun = Instant::now();
+    let _lock = loop {
+        match lock(name)? {
+            Some(lock) => break lock,
+            // Somebody may only be looking whether it is held.
+            None if begun.elapsed() < LOOK => tokio::time::sleep(LOOK / 10).await,
+            None => return Err(format!("service `{name}` has a process already").into()),
+        }
     };
     let engine = world::engine()?;
-    let row_now = || row(&engine, name)?.ok_or_else(|| Error::from(format!("no service `{name}`")));
+    let known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
     let values = std::env::var(VALUES).unwrap_or_default();
-    let values: Values = serde_json::from_str(&values).unwrap_or_default();
-    let mut known = row_now()?;
-    let order = |row: &Row| -> Result<ServiceOrder, Error> {
-        Ok(ServiceOrder {
-            task: row.task(&values)?,
-            version: row.version,
-        })
-    };
+    let mut values: Values = serde_json::from_str(&values).unwrap_or_default();
     let options = ExecOptions {
         setup: true,
         base: known.base.clone(),
     };
     let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, known.port));
+    let first = order(&known, &values)?;
     let mut controller = Controller::new(
         name,
         engine.clone(),
         world::agent()?,
         options,
         address,
-        order(&known)?,
+        first,
     )
     .await?;
-    let mut looked = Instant::now();
+    let (mut asked, mut problem, mut looked) = (known.version, None, Instant::now());
     loop {
         controller.step().await;
         if looked.elapsed() < LOOK {
             continue;
         }
         looked = Instant::now();
-        let mut report = controller.report();
-        report.url = format!("http://127.0.0.1:{}", known.port);
-        write(
-            &folder().join(format!("{name}.json")),
-            &serde_json::to_string(&report)?,
-        )?;
-        let now = row_now()?;
-        if now.down {
-            controller.down().await?;
-            return forget(&engine, name);
+        match row(&engine, name) {
+            Ok(Some(now)) if now.down => {
+                controller.down().await?;
+                return forget(&engine, name);
+            }
+            Ok(None) => return Ok(controller.down().await?), // somebody has forgotten it
+            Ok(Some(now)) if now.version != asked => {
+                asked = now.version;
+                problem = begin(&mut controller, name, &now, &mut values).err();
+            }
+            Ok(Some(_)) => {}
+            // What serves goes on serving; the books may be readable again.
+            Err(error) => tracing::warn!("cannot look for a new order: {error}"),
         }
-        if now.version != known.version {
-            controller.update(order(&now)?)?;
+        if let Err(error) = tell(&controller, name, known.port, asked, problem.as_deref()) {
+            tracing::warn!("cannot tell how it stands: {error}");
         }
-        known = now;
     }
+}
+
+fn order(row: &Row, values: &Values) -> Result<ServiceOrder, Error> {
+    Ok(ServiceOrder {
+        task: row.task(values)?,
+        version: row.version,
+    })
+}
+
+/// Begins a new version; an error leaves the one before as it is.
+fn begin(
+    controller: &mut Controller,
+    name: &str,
+    row: &Row,
+    values: &mut Values,
+) -> Result<(), String> {
+    let begun = values
+        .receive(name, row.version)
+        .and_then(|()| order(row, values))
+        .and_then(|order| Ok(controller.update(order)?));
+    begun.map_err(|error| {
+        tracing::warn!("version {} is not begun: {error}", row.version);
+        error.to_string()
+    })
+}
+
+fn tell(
+    controller: &Controller,
+    name: &str,
+    port: u16,
+    asked: u32,
+    problem: Option<&str>,
+) -> Result<(), Error> {
+    let mut report = controller.report();
+    report.url = format!("http://127.0.0.1:{port}");
+    let told = Told {
+        report,
+        asked,
+        problem: problem.map(str::to_owned),
+    };
+    write(
+        &folder().join(format!("{name}.json")),
+        &serde_json::to_string(&told)?,
+    )
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Error> {

@@ -90,40 +90,93 @@ fn as_json(report: &ClusterReport) -> serde_json::Value {
 
 pub(crate) async fn stop(clusters: &[String], json: bool, screen: &Screen) -> Result<(), Error> {
     let engine = world::engine()?;
+    let mut outcomes = Vec::new();
     for cluster in clusters {
-        engine.stop(cluster).await?;
-        said(cluster, "STOPPED", json, screen);
+        let stopped = engine.stop(cluster).await;
+        outcomes.push((cluster, stopped.map_err(Error::from)));
     }
-    Ok(())
+    tell_all(outcomes, "STOPPED", json, screen)
 }
 
 pub(crate) async fn start(clusters: &[String], json: bool, screen: &Screen) -> Result<(), Error> {
     let (engine, agent) = (world::engine()?, world::agent()?);
+    let mut outcomes = Vec::new();
     for cluster in clusters {
-        engine.start(cluster).await?;
-        engine.guard(cluster, &agent).await?;
-        said(cluster, "UP", json, screen);
+        let started = async {
+            engine.start(cluster).await?;
+            engine.guard(cluster, &agent).await
+        };
+        outcomes.push((cluster, started.await.map_err(Error::from)));
     }
-    Ok(())
+    tell_all(outcomes, "UP", json, screen)
 }
 
 pub(crate) async fn down(
     clusters: &[String],
+    purge: bool,
     yes: bool,
     json: bool,
     screen: &Screen,
 ) -> Result<(), Error> {
-    let question = format!("end {} and everything on it?", clusters.join(", "));
+    let question = match purge {
+        false => format!("end {} and everything on it?", clusters.join(", ")),
+        true => format!(
+            "forget {} without ending what may still run there?",
+            clusters.join(", ")
+        ),
+    };
     if !yes && !screen.agrees(&question) {
         return Err("nothing was ended".into());
     }
     let engine = world::engine()?;
+    let mut outcomes = Vec::new();
     for cluster in clusters {
-        engine.down(cluster).await?;
-        forget_alias(&world::home().join("ssh"), cluster)?;
-        said(cluster, "GONE", json, screen);
+        let mut gone = engine.down(cluster).await;
+        if let (Err(error), true) = (&gone, purge) {
+            screen.note(&format!(
+                "warning: `{cluster}` is forgotten, not ended: {error}"
+            ));
+            gone = engine.purge(cluster);
+        }
+        if gone.is_ok() {
+            gone = forget_alias(&world::home().join("ssh"), cluster);
+        }
+        outcomes.push((cluster, gone.map_err(Error::from)));
     }
-    Ok(())
+    tell_all(outcomes, "GONE", json, screen)
+}
+
+/// What has become of each of several names, every one of which was tried.
+pub(crate) fn tell_all(
+    mut outcomes: Vec<(&String, Result<(), Error>)>,
+    status: &str,
+    json: bool,
+    screen: &Screen,
+) -> Result<(), Error> {
+    if let [(name, outcome)] = outcomes.as_mut_slice() {
+        std::mem::replace(outcome, Ok(()))?;
+        said(name, status, json, screen);
+        return Ok(());
+    }
+    let (mut failed, all) = (0, outcomes.len());
+    for (name, outcome) in outcomes {
+        match outcome {
+            Ok(()) => said(name, status, json, screen),
+            Err(error) => {
+                failed += 1;
+                screen.note(&format!("`{name}`:"));
+                screen.fail(error.as_ref());
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        _ => Err(format!(
+            "{failed} of {all} are not {}; run it again",
+            status.to_lowercase()
+        )
+        .into()),
+    }
 }
 
 /// What a cluster is now: an object a line for programs.

@@ -1,11 +1,14 @@
 //! A node's agent as its client sees it, over any transport.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::binary::AgentBinary;
+use super::peers::{Head, Place};
 use super::queue::{JobRow, JobSpec};
+use crate::boot;
 use crate::error::{Error, Result};
 use crate::provider::{Endpoint, Lease};
 use crate::secret::Secret;
@@ -26,6 +29,8 @@ pub struct NodeSetup {
     pub stop: String,
     /// The command by which the node ends itself for good.
     pub down: String,
+    /// Whether the agent is started again when the machine comes up.
+    pub boot: bool,
 }
 
 impl NodeSetup {
@@ -41,8 +46,10 @@ impl NodeSetup {
             // A machine one owns is left running; it is only given back.
             Some(Endpoint::Ssh { dir, .. }) => {
                 let dir = quote(dir);
-                let down =
-                    format!("cd ~ && cd {dir} && d=$PWD && rm -rf files groups && rm -rf \"$d\"");
+                let down = format!(
+                    "cd ~ && cd {dir} || exit 0; d=$PWD; {}rm -rf files groups && rm -rf \"$d\"",
+                    boot::remove()
+                );
                 (format!("cd ~ && touch {dir}/stopped"), down)
             }
             None => ("true".to_owned(), "true".to_owned()),
@@ -52,6 +59,7 @@ impl NodeSetup {
             slots: None,
             stop,
             down,
+            boot: matches!(endpoint, Some(Endpoint::Ssh { .. })),
         }
     }
 }
@@ -107,13 +115,17 @@ impl AgentClient {
     pub async fn start(&self, setup: &NodeSetup) -> Result<()> {
         let program = &self.program;
         let mut script = format!(
-            "set -e; mkdir -p {DIR}; {program} set {DIR} gpus {}; {program} set {DIR} end_stop {}; {program} set {DIR} end_down {}; ",
+            "set -e; mkdir -p {DIR}; {program} set {DIR} gpus {}; {program} set {DIR} end_stop {}; {program} set {DIR} end_down {}; \
+             if [ -n \"$UPDRAFT_GROUPS\" ]; then {program} set {DIR} groups \"$UPDRAFT_GROUPS\"; fi; ",
             setup.gpus,
             quote(&setup.stop),
             quote(&setup.down)
         );
         if let Some(slots) = setup.slots {
             script.push_str(&format!("{program} set {DIR} slots {slots}; "));
+        }
+        if setup.boot {
+            script.push_str(&boot::install(&format!("{program} run {DIR}")));
         }
         script.push_str(&self.ensure());
         self.ask(&script, None).await.map(drop)
@@ -134,7 +146,7 @@ impl AgentClient {
     pub async fn submit(&self, spec: &JobSpec) -> Result<i64> {
         let text = serde_json::to_string(spec).unwrap_or_default();
         let script = format!("{} submit {DIR} && {{ {} }}", self.program, self.ensure());
-        let lines = self.ask(&script, Some(text)).await?;
+        let lines = self.ask(&script, Some(("UPDRAFT_JOB", text))).await?;
         let id = lines.first().and_then(|line| line.parse().ok());
         id.ok_or_else(|| self.failed(&lines))
     }
@@ -193,6 +205,32 @@ impl AgentClient {
         self.ask(&script, None).await.map(drop)
     }
 
+    /// Makes the node the head of its cluster: its agent listens at `bind` to those of the others.
+    ///
+    /// # Errors
+    /// [`Error::Transport`].
+    pub async fn lead(&self, bind: IpAddr) -> Result<Head> {
+        let lines = self
+            .ask(&format!("{} lead {DIR} {bind}", self.program), None)
+            .await?;
+        let head = lines
+            .first()
+            .and_then(|line| serde_json::from_str(line).ok());
+        head.ok_or_else(|| self.failed(&lines))
+    }
+
+    /// Makes the node follow the head of its cluster.
+    ///
+    /// # Errors
+    /// [`Error::Transport`].
+    pub async fn follow(&self, place: &Place) -> Result<()> {
+        let text = serde_json::to_string(place).unwrap_or_default();
+        let script = format!("{} follow {DIR}", self.program);
+        self.ask(&script, Some(("UPDRAFT_PLACE", text)))
+            .await
+            .map(drop)
+    }
+
     /// The lines of a job's log, of the newest job's when `None`; with `follow` until it ends.
     ///
     /// # Errors
@@ -214,9 +252,9 @@ impl AgentClient {
     }
 
     /// Runs a script on the node and returns its lines; its error output becomes the error.
-    async fn ask(&self, script: &str, job: Option<String>) -> Result<Vec<String>> {
-        let environment = job
-            .map(|job| ("UPDRAFT_JOB".to_owned(), Secret::new(job)))
+    async fn ask(&self, script: &str, told: Option<(&str, String)>) -> Result<Vec<String>> {
+        let environment = told
+            .map(|(name, text)| (name.to_owned(), Secret::new(text)))
             .into_iter()
             .collect::<BTreeMap<_, _>>();
         let command = ShellCommand {

@@ -16,7 +16,8 @@ const FOLLOW: Duration = Duration::from_millis(50);
 /// to `about`.
 ///
 /// `run DIR`, `set DIR NAME VALUE`, `submit DIR` (the job as JSON in `UPDRAFT_JOB`), `queue DIR`,
-/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`, `hold DIR SECONDS`.
+/// `cancel DIR ID|all`, `logs DIR ID|last [follow]`, `lease DIR JSON`, `hold DIR SECONDS`,
+/// `lead DIR ADDRESS`, `follow DIR` (its place as JSON in `UPDRAFT_PLACE`).
 ///
 /// # Errors
 /// [`Error::InvalidTask`] for a command that is none; else the queue's.
@@ -24,7 +25,7 @@ pub fn command(args: &[String], out: &mut dyn Write, about: &mut dyn Write) -> R
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["run", dir] => match Agent::take(dir)? {
-            Some(agent) => agent.run(),
+            Some(agent) => agent.run(about),
             None => Ok(()),
         },
         ["set", dir, name, value] => Queue::open(dir)?.set(name, value),
@@ -70,6 +71,20 @@ pub fn command(args: &[String], out: &mut dyn Write, about: &mut dyn Write) -> R
             Queue::open(dir)?.set_lease(&lease, now())
         }
         ["hold", dir, seconds] => Queue::open(dir)?.hold(now() + number(seconds)?),
+        ["lead", dir, address] => {
+            let address = address.parse().map_err(|_| Error::InvalidTask {
+                what: format!("`{address}` is not an address to listen at"),
+            })?;
+            let head = Queue::open(dir)?.lead(address)?;
+            say(out, &serde_json::to_string(&head).unwrap_or_default())
+        }
+        ["follow", dir] => {
+            let text = std::env::var("UPDRAFT_PLACE").unwrap_or_default();
+            let place = serde_json::from_str(&text).map_err(|_| Error::InvalidTask {
+                what: "UPDRAFT_PLACE must hold a place as JSON".to_owned(),
+            })?;
+            Queue::open(dir)?.follow(&place)
+        }
         _ => Err(Error::InvalidTask {
             what: "unknown command of the agent; client and node may be of different versions"
                 .to_owned(),

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::{Deserialize, Serialize};
 
+use super::peers::{Head, Place};
 use crate::error::{Error, Result};
 use crate::provider::Lease;
 
@@ -217,7 +219,7 @@ impl Queue {
             .map_err(|e| self.failed(e))?;
         let id = self.db.last_insert_rowid();
         super::wrapper::write(&self.job_dir(id), spec, id)?;
-        self.hold(0)?; // the files are there; from here on the job keeps the node
+        self.release()?; // the files are there; from here on the job keeps the node
         transaction.commit().map_err(|e| self.failed(e))?;
         Ok(id)
     }
@@ -228,6 +230,12 @@ impl Queue {
     /// [`Error::State`].
     pub fn jobs(&self) -> Result<Vec<JobRow>> {
         self.query("SELECT * FROM jobs ORDER BY id", [], read_job)
+    }
+
+    /// The jobs that another node may still ask about.
+    pub(super) fn recent(&self) -> Result<Vec<JobRow>> {
+        let sql = "SELECT * FROM jobs WHERE ended IS NULL OR id > (SELECT max(id) FROM jobs) - 200";
+        self.query(sql, [], read_job)
     }
 
     /// One job.
@@ -247,15 +255,20 @@ impl Queue {
     /// # Errors
     /// [`Error::State`].
     pub fn cancel(&self, id: Option<i64>, now: i64) -> Result<usize> {
-        let waiting = self.db.execute(
-            "UPDATE jobs SET status = 'CANCELLED', ended = ?2 WHERE status = 'PENDING' AND (?1 IS NULL OR coalesce(head, id) = ?1)",
+        let waiting: Vec<i64> = self.query(
+            "UPDATE jobs SET status = 'CANCELLED', ended = ?2 WHERE status = 'PENDING' AND (?1 IS NULL OR coalesce(head, id) = ?1) RETURNING id",
             params![id, now],
-        );
+            |row| row.get(0),
+        )?;
+        for id in &waiting {
+            // No wrapper will come to take its variables away.
+            let _ = std::fs::remove_file(self.job_dir(*id).join("env"));
+        }
         let running = self.db.execute(
             "UPDATE jobs SET cancel = 1 WHERE ended IS NULL AND (?1 IS NULL OR coalesce(head, id) = ?1)",
             params![id],
         );
-        Ok(waiting.map_err(|e| self.failed(e))? + running.map_err(|e| self.failed(e))?)
+        Ok(waiting.len() + running.map_err(|e| self.failed(e))?)
     }
 
     /// The file that a job's output goes to.
@@ -292,12 +305,24 @@ impl Queue {
         self.set("last_active", &now.to_string())
     }
 
-    /// Keeps the node from being idle for so long: its client brings files, and says so again.
+    /// Keeps the node from being idle for so long: its client brings files, and says so again. Another
+    /// client that is to be waited for longer is.
     ///
     /// # Errors
     /// [`Error::State`].
     pub fn hold(&self, until: i64) -> Result<()> {
-        self.set("held_until", &until.to_string())
+        let sql = "INSERT INTO settings VALUES ('held_until', ?1) ON CONFLICT (name) DO UPDATE
+             SET value = max(CAST(value AS INTEGER), CAST(?1 AS INTEGER))";
+        let done = self.db.execute(sql, [until.to_string()]);
+        done.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// Ends every hold.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub fn release(&self) -> Result<()> {
+        self.set("held_until", "0")
     }
 
     pub(super) fn is_held(&self, now: i64) -> Result<bool> {
@@ -305,6 +330,44 @@ impl Queue {
             .setting("held_until")?
             .and_then(|text| text.parse().ok());
         Ok(until.is_some_and(|until: i64| now < until))
+    }
+
+    /// The place of this node among those of its cluster; none where it is alone.
+    pub(super) fn place(&self) -> Result<Option<Place>> {
+        let text = self.setting("place")?;
+        Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
+    }
+
+    /// Makes this node the head of its cluster: its agent will listen at `bind`. A head stays what it
+    /// was made at first, so that the others find it again.
+    ///
+    /// # Errors
+    /// [`Error::State`]; [`Error::Io`] if there is no free port.
+    pub fn lead(&self, bind: IpAddr) -> Result<Head> {
+        if let Some(Place::Head { head, .. }) = self.place()? {
+            return Ok(head);
+        }
+        let bound = TcpListener::bind((bind, 0)).and_then(|bound| bound.local_addr());
+        let port = bound.map_err(Error::io("a free port"))?.port();
+        let secret = self
+            .db
+            .query_row("SELECT lower(hex(randomblob(16)))", [], |row| row.get(0))
+            .map_err(|e| self.failed(e))?;
+        let head = Head { port, secret };
+        let place = Place::Head {
+            bind,
+            head: head.clone(),
+        };
+        self.set("place", &serde_json::to_string(&place).unwrap_or_default())?;
+        Ok(head)
+    }
+
+    /// Makes this node one that follows the head of its cluster.
+    ///
+    /// # Errors
+    /// [`Error::State`].
+    pub fn follow(&self, place: &Place) -> Result<()> {
+        self.set("place", &serde_json::to_string(place).unwrap_or_default())
     }
 
     /// The oldest waiting job.
@@ -377,6 +440,11 @@ impl Queue {
 
     pub(super) fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Whether its folder is still there: a node that was taken down has none.
+    pub(super) fn is_there(&self) -> bool {
+        self.dir.join("queue.db").exists()
     }
 
     pub(super) fn setting(&self, name: &str) -> Result<Option<String>> {

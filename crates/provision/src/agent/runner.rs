@@ -1,7 +1,8 @@
 //! The agent's loop: start what is due, notice what has ended, end the node when it is idle.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,10 +12,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::Signal;
 
 use super::idle::has_sessions;
+use super::peers::{Peers, Standing};
 use super::queue::{Queue, QueueStatus, Started};
 use super::wrapper::{self, Claim};
-use crate::error::{Error, Result};
+use crate::error::{BoxError, Error, Result};
 use crate::groups;
+use crate::provider::Lease;
 
 /// How often new jobs, cancels and adopted jobs are looked for.
 const TICK: Duration = Duration::from_millis(100);
@@ -24,6 +27,18 @@ const IDLE_TICK: Duration = Duration::from_secs(1);
 
 /// How long a cancelled job may take to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// How long the agent waits after something went wrong before it looks again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// The longest pause between attempts to end the node.
+const END_AGAIN: Duration = Duration::from_secs(60);
+
+/// How many seconds it takes at most until a node has heard of the others.
+const SETTLE: i64 = 5;
+
+/// How often a job's processes are tried to be started.
+const STARTS: i64 = 5;
 
 /// How long a claim may be without a name before its writer counts as dead.
 const NAMING: Duration = Duration::from_secs(2);
@@ -41,6 +56,12 @@ pub struct Agent {
     /// The wrappers of this process that have not ended.
     spawned: HashSet<i64>,
     ended: (Sender<i64>, Receiver<i64>),
+    /// Where the node's process groups are recorded.
+    groups: Option<PathBuf>,
+    peers: Option<Peers>,
+    others_work: bool,
+    /// The next attempt to end the node, and the pause after that.
+    end: (Instant, Duration),
     _lock: File,
 }
 
@@ -61,6 +82,11 @@ impl Agent {
         let number = |name: &str| -> Result<Option<usize>> {
             Ok(queue.setting(name)?.and_then(|text| text.parse().ok()))
         };
+        // An agent that the machine itself has started is told by nobody else.
+        let groups = match std::env::var_os(groups::FOLDER) {
+            Some(groups) => Some(PathBuf::from(groups)),
+            None => queue.setting("groups")?.map(PathBuf::from),
+        };
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Some(Self {
             gpus: number("gpus")?
@@ -74,50 +100,85 @@ impl Agent {
             unnamed: HashMap::new(),
             spawned: HashSet::new(),
             ended: mpsc::channel(),
+            groups,
+            peers: None,
+            others_work: false,
+            end: (Instant::now(), AGAIN),
             _lock: lock,
         }))
     }
 
     /// Runs jobs until the node ends itself; then runs the node's own command for that and returns.
+    /// Whatever else goes wrong is said to `about`, and tried again.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::State`]: the folder of the queue is gone or broken.
-    pub fn run(mut self) -> Result<()> {
+    /// [`Error::Io`] or [`Error::State`]: the folder of the queue is gone.
+    pub fn run(mut self, about: &mut dyn Write) -> Result<()> {
         let mut judged = Instant::now();
+        let mut said = String::new();
         loop {
-            let finished = self.look()?;
-            if judged.elapsed() >= IDLE_TICK {
-                judged = Instant::now();
-                if self.is_over()? {
-                    return self.end_node();
+            match self.turn(&mut judged) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) if !self.queue.is_there() => return Err(error),
+                Err(error) => {
+                    let text = error.with_causes();
+                    if text != said {
+                        let _ = writeln!(about, "{}: {text}; trying again", now()); // nobody may read it
+                        said = text;
+                    }
+                    std::thread::sleep(AGAIN);
                 }
             }
-            let wait = if finished { Duration::ZERO } else { TICK };
-            match self.ended.1.recv_timeout(wait) {
-                Ok(id) => drop(self.spawned.remove(&id)),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+    }
+
+    /// One turn; says whether the node has ended.
+    fn turn(&mut self, judged: &mut Instant) -> Result<bool> {
+        // What stands in a job's way must not keep the node from ending.
+        let looked = self.look();
+        if judged.elapsed() >= IDLE_TICK {
+            *judged = Instant::now();
+            let met = self.meet();
+            if self.is_over()? && self.end.0 <= Instant::now() {
+                let pause = self.end.1;
+                self.end = (Instant::now() + pause, (2 * pause).min(END_AGAIN));
+                return self.end_node().map(|()| true);
+            }
+            met?;
+            if let Some(groups) = &self.groups {
+                groups::prune(groups)?;
             }
         }
+        let wait = if looked? { Duration::ZERO } else { TICK };
+        match self.ended.1.recv_timeout(wait) {
+            Ok(id) => drop(self.spawned.remove(&id)),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+        Ok(false)
     }
 
     /// One look at everything; says whether a job has ended.
     fn look(&mut self) -> Result<bool> {
         let started = self.queue.started()?;
         let mut running = 0;
-        let mut gpus = 0;
+        let mut taken = BTreeSet::new();
         for job in &started {
             if !self.watch(job)? {
                 running += 1;
-                gpus += self.queue.job(job.id)?.map_or(0, |job| job.gpus);
+                taken.extend(wrapper::devices(&self.queue.job_dir(job.id)));
             }
         }
         let finished = running < started.len();
         // Strictly in order: a job that does not fit holds back those behind it.
         while running < self.slots {
             match self.queue.next()? {
-                Some((id, wanted)) if gpus + wanted <= self.gpus || wanted == 0 => {
+                Some((id, wanted)) if wanted as usize + taken.len() <= self.gpus as usize => {
+                    let free = (0..self.gpus).filter(|device| !taken.contains(device));
+                    let devices: Vec<u32> = free.take(wanted as usize).collect();
+                    wrapper::assign(&self.queue.job_dir(id), &devices)?;
                     running += 1;
-                    gpus += wanted;
+                    taken.extend(devices);
                     self.start(id)?;
                 }
                 Some((id, wanted)) if wanted > self.gpus => {
@@ -186,9 +247,13 @@ impl Agent {
                 if leads || wrapper::outcome(&dir).is_some() {
                     return Ok(false);
                 }
-                // The wrapper is gone without a word: killed. What it left behind goes too.
+                // The wrapper is gone without a word: killed. What it left behind goes too, after the
+                // time it has to end by itself where it was asked to.
                 if !groups::is_empty(pid) {
-                    groups::signal(pid, Signal::KILL);
+                    let asked = self.ending.get(&job.id);
+                    if asked.is_none_or(|asked| asked.elapsed() >= GRACE) {
+                        groups::signal(pid, Signal::KILL);
+                    }
                     return Ok(false);
                 }
                 self.lost(job, &dir)
@@ -222,6 +287,15 @@ impl Agent {
         let Some(attempt) = self.queue.claim(id, &self.boot, now())? else {
             return Ok(()); // cancelled in this moment
         };
+        let spawned = self.spawn(id, attempt);
+        if spawned.is_err() && attempt >= STARTS {
+            self.queue
+                .finish(id, QueueStatus::FailedDriver, None, now())?;
+        }
+        spawned
+    }
+
+    fn spawn(&mut self, id: i64, attempt: i64) -> Result<()> {
         let dir = self.queue.job_dir(id);
         let log_path = self.queue.log(id);
         let log = OpenOptions::new().append(true).create(true).open(&log_path);
@@ -257,24 +331,60 @@ impl Agent {
         let Some(lease) = self.queue.lease()? else {
             return Ok(false);
         };
-        let unfinished = self.queue.next()?.is_some() || !self.queue.started()?.is_empty();
         let now = now();
-        let held = self.queue.is_held(now)?;
-        if lease.is_busy(unfinished || held, has_sessions()) {
+        if self.works(lease)? || self.others_work {
             self.queue.touch(now)?;
             return Ok(false);
         }
-        if held {
+        if self.queue.is_held(now)? {
             return Ok(false);
         }
         // A node whose agent was down has not been seen idle: the time is taken from its record.
         match self.queue.last_active()? {
+            // Others have a moment to say that they work, before this one is idle.
+            Some(last) if self.peers.is_some() => Ok(lease.is_over(last + SETTLE, now)),
             Some(last) => Ok(lease.is_over(last, now)),
             None => self.queue.touch(now).map(|()| false),
         }
     }
 
-    /// Ends the jobs that still run, then the node: what runs on a node that is gone is forgotten.
+    fn works(&self, lease: Lease) -> Result<bool> {
+        let unfinished = self.queue.next()?.is_some() || !self.queue.started()?.is_empty();
+        let held = self.queue.is_held(now())?;
+        Ok(lease.is_busy(unfinished || held, has_sessions()))
+    }
+
+    /// Says to the other nodes of the cluster how this one stands, and hears of them. Jobs that have
+    /// failed on one of them are cancelled here.
+    fn meet(&mut self) -> Result<()> {
+        self.others_work = false;
+        let place = self.queue.place()?;
+        if self.peers.as_ref().map(Peers::place) != place.as_ref() {
+            self.peers = None; // its port may be wanted again
+            self.peers = place.map(Peers::at).transpose()?;
+        }
+        let Some(peers) = &self.peers else {
+            return Ok(());
+        };
+        let busy = match self.queue.lease()? {
+            Some(lease) => self.works(lease)?,
+            None => false,
+        };
+        let jobs = self.queue.recent()?;
+        let heard = peers.exchange(Standing {
+            busy,
+            jobs: jobs.iter().map(|job| (job.head, job.status)).collect(),
+        });
+        self.others_work = heard.busy;
+        for job in jobs {
+            if !job.status.is_final() && heard.failed.contains(&job.head) {
+                self.queue.cancel(Some(job.head), now())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends everything that still runs, then the node: what runs on a node that is gone is forgotten.
     fn end_node(&self) -> Result<()> {
         let down = self.queue.lease()?.is_some_and(|lease| lease.down);
         let name = if down { "end_down" } else { "end_stop" };
@@ -282,16 +392,25 @@ impl Agent {
         tracing::info!(down, "idle for as long as it may be; this node ends itself");
         self.end_jobs()?;
         let mut command = Command::new("bash");
-        let status = command.arg("-c").arg(&script).current_dir("/").status();
-        status.map(drop).map_err(|source| Error::Transport {
+        let output = command.arg("-c").arg(&script).current_dir("/").output();
+        let failed = |source: BoxError| Error::Transport {
             host: "this node".to_owned(),
-            source: source.into(),
-        })
+            source,
+        };
+        let output = output.map_err(|error| failed(error.into()))?;
+        match output.status.success() {
+            true => Ok(()),
+            false => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let said = format!("its own end failed, {}: {}", output.status, said.trim());
+                Err(failed(said.into()))
+            }
+        }
     }
 
     fn end_jobs(&self) -> Result<()> {
         let asked = Instant::now();
-        let mut signal = Signal::TERM;
+        let mut signal = Some(Signal::TERM);
         loop {
             let mut left = false;
             for job in self.queue.started()? {
@@ -302,18 +421,31 @@ impl Agent {
                     Claim::Unnamed => left |= asked.elapsed() < NAMING,
                     Claim::By(pid, _)
                         if wrapper::outcome(&dir).is_some() || groups::is_empty(pid) => {}
+                    // Found below, by its mark.
+                    Claim::By(..) if self.groups.is_some() => {}
                     Claim::By(pid, _) => {
-                        groups::signal(pid, signal);
+                        if let Some(signal) = signal {
+                            groups::signal(pid, signal);
+                        }
                         left = true;
                     }
+                }
+            }
+            // What earlier jobs have left running; this process is in a group of its own, or alone.
+            if let Some(groups) = &self.groups {
+                let own = rustix::process::getpgrp().as_raw_nonzero().get();
+                for ours in groups::ours(groups, Some(own))? {
+                    if let Some(signal) = signal {
+                        ours.signal(signal);
+                    }
+                    left = true;
                 }
             }
             if !left || asked.elapsed() >= 2 * GRACE {
                 return Ok(());
             }
-            if asked.elapsed() >= GRACE {
-                signal = Signal::KILL;
-            }
+            // Asked once, so that what ends in good order is not asked again; then ended.
+            signal = (asked.elapsed() >= GRACE).then_some(Signal::KILL);
             std::thread::sleep(TICK);
         }
     }

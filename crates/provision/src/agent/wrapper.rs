@@ -9,37 +9,71 @@ use super::queue::{JobSpec, QueueStatus};
 use crate::error::{Error, Result};
 use crate::shell::quote;
 
-/// Run by `bash` with the job's folder as `$1` and the number of the attempt as `$2`.
+/// Run by `bash` in the node's home, with the job's folder as `$1` and the number of the attempt as
+/// `$2`.
 ///
 /// The claim is made by whoever comes first, this script or an agent that was restarted and found
 /// none: a wrapper that comes too late runs nothing.
+///
+/// The record of its group stays: what the job leaves running ends with the node. As SkyPilot has it,
+/// the user's shell is set up before the task's own variables are, so that `conda activate` works; the
+/// task's home is the node's, where its files are. The job's variables are known to its two phases
+/// alone: no name can be in the script's way.
 pub(super) const SCRIPT: &str = r#"
-d=$1
 read -r -a stat < /proc/$$/stat
 set -o noclobber
-{ printf '%s %s' $$ "${stat[21]}" > "$d/claim.$2"; } 2>/dev/null || exit 0
+{ printf '%s %s' $$ "${stat[21]}" > "$1/claim.$2"; } 2>/dev/null || exit 0
 set +o noclobber
 if [ -n "$UPDRAFT_GROUPS" ]; then printf %s "${stat[21]}" > "$UPDRAFT_GROUPS/$$"; fi
+unset stat
 finish() {
-  printf '%s %s %(%s)T' "$1" "$2" -1 > "$d/end.tmp"
-  rm -f "$d/env" "$UPDRAFT_GROUPS/$$"
-  mv "$d/end.tmp" "$d/end"
+  printf '%s %s %(%s)T' "$2" "$3" -1 > "$1/end.tmp"
+  rm -f "$1/env"
+  mv "$1/end.tmp" "$1/end"
   exit 0
 }
-. "$d/env"
-cd "$(cat "$d/workdir")" || finish FAILED_SETUP 1
-if [ -s "$d/setup.sh" ]; then
-  ( . "$d/setup.sh" ) < /dev/null
+enter() {
+  if [ -f ~/.bashrc ]; then . ~/.bashrc > /dev/null 2>&1; fi
+  local base=
+  if command -v conda > /dev/null; then base=$(conda info --base 2> /dev/null); fi
+  for base in "$base" ~/miniconda3 ~/miniforge3 ~/anaconda3 /opt/conda; do
+    if [ -f "$base/etc/profile.d/conda.sh" ]; then
+      set -a; . "$base/etc/profile.d/conda.sh" > /dev/null 2>&1; set +a
+      break
+    fi
+  done
+  # Rust's own tools lie under the home that was left.
+  [ -d ~/.rustup ] && export RUSTUP_HOME="${RUSTUP_HOME:-$HOME/.rustup}"
+  [ -d ~/.cargo ] && export CARGO_HOME="${CARGO_HOME:-$HOME/.cargo}"
+  if [ "$HOME" != "$2" ]; then
+    export HOME="$2"
+    if [ -f ~/.bashrc ]; then . ~/.bashrc > /dev/null 2>&1; fi
+  fi
+  export PYTHONUNBUFFERED=1
+  if [ -s "$1/devices" ]; then export CUDA_VISIBLE_DEVICES=$(< "$1/devices"); fi
+}
+phase() {
+  enter "$1" "$3"
+  . "$1/env"
+  . "$1/$2"
+}
+IFS= read -r -d '' work < "$1/workdir"
+set -- "$1" "$PWD" "$work"
+unset work
+[ -d "$3" ] || mkdir -p "$3"
+cd "$3" || finish "$1" FAILED_SETUP 1
+if [ -s "$1/setup.sh" ]; then
+  ( phase "$1" setup.sh "$2" ) < /dev/null
   code=$?
-  [ $code -eq 0 ] || finish FAILED_SETUP $code
+  [ $code -eq 0 ] || finish "$1" FAILED_SETUP $code
 fi
-: > "$d/running"
-if [ -s "$d/run.sh" ]; then
-  ( . "$d/run.sh" ) < /dev/null
+: > "$1/running"
+if [ -s "$1/run.sh" ]; then
+  ( phase "$1" run.sh "$2" ) < /dev/null
   code=$?
-  [ $code -eq 0 ] || finish FAILED $code
+  [ $code -eq 0 ] || finish "$1" FAILED $code
 fi
-finish SUCCEEDED 0
+finish "$1" SUCCEEDED 0
 "#;
 
 /// Writes what the wrapper reads. Only the owner can read the variables, and they go with the job.
@@ -78,6 +112,21 @@ pub(super) fn write(dir: &Path, spec: &JobSpec, id: i64) -> Result<()> {
     put("setup.sh", spec.setup.as_deref().unwrap_or_default())?;
     put("run.sh", spec.run.as_deref().unwrap_or_default())?;
     put("run.log", "")
+}
+
+/// Gives a job the accelerators of these numbers.
+pub(super) fn assign(dir: &Path, devices: &[u32]) -> Result<()> {
+    let words: Vec<_> = devices.iter().map(ToString::to_string).collect();
+    let path = dir.join("devices");
+    fs::write(&path, words.join(",")).map_err(Error::io(path))
+}
+
+/// The accelerators that a job was given.
+pub(super) fn devices(dir: &Path) -> Vec<u32> {
+    let text = fs::read_to_string(dir.join("devices")).unwrap_or_default();
+    text.split(',')
+        .filter_map(|word| word.trim().parse().ok())
+        .collect()
 }
 
 /// What the wrapper said at its end: status, code, and when.

@@ -3,16 +3,17 @@
 use std::time::{Duration, SystemTime};
 
 use super::{CONFIRM_PAUSE, CONFIRM_TRIES, Engine};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, unfinished};
 use crate::provider::{Instance, InstanceState};
 use crate::state::{ClusterStatus, NodeRow, NodeState};
 
 impl Engine {
-    /// Ends a cluster. Its row goes when the providers have confirmed that every instance is gone.
+    /// Ends a cluster. Its row goes when the providers have confirmed that every instance is gone. Every
+    /// instance is tried, whatever the others say.
     ///
     /// # Errors
-    /// [`Error::NoSuchCluster`]; [`Error::NotYetTerminated`] if a provider has not confirmed: run it
-    /// again.
+    /// [`Error::NoSuchCluster`]; [`Error::NotYetTerminated`] if a provider has not confirmed, and
+    /// [`Error::Unfinished`] or a provider's error if one did not do it: run it again.
     pub async fn down(&self, cluster: &str) -> Result<()> {
         let _lock = self.state.lock(cluster)?;
         self.row(cluster)?;
@@ -20,14 +21,19 @@ impl Engine {
             self.state.set_node(&node.token, NodeState::Ending)?;
         }
         for attempt in 0..CONFIRM_TRIES {
-            let mut left = 0;
+            let (mut left, mut failed) = (0, Vec::new());
             for node in self.open(cluster)? {
-                left += usize::from(!self.end(&node).await?);
+                match self.end(&node).await {
+                    Ok(gone) => left += usize::from(!gone),
+                    Err(error) => failed.push((name_of(&node), error)),
+                }
             }
             if left == 0 {
+                unfinished("end", failed)?;
                 return self.state.forget_cluster(cluster);
             }
             if attempt + 1 == CONFIRM_TRIES {
+                unfinished("end", failed)?;
                 return Err(Error::NotYetTerminated {
                     name: cluster.to_owned(),
                     instances: left,
@@ -36,6 +42,23 @@ impl Engine {
             tokio::time::sleep(CONFIRM_PAUSE).await;
         }
         Ok(())
+    }
+
+    /// Forgets a cluster without asking anybody: for machines that will never answer again. What is
+    /// still there is nobody's.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchCluster`]; [`Error::State`].
+    pub fn purge(&self, cluster: &str) -> Result<()> {
+        let _lock = self.state.lock(cluster)?;
+        self.row(cluster)?;
+        for node in self.open(cluster)? {
+            match node.created {
+                Some(_) => self.state.ended(&node.token, SystemTime::now())?,
+                None => self.state.never_was(&node.token)?,
+            }
+        }
+        self.state.forget_cluster(cluster)
     }
 
     /// Asks for the end of everything that bears the node's token; says whether all of it is gone.
@@ -171,10 +194,17 @@ impl Engine {
     }
 }
 
+fn name_of(node: &NodeRow) -> String {
+    match &node.instance {
+        Some(id) => id.to_string(),
+        None => node.token.clone(),
+    }
+}
+
 /// `None`, with a warning, for what cannot be asked now: it stays in the books for the next time.
 pub(super) fn reached<T>(cluster: &str, result: Result<T>) -> Result<Option<T>> {
     match result {
-        Err(error @ Error::Unavailable { .. }) => {
+        Err(error @ (Error::Unavailable { .. } | Error::NoSuchProvider { .. })) => {
             tracing::warn!(cluster, %error, "left as it was");
             Ok(None)
         }

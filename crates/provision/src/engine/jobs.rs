@@ -10,12 +10,13 @@ use super::Engine;
 use crate::agent::{AgentBinary, AgentClient, JobRow, JobSpec, NodeSetup, QueueStatus};
 use crate::error::{Error, Result};
 use crate::provider::{Endpoint, Instance, Lease};
+use crate::resources::{Accelerator, Alternatives, Resources};
 use crate::sync::{Syncer, WORKDIR, mount_files};
 use crate::task::Task;
 use crate::transport::HostTransport;
 
 /// How long a node is kept from ending itself by a client that has died while bringing files.
-const HOLD: Duration = Duration::from_secs(60);
+pub(super) const HOLD: Duration = Duration::from_secs(60);
 
 /// How long a cluster may be out of reach before nobody waits for its job any more.
 const SILENCE: Duration = Duration::from_secs(600);
@@ -58,6 +59,7 @@ impl Engine {
         }
         ways.truncate(wanted);
         let gpus = self.gpus(cluster)?;
+        let asked = self.gpus_of(cluster, task)?;
         let addresses: Vec<_> = ways.iter().map(|(instance, _)| address(instance)).collect();
         let mut preparing = JoinSet::new();
         for (rank, (instance, transport)) in ways.into_iter().enumerate() {
@@ -82,13 +84,18 @@ impl Engine {
         }
         clients.sort_by_key(|(rank, _)| *rank);
         let mut head = None;
-        for (rank, client) in clients {
+        for (rank, (_, client)) in clients.iter().enumerate() {
             let spec = JobSpec {
                 head,
-                ..spec(task, options.setup, &row.name, rank, &addresses, gpus)
+                ..spec(task, options.setup, &row.name, rank, &addresses, asked)
             };
-            let id = client.submit(&spec).await?;
-            head.get_or_insert(id);
+            match client.submit(&spec).await {
+                Ok(id) => drop(head.get_or_insert(id)),
+                Err(error) => {
+                    withdraw(head, &clients[..rank]).await;
+                    return Err(error);
+                }
+            }
         }
         head.map(JobId).ok_or_else(|| Error::NoSuchCluster {
             name: cluster.to_owned(),
@@ -174,6 +181,69 @@ impl Engine {
             .and_then(|node| node.offer.accelerator.as_ref());
         Ok(accelerator.map_or(0, |accelerator| accelerator.count))
     }
+
+    /// How many of them a task takes on each node.
+    ///
+    /// # Errors
+    /// [`Error::InvalidTask`] if the nodes have none of its choices.
+    fn gpus_of(&self, cluster: &str, task: &Task) -> Result<u32> {
+        let live = self.live(cluster)?;
+        let have = live
+            .first()
+            .and_then(|node| node.offer.accelerator.as_ref());
+        let choices = choices(&task.resources);
+        if choices.is_empty() {
+            return Ok(0);
+        }
+        let fits = |choice: &&Accelerator| {
+            have.is_some_and(|have| {
+                have.name.eq_ignore_ascii_case(&choice.name) && have.count >= choice.count
+            })
+        };
+        let chosen = choices
+            .iter()
+            .filter(fits)
+            .max_by_key(|choice| choice.count);
+        let chosen = chosen.map(|choice| choice.count);
+        let or_none = does_without(&task.resources).then_some(0);
+        chosen.or(or_none).ok_or_else(|| {
+            let words: Vec<_> = choices.iter().map(ToString::to_string).collect();
+            Error::InvalidTask {
+                what: format!(
+                    "the task asks for {}, nodes of cluster `{cluster}` have {}; ask for less or launch another",
+                    words.join(" or "),
+                    have.map_or("no accelerator".to_owned(), ToString::to_string),
+                ),
+            }
+        })
+    }
+}
+
+/// Every accelerator that would do, those of alternatives included.
+fn choices(resources: &Resources) -> Vec<Accelerator> {
+    match &resources.alternatives {
+        Alternatives::None => resources.accelerators.choices().to_vec(),
+        Alternatives::AnyOf(all) | Alternatives::Ordered(all) => {
+            all.iter().flat_map(choices).collect()
+        }
+    }
+}
+
+/// Whether one of the alternatives needs no accelerator.
+fn does_without(resources: &Resources) -> bool {
+    match &resources.alternatives {
+        Alternatives::None => resources.accelerators.choices().is_empty(),
+        Alternatives::AnyOf(all) | Alternatives::Ordered(all) => all.iter().any(does_without),
+    }
+}
+
+/// Takes a job back from the nodes that have it, when another could not be given it.
+async fn withdraw(head: Option<i64>, clients: &[(usize, AgentClient)]) {
+    for (_, client) in clients {
+        if let Err(error) = client.cancel(head).await {
+            tracing::warn!(%error, "a part of the job was not cancelled; cancel it by its number");
+        }
+    }
 }
 
 /// Whether a node may answer again: its connection was lost, or it is starting anew.
@@ -239,7 +309,8 @@ pub(super) async fn agent_of(
     }
 }
 
-fn address(instance: &Instance) -> String {
+/// Where the other nodes of its cluster find an instance.
+pub(super) fn address(instance: &Instance) -> String {
     match &instance.endpoint {
         Some(Endpoint::Ssh { target, .. }) => target.host.clone(),
         _ => "127.0.0.1".to_owned(),
@@ -284,20 +355,64 @@ fn spec(
             .into_iter()
             .map(|(name, value)| (name, value.expose().clone())),
     );
-    // A task takes what it asks for of the node's accelerators: the choice that the node is.
-    let asked = task
-        .resources
-        .accelerators
-        .choices()
-        .iter()
-        .map(|choice| choice.count);
     JobSpec {
         name: task.name.clone(),
         setup: task.setup.clone().filter(|_| setup),
         run: task.run.clone(),
         environment,
-        workdir: task.workdir.is_some().then(|| WORKDIR.to_owned()),
-        gpus: asked.max().unwrap_or(0).min(gpus),
+        workdir: Some(WORKDIR.to_owned()), // with or without files of the task in it
+        gpus,
         head: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::EnvOverrides;
+    use crate::{FailoverPolicy, Fake, LaunchRequest, Offer, State};
+
+    #[tokio::test]
+    async fn a_task_takes_the_choice_that_the_node_has() {
+        let dir = tempfile::tempdir().expect("folder");
+        let state = Arc::new(State::open(dir.path()).expect("state"));
+        let offer = Offer {
+            provider: "fake".into(),
+            instance_type: "g".into(),
+            region: "r".into(),
+            zone: None,
+            cpus: 8.0,
+            memory_gib: 32.0,
+            accelerator: Some(Accelerator::new("L4", 4)),
+            spot: false,
+            usd_per_hour: 1.0,
+        };
+        let engine = Engine::new(state, vec![Arc::new(Fake::with_offers(vec![offer]))]);
+        let parse = |yaml: &str| Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
+        let request = LaunchRequest {
+            cluster: "c".into(),
+            lease: None,
+            policy: FailoverPolicy::default(),
+        };
+        engine.launch(&parse("{}"), &request).await.expect("launch");
+        for (resources, taken) in [
+            ("{}", Some(0)),
+            ("{accelerators: l4:2}", Some(2)),
+            ("{accelerators: [A100:8, L4:1]}", Some(1)),
+            ("{accelerators: {A100: 8, L4: 4}}", Some(4)),
+            (
+                "{any_of: [{accelerators: A100:8}, {accelerators: L4:2}]}",
+                Some(2),
+            ),
+            ("{ordered: [{accelerators: A100:8}, {cpus: 2+}]}", Some(0)),
+            ("{accelerators: L4:8}", None),
+            ("{accelerators: A100:1}", None),
+        ] {
+            let task = parse(&format!("resources: {resources}\n"));
+            let got = engine.gpus_of("c", &task);
+            assert_eq!(got.as_ref().ok(), taken.as_ref(), "{resources}: {got:?}");
+        }
+        let spec = spec(&parse("run: x\n"), false, "c", 0, &["h".to_owned()], 2);
+        assert_eq!(spec.environment["SKYPILOT_NUM_GPUS_PER_NODE"], "2");
     }
 }

@@ -3,18 +3,31 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{Engine, LaunchRequest, fresh_row, is_up};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+#[cfg(not(all(feature = "agent", any(feature = "local", feature = "ssh"))))]
+use self::unguarded::Guardian;
+use super::{Engine, LaunchRequest, is_up, row_of};
+#[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+use crate::agent::AgentBinary as Guardian;
 use crate::error::{Error, Result};
 use crate::failover::{Failover, Step};
 use crate::launch::no_offer;
 use crate::offer::Offer;
 use crate::planner::Plan;
-use crate::provider::{CreateRequest, Instance, InstanceState, Provider};
-use crate::state::{ClusterStatus, NodeRow, NodeState};
+use crate::provider::{CreateRequest, Instance, InstanceState, Lease, Provider};
+use crate::state::{ClusterRow, ClusterStatus, NodeRow, NodeState};
 use crate::task::{Task, is_task_name};
 
 /// How often an instance that starts is looked at.
 const STARTING: Duration = Duration::from_secs(1);
+
+/// How long a node is held for the others and for its first job, by a client that may die.
+const HELD: Duration = Duration::from_secs(60);
+
+/// How long it may take to come up.
+const STARTED: Duration = Duration::from_secs(1800);
 
 impl Engine {
     /// Brings up the cluster, or what is missing of it, and waits until every node can be reached.
@@ -23,52 +36,144 @@ impl Engine {
     /// by its token.
     ///
     /// # Errors
-    /// [`Error::NoOffer`], [`Error::Exhausted`], [`Error::Busy`], or the provider's. What was
-    /// created before stays recorded, for another launch or for `down`.
+    /// [`Error::NoOffer`], [`Error::Exhausted`], [`Error::Busy`], or the provider's;
+    /// [`Error::LaunchedInPart`] where something runs. What was created before stays recorded, for
+    /// another launch or for `down`.
     pub async fn launch(&self, task: &Task, request: &LaunchRequest) -> Result<Vec<Instance>> {
-        if !is_task_name(&request.cluster) || request.cluster.contains('.') {
+        self.bring_up(task, request, None).await
+    }
+
+    /// As [`Engine::launch`], and starts the agent on every node under the cluster's lease as soon as the
+    /// node runs: whatever becomes of the rest of the launch and of this process, it ends by itself.
+    ///
+    /// # Errors
+    /// As [`Engine::launch`] and [`Engine::guard`].
+    #[cfg(all(feature = "agent", any(feature = "local", feature = "ssh")))]
+    pub async fn launch_guarded(
+        &self,
+        task: &Task,
+        request: &LaunchRequest,
+        agent: &Guardian,
+    ) -> Result<Vec<Instance>> {
+        let instances = self.bring_up(task, request, Some(agent)).await?;
+        self.link(&request.cluster, agent).await?;
+        Ok(instances)
+    }
+
+    async fn bring_up(
+        &self,
+        task: &Task,
+        request: &LaunchRequest,
+        guardian: Option<&Guardian>,
+    ) -> Result<Vec<Instance>> {
+        let name = &request.cluster;
+        check_name(name)?;
+        let _lock = self.state.lock(name)?;
+        if self.state.cluster(name)?.is_some() {
+            self.reconcile(name).await?;
+        }
+        // What has ended by itself does not say how a new cluster of its name is.
+        let is_there = !self.live(name)?.is_empty();
+        let known = self.state.cluster(name)?.filter(|_| is_there);
+        let asked = task.num_nodes.max(1);
+        if let Some(row) = known.as_ref().filter(|row| asked > row.num_nodes) {
             return Err(Error::InvalidTask {
                 what: format!(
-                    "cluster name `{}` must be letters and digits, with single or double - or _ between them",
-                    request.cluster
+                    "cluster `{name}` has {} nodes, the task asks for {asked}; take it down or launch another",
+                    row.num_nodes
                 ),
             });
         }
-        let _lock = self.state.lock(&request.cluster)?;
-        let known = self.state.cluster(&request.cluster)?;
-        if let Some(row) = &known {
-            let asked = task.num_nodes.max(1);
-            if asked > row.num_nodes {
-                return Err(Error::InvalidTask {
-                    what: format!(
-                        "cluster `{}` has {} nodes, the task asks for {asked}; take it down or launch another",
-                        row.name, row.num_nodes
-                    ),
-                });
-            }
-            self.reconcile(&request.cluster).await?;
-        }
-        let created = known
-            .as_ref()
-            .map_or_else(SystemTime::now, |row| row.created);
-        let mut row = fresh_row(request, task, created);
-        row.num_nodes = known.map_or(row.num_nodes, |known| known.num_nodes);
+        let row = row_of(request, task, known.as_ref());
         self.state.put_cluster(&row)?;
-        let mut instances = Vec::new();
+        match self.make_whole(task, request, &row, guardian).await {
+            Ok(instances) => {
+                self.state.set_status(name, ClusterStatus::Up)?;
+                Ok(instances)
+            }
+            Err(error) => Err(self.in_part(name, error)?),
+        }
+    }
+
+    /// Every node of a cluster. Each is readied on its own as soon as it is taken, and held until all
+    /// are: the next may be long in coming.
+    async fn make_whole(
+        &self,
+        task: &Task,
+        request: &LaunchRequest,
+        row: &ClusterRow,
+        guardian: Option<&Guardian>,
+    ) -> Result<Vec<Instance>> {
+        let (sender, mut readied) = mpsc::unbounded_channel();
+        let mut holding = JoinSet::new();
+        let mut acquired = Ok(());
         for node_rank in 0..row.num_nodes {
-            let live = self.live(&request.cluster)?;
-            let instance = match live.iter().find(|node| node.node_rank == node_rank) {
-                Some(node) => self.revive(node).await?,
-                None => self.acquire(task, request, node_rank).await?,
+            let live = self.live(&row.name)?;
+            let taken = match live.iter().find(|node| node.node_rank == node_rank) {
+                Some(node) => self.revive(node).await,
+                None => self.acquire(task, request, row.lease, node_rank).await,
             };
-            instances.push(instance);
+            let instance = match taken {
+                Ok(instance) => instance,
+                Err(error) => {
+                    acquired = Err(error);
+                    break;
+                }
+            };
+            let (engine, task, lease) = (self.clone(), task.clone(), row.lease);
+            let (guardian, sender) = (guardian.cloned(), sender.clone());
+            holding.spawn(async move {
+                let made = engine
+                    .ready(instance, &task, lease, guardian.as_ref())
+                    .await;
+                let held = made.as_ref().ok().cloned();
+                let _ = sender.send((node_rank, made)); // nobody waits for it any more
+                if let (Some(instance), Some(guardian)) = (held, guardian) {
+                    engine.keep_node(&instance, &guardian).await;
+                }
+            });
         }
-        for instance in &mut instances {
-            self.wait_running(instance).await?;
-            self.expose(instance, task).await?;
+        let mut instances = Vec::new();
+        for _ in 0..holding.len() {
+            if let Some((node_rank, made)) = readied.recv().await {
+                instances.push((node_rank, made));
+            }
         }
-        self.state.set_status(&request.cluster, ClusterStatus::Up)?;
-        Ok(instances)
+        acquired?;
+        instances.sort_by_key(|(node_rank, _)| *node_rank);
+        instances.into_iter().map(|(_, made)| made).collect()
+    }
+
+    async fn ready(
+        &self,
+        mut instance: Instance,
+        task: &Task,
+        lease: Lease,
+        guardian: Option<&Guardian>,
+    ) -> Result<Instance> {
+        self.wait_running(&mut instance).await?;
+        if let Some(guardian) = guardian {
+            self.guard_node(&instance, lease, guardian, HELD).await?;
+        }
+        self.expose(&instance, task).await?;
+        Ok(instance)
+    }
+
+    /// The error of a launch, with what runs although it has failed.
+    fn in_part(&self, cluster: &str, error: Error) -> Result<Error> {
+        let live = self.live(cluster)?;
+        let running: Vec<_> = live
+            .iter()
+            .filter_map(|node| Some(node.instance.as_ref()?.to_string()))
+            .collect();
+        Ok(match running.is_empty() {
+            true => error,
+            false => Error::LaunchedInPart {
+                cluster: cluster.to_owned(),
+                running: running.join(", "),
+                source: error.into(),
+            },
+        })
     }
 
     /// A node that is there already; a stopped one is started.
@@ -92,6 +197,7 @@ impl Engine {
         &self,
         task: &Task,
         request: &LaunchRequest,
+        lease: Lease,
         node_rank: u32,
     ) -> Result<Instance> {
         let plan = Plan::for_task(task, self.offers().await);
@@ -120,7 +226,7 @@ impl Engine {
                 token: token.clone(),
                 cluster: request.cluster.clone(),
                 offer: offer.clone(),
-                lease: request.lease,
+                lease,
             };
             match provider.create(&create).await {
                 Ok(instance) => {
@@ -189,16 +295,57 @@ impl Engine {
     async fn wait_running(&self, instance: &mut Instance) -> Result<()> {
         let nodes = self.state.open_nodes()?;
         let node = nodes.iter().find(|node| node.token == instance.token);
-        while instance.state == InstanceState::Starting {
-            tokio::time::sleep(STARTING).await;
-            if let Some(node) = node {
-                *instance = self
-                    .provider(&node.provider)?
-                    .describe(&instance.id)
-                    .await?;
+        let begun = tokio::time::Instant::now();
+        while let (Some(node), InstanceState::Starting) = (node, instance.state) {
+            let provider = self.provider(&node.provider)?;
+            if begun.elapsed() >= STARTED {
+                return Err(Error::Unavailable {
+                    provider: provider.name(),
+                    operation: "start an instance",
+                    source: format!("{} has not come up in half an hour", instance.id).into(),
+                });
             }
+            tokio::time::sleep(STARTING).await;
+            *instance = provider.describe(&instance.id).await?;
         }
         Ok(())
+    }
+}
+
+/// A cluster's name is part of names of instances, files and hosts.
+fn check_name(cluster: &str) -> Result<()> {
+    if is_task_name(cluster) && !cluster.contains('.') {
+        return Ok(());
+    }
+    Err(Error::InvalidTask {
+        what: format!(
+            "cluster name `{cluster}` must be letters and digits, with single or double - or _ between them"
+        ),
+    })
+}
+
+/// Builds without the agent launch and guard nothing.
+#[cfg(not(all(feature = "agent", any(feature = "local", feature = "ssh"))))]
+mod unguarded {
+    use super::{Duration, Engine, Instance, Lease, Result};
+
+    #[derive(Debug, Clone)]
+    pub(super) enum Guardian {}
+
+    impl Engine {
+        pub(super) async fn guard_node(
+            &self,
+            _instance: &Instance,
+            _lease: Lease,
+            nobody: &Guardian,
+            _held: Duration,
+        ) -> Result<()> {
+            match *nobody {}
+        }
+
+        pub(super) async fn keep_node(&self, _instance: &Instance, nobody: &Guardian) {
+            match *nobody {}
+        }
     }
 }
 

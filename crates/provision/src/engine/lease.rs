@@ -1,14 +1,18 @@
 //! When clusters end by themselves: in the books first, then at the provider and on the nodes.
 
-use std::time::SystemTime;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, SystemTime};
 
 use super::Engine;
-use super::jobs::agent_of;
-use crate::agent::{AgentBinary, NodeSetup};
+use super::jobs::{HOLD, address, agent_of};
+use crate::agent::{AgentBinary, NodeSetup, Place};
 use crate::error::Result;
-use crate::provider::Lease;
+use crate::provider::{Endpoint, Instance, Lease};
 use crate::resources::WaitFor;
 use crate::state::{ClusterRow, ClusterStatus};
+
+/// How long a node is held while it is told its lease.
+const MOMENT: Duration = Duration::from_secs(5);
 
 impl Engine {
     /// Changes when a cluster's nodes end by themselves. Interrupted, it is in the books, and the next
@@ -42,22 +46,105 @@ impl Engine {
     /// provider's.
     pub async fn guard(&self, cluster: &str, agent: &AgentBinary) -> Result<()> {
         let lease = self.row(cluster)?.lease;
-        let gpus = self.gpus(cluster)?;
-        for (instance, transport) in self.connect(cluster).await? {
+        for (instance, _) in self.connect(cluster).await? {
+            self.guard_node(&instance, lease, agent, MOMENT).await?;
+        }
+        self.link(cluster, agent).await
+    }
+
+    /// Starts the agent on one node, which is held for so long: it must not judge by what an earlier
+    /// lease has left in its record, and its client may have more to do.
+    pub(super) async fn guard_node(
+        &self,
+        instance: &Instance,
+        lease: Lease,
+        agent: &AgentBinary,
+        held: Duration,
+    ) -> Result<()> {
+        let nodes = self.live(&instance.cluster)?;
+        let node = nodes.iter().find(|node| node.token == instance.token);
+        let deadline = match node {
+            Some(node) => self.provider(&node.provider)?.deadline(),
+            None => None,
+        };
+        if let Some(power) = deadline {
+            let at = deadline_of(lease, SystemTime::now());
+            power.set_deadline(&instance.id, at).await?;
+        }
+        let client = agent_of(instance, self.way(instance)?, agent).await?;
+        client.hold(held.as_secs()).await?;
+        let gpus = self.gpus(&instance.cluster)?;
+        let setup = NodeSetup::of(instance.endpoint.as_ref(), gpus);
+        client.start(&setup).await?;
+        client.set_lease(&lease).await
+    }
+
+    /// Holds a node for as long as this is awaited; what cannot be said now is said again.
+    pub(super) async fn keep_node(&self, instance: &Instance, agent: &AgentBinary) {
+        loop {
+            tokio::time::sleep(HOLD / 3).await;
+            if let Err(error) = self.hold_node(instance, agent, HOLD).await {
+                tracing::warn!(instance = %instance.id, %error, "could not be held");
+            }
+        }
+    }
+
+    async fn hold_node(
+        &self,
+        instance: &Instance,
+        agent: &AgentBinary,
+        long: Duration,
+    ) -> Result<()> {
+        let client = agent_of(instance, self.way(instance)?, agent).await?;
+        client.hold(long.as_secs()).await
+    }
+
+    /// Keeps the nodes of a cluster from ending themselves for so long, whatever their lease; where the
+    /// provider ends them at a time, that is put off as well.
+    ///
+    /// # Errors
+    /// As [`Engine::guard`].
+    pub async fn keep(&self, cluster: &str, agent: &AgentBinary, long: Duration) -> Result<()> {
+        let lease = self.row(cluster)?.lease;
+        for (instance, _) in self.connect(cluster).await? {
             let nodes = self.live(cluster)?;
             let node = nodes.iter().find(|node| node.token == instance.token);
-            let deadline = match node {
-                Some(node) => self.provider(&node.provider)?.deadline(),
-                None => None,
-            };
-            if let Some(power) = deadline {
-                let at = deadline_of(lease, SystemTime::now());
+            if let Some(node) = node
+                && let Some(power) = self.provider(&node.provider)?.deadline()
+            {
+                let at = deadline_of(lease, SystemTime::now() + long);
                 power.set_deadline(&instance.id, at).await?;
             }
-            let client = agent_of(&instance, transport, agent).await?;
-            let setup = NodeSetup::of(instance.endpoint.as_ref(), gpus);
-            client.start(&setup).await?;
-            client.set_lease(&lease).await?;
+            self.hold_node(&instance, agent, long).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the nodes of a cluster of each other, so that none ends while another works.
+    pub(super) async fn link(&self, cluster: &str, agent: &AgentBinary) -> Result<()> {
+        let ways = self.connect(cluster).await?;
+        let [(first, way), others @ ..] = ways.as_slice() else {
+            return Ok(());
+        };
+        if others.is_empty() {
+            return Ok(());
+        }
+        let bind = match first.endpoint {
+            Some(Endpoint::Local { .. }) => IpAddr::from(Ipv4Addr::LOCALHOST),
+            _ => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        };
+        let head = agent_of(first, way.clone(), agent)
+            .await?
+            .lead(bind)
+            .await?;
+        for (rank, (instance, way)) in (1..).zip(others) {
+            let place = Place::Member {
+                address: address(first),
+                head: head.clone(),
+                rank,
+            };
+            let client = agent_of(instance, way.clone(), agent).await?;
+            client.follow(&place).await?;
         }
         Ok(())
     }
@@ -74,8 +161,6 @@ fn deadline_of(lease: Lease, now: SystemTime) -> Option<SystemTime> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

@@ -23,7 +23,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use crate::capability::StopStart;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, unfinished};
 use crate::failover::FailoverPolicy;
 use crate::launch::connect;
 use crate::offer::Offer;
@@ -52,8 +52,8 @@ type Ways = Arc<Mutex<BTreeMap<InstanceId, Arc<dyn HostTransport>>>>;
 pub struct LaunchRequest {
     /// The cluster's name.
     pub cluster: String,
-    /// When its instances end by themselves.
-    pub lease: Lease,
+    /// When its instances end by themselves; `None` leaves a cluster that is there as it is.
+    pub lease: Option<Lease>,
     /// How long to try.
     pub policy: FailoverPolicy,
 }
@@ -220,18 +220,22 @@ impl Engine {
         ways.remove(id);
     }
 
-    /// Stops a cluster's instances; their files stay.
+    /// Stops a cluster's instances; their files stay. Every one is tried, whatever the others say.
     ///
     /// # Errors
-    /// [`Error::NoSuchCluster`]; [`Error::NotCapable`] if a provider cannot.
+    /// [`Error::NoSuchCluster`]; [`Error::NotCapable`] if a provider cannot; [`Error::Unfinished`].
     pub async fn stop(&self, cluster: &str) -> Result<()> {
         let _lock = self.state.lock(cluster)?;
         self.row(cluster)?;
+        let mut failed = Vec::new();
         for node in self.live(cluster)? {
-            if let Some(id) = &node.instance {
-                self.power(&node, "stop")?.stop(id).await?;
+            if let Some(id) = &node.instance
+                && let Err(error) = self.stop_node(&node, id).await
+            {
+                failed.push((id.to_string(), error));
             }
         }
+        unfinished("stop", failed)?;
         self.state.set_status(cluster, ClusterStatus::Stopped)
     }
 
@@ -248,6 +252,10 @@ impl Engine {
             }
         }
         self.state.set_status(cluster, ClusterStatus::Up)
+    }
+
+    async fn stop_node(&self, node: &NodeRow, id: &InstanceId) -> Result<()> {
+        self.power(node, "stop")?.stop(id).await
     }
 
     fn power(&self, node: &NodeRow, verb: &'static str) -> Result<&dyn StopStart> {
@@ -339,15 +347,18 @@ impl Engine {
     }
 }
 
-/// What a new or relaunched cluster is recorded as.
-fn fresh_row(request: &LaunchRequest, task: &Task, created: SystemTime) -> ClusterRow {
+/// What a cluster is recorded as when it is launched, or launched again.
+fn row_of(request: &LaunchRequest, task: &Task, known: Option<&ClusterRow>) -> ClusterRow {
     ClusterRow {
         name: request.cluster.clone(),
         status: ClusterStatus::Init,
         task: task.name.clone(),
-        num_nodes: task.num_nodes.max(1),
-        lease: request.lease,
-        created,
+        num_nodes: known.map_or(task.num_nodes.max(1), |row| row.num_nodes),
+        lease: request
+            .lease
+            .or(known.map(|row| row.lease))
+            .unwrap_or_default(),
+        created: known.map_or_else(SystemTime::now, |row| row.created),
     }
 }
 

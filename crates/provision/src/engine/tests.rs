@@ -14,7 +14,7 @@ fn task() -> Task {
 fn request() -> LaunchRequest {
     LaunchRequest {
         cluster: "c".into(),
-        lease: Lease::default(),
+        lease: None,
         policy: FailoverPolicy::default(),
     }
 }
@@ -129,10 +129,17 @@ fn blind_lease() -> Lease {
     }
 }
 
-/// An agent that agrees to everything: what nodes do is told in the integration tests.
+/// An agent that agrees to everything and writes down what it was told in `calls`: what nodes do is told
+/// in the integration tests.
 #[cfg(all(feature = "agent", feature = "local"))]
-fn agreeable() -> crate::agent::AgentBinary {
-    crate::agent::AgentBinary::new("/bin/true", "").expect("/bin/true")
+fn agreeable(dir: &tempfile::TempDir) -> crate::agent::AgentBinary {
+    let (script, calls) = (dir.path().join("agent"), dir.path().join("calls"));
+    let text = format!(
+        "echo \"$@\" >> {}; echo '{{\"port\": 1, \"secret\": \"s\"}}'\n",
+        calls.display()
+    );
+    std::fs::write(&script, text).expect("write");
+    crate::agent::AgentBinary::new("/bin/sh", script.to_str().expect("utf-8")).expect("sh")
 }
 
 #[cfg(all(feature = "agent", feature = "local"))]
@@ -154,7 +161,7 @@ async fn killed_at_any_call_of_autostop_nothing_leaks() {
                 let trap = Trap::new(world.clone(), manner, kill);
                 let second = engine(&dir, trap.clone());
                 died |= trap
-                    .until_death(second.autostop("c", &agreeable(), blind_lease()))
+                    .until_death(second.autostop("c", &agreeable(&dir), blind_lease()))
                     .await;
                 drop(second);
                 // What was asked for is in the books before anybody is told.
@@ -164,7 +171,7 @@ async fn killed_at_any_call_of_autostop_nothing_leaks() {
                 // Run again, all of it ends by itself, and nothing is left to be done.
                 let again = engine(&dir, Trap::new(world.clone(), manner, Kill::Never));
                 again
-                    .autostop("c", &agreeable(), blind_lease())
+                    .autostop("c", &agreeable(&dir), blind_lease())
                     .await
                     .expect(&what);
                 world.pass(over);
@@ -345,4 +352,143 @@ async fn a_secret_is_not_in_the_state_file() {
             "{entry:?}"
         );
     }
+}
+
+fn lease(minutes: u64) -> Lease {
+    Lease {
+        idle: Some(Duration::from_secs(60 * minutes)),
+        down: true,
+        ..Lease::default()
+    }
+}
+
+#[tokio::test]
+async fn launching_again_leaves_autostop_as_it_is_unless_it_is_told() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let engine = engine(&dir, world.clone());
+    let kept = || {
+        engine
+            .state()
+            .cluster("c")
+            .expect("row")
+            .expect("there")
+            .lease
+    };
+    let with = |lease: Option<Lease>| LaunchRequest { lease, ..request() };
+    for (told, after) in [
+        (Some(lease(10)), lease(10)),
+        (None, lease(10)),
+        (Some(lease(20)), lease(20)),
+        (None, lease(20)),
+        (Some(Lease::default()), Lease::default()),
+    ] {
+        engine.launch(&task(), &with(told)).await.expect("launch");
+        assert_eq!(kept(), after, "{told:?}");
+    }
+    // A cluster that has ended by itself is not the one that is launched in its name.
+    engine
+        .launch(&task(), &with(Some(lease(10))))
+        .await
+        .expect("launch");
+    for instance in world.list_owned(None).await.expect("list") {
+        world.terminate(&instance.id).await.expect("ended");
+    }
+    let three = Task::from_yaml("num_nodes: 3\n", &EnvOverrides::new()).expect("task");
+    let launched = engine.launch(&three, &with(None)).await.expect("launch");
+    assert_eq!((launched.len(), kept()), (3, Lease::default()));
+}
+
+#[cfg(all(feature = "agent", feature = "local"))]
+#[tokio::test]
+async fn nodes_of_a_launch_that_fails_are_guarded_and_named() {
+    let dir = tempfile::tempdir().expect("folder");
+    let node = dir.path().join("node");
+    std::fs::create_dir(&node).expect("folder");
+    let agent = agreeable(&dir);
+    // Enough for one of two.
+    let world = Arc::new(crate::Budget::new(Fake::new().with_dir(node), 0.15));
+    let engine = engine(&dir, world.clone());
+    let request = LaunchRequest {
+        lease: Some(lease(10)),
+        ..request()
+    };
+    let launched = engine.launch_guarded(&task(), &request, &agent).await;
+    let error = launched.expect_err("too dear");
+    let left = world.list_owned(None).await.expect("list");
+    let [left] = left.as_slice() else {
+        panic!("{left:?}");
+    };
+    let Error::LaunchedInPart {
+        running, source, ..
+    } = &error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(*running, left.id.to_string());
+    assert!(matches!(**source, Error::OverBudget { .. }), "{source:?}");
+    let calls = std::fs::read_to_string(dir.path().join("calls")).expect("calls");
+    let verbs: Vec<_> = calls
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    for verb in ["hold", "set", "lease"] {
+        assert!(verbs.contains(&verb), "{calls}");
+    }
+    engine.down("c").await.expect("down");
+}
+
+#[tokio::test]
+async fn a_node_that_does_not_hear_keeps_no_other_up() {
+    let (dir, fake) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let world = Arc::new(crate::conformance::Deaf::new(fake.clone()));
+    let engine = engine(&dir, world.clone());
+    let launched = engine.launch(&task(), &request()).await.expect("launch");
+    world.shut_ears_to(&launched[0].id);
+    let error = engine.stop("c").await.expect_err("one is not stopped");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    let state_of = |id: InstanceId| async move { fake.describe(&id).await.map(|one| one.state) };
+    let second = state_of(launched[1].id.clone()).await.expect("there");
+    assert_eq!(second, InstanceState::Stopped);
+    let error = engine.down("c").await.expect_err("one is not ended");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    let left = world.list_owned(None).await.expect("list");
+    assert_eq!(left.len(), 1, "{left:?}");
+    // Given up, it is nobody's, and the name is free.
+    engine.purge("c").expect("purge");
+    assert_eq!(engine.state().open_nodes().expect("rows"), []);
+    assert_eq!(engine.state().clusters().expect("rows"), []);
+    assert!(matches!(
+        engine.purge("c"),
+        Err(Error::NoSuchCluster { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_provider_that_is_missing_hides_only_its_own_clusters() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let first = engine(&dir, world.clone());
+    first.launch(&task(), &request()).await.expect("launch");
+    let without = Engine::new(first.state().clone(), Vec::new());
+    assert_eq!(without.status(true).await.expect("status").len(), 1);
+    assert_eq!(without.gc().await.expect("gc"), []);
+    assert_eq!(first.state().open_nodes().expect("rows").len(), 2);
+}
+
+#[tokio::test]
+async fn what_cannot_be_a_name_leads_nowhere() {
+    let dir = tempfile::tempdir().expect("folder");
+    let engine = engine(&dir, Arc::new(Fake::new()));
+    for name in ["", ".", "..", "../state.db", "a/b"] {
+        let error = engine.down(name).await.expect_err(name);
+        assert!(
+            matches!(error, Error::NoSuchCluster { .. }),
+            "{name}: {error:?}"
+        );
+    }
+    assert!(
+        std::fs::metadata(dir.path().join("state.db"))
+            .expect("there")
+            .len()
+            > 0
+    );
 }

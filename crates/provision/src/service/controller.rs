@@ -1,34 +1,24 @@
 //! Keeping a service up: replicas as clusters, probes, the gateway, updates.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::gateway::{Gateway, GatewayOptions, Withdrawn};
-use super::ready::ask;
-use super::{Fleet, FleetCommand, FleetEvent, ProbeState, ReadinessProbe, Replica, ReplicaPhase};
+use super::replica::{bring_up, cluster, is_no_room, replicas_of, until_ended, watch};
+use super::{Fleet, FleetCommand, FleetEvent, Replica, ReplicaPhase};
 use crate::agent::AgentBinary;
-use crate::engine::{Engine, ExecOptions, LaunchRequest};
-use crate::error::{Error, Result};
-use crate::failover::FailoverPolicy;
-use crate::provider::{Endpoint, Lease};
+use crate::engine::{Engine, ExecOptions};
+use crate::error::{Error, Result, unfinished};
 use crate::task::Task;
-use crate::transport::{Forward, HostTransport};
+use crate::transport::Forward;
 
 /// How often the fleet is looked at.
 const STEP: Duration = Duration::from_millis(100);
-
-/// The longest pause between probes of a replica that is not ready yet.
-const STARTING: Duration = Duration::from_millis(500);
-
-/// How often a replica's commands are asked after.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a launch that found no machine waits before it may be tried again.
 const NO_ROOM: Duration = Duration::from_secs(1);
@@ -71,6 +61,7 @@ pub struct Controller {
     fleet: Fleet,
     orders: BTreeMap<u32, ServiceOrder>,
     version: u32,
+    launching: BTreeMap<u32, JoinHandle<()>>,
     running: BTreeMap<u32, Running>,
     draining: BTreeMap<u32, (Option<Withdrawn>, Instant)>,
     ending: BTreeMap<u32, JoinHandle<()>>,
@@ -86,14 +77,15 @@ struct Running {
 
 /// What a task of the controller has to say.
 #[derive(Debug)]
-enum Told {
+pub(super) enum Told {
     /// Its commands run, and it is reached like this: at first, or after the connection was lost.
     Reached(u32, Forward),
     Event(FleetEvent),
 }
 
 impl Controller {
-    /// Begins a service behind `address`.
+    /// Begins a service behind `address`. Replicas that an earlier controller of its name has left
+    /// behind are ended: nobody leads to them.
     ///
     /// # Errors
     /// [`Error::InvalidTask`] if the task is no service; [`Error::Transport`] if the address is taken.
@@ -114,15 +106,19 @@ impl Controller {
             },
         )
         .await?;
+        let name = name.into();
+        let mut fleet = Fleet::new(spec.replicas, order.version);
+        fleet.inherit(replicas_of(&engine, &name)?.into_iter().map(|(id, _)| id));
         Ok(Self {
-            name: name.into(),
+            name,
             engine,
             agent,
             options,
             gateway,
-            fleet: Fleet::new(spec.replicas, order.version),
+            fleet,
             version: order.version,
             orders: [(order.version, order)].into(),
+            launching: BTreeMap::new(),
             running: BTreeMap::new(),
             draining: BTreeMap::new(),
             ending: BTreeMap::new(),
@@ -188,16 +184,20 @@ impl Controller {
         self.gateway.route(&routes);
     }
 
-    /// Ends every replica.
+    /// Ends every replica; each is tried, whatever the others say.
     ///
     /// # Errors
-    /// A provider's; what is left is in the books under the service's name.
+    /// A provider's, or [`Error::Unfinished`]; what is left is in the books under the service's name.
     pub async fn down(mut self) -> Result<()> {
         for (_, running) in std::mem::take(&mut self.running) {
             running.probing.abort();
         }
-        for (_, ending) in std::mem::take(&mut self.ending) {
-            let _ = ending.await; // what it did not manage is done below
+        // Whatever these would do is in the way of the end, which is all that is wanted now.
+        let mut tasks = std::mem::take(&mut self.launching);
+        tasks.append(&mut self.ending);
+        for (_, task) in tasks {
+            task.abort();
+            let _ = task.await; // it was told to stop
         }
         down_replicas(&self.engine, &self.name).await
     }
@@ -237,6 +237,7 @@ impl Controller {
                 }
                 if let FleetEvent::Ended(id) = &event {
                     self.ending.remove(id);
+                    self.launching.remove(id);
                 }
                 self.fleet.apply(event);
             }
@@ -261,7 +262,7 @@ impl Controller {
         }
     }
 
-    fn launch(&self, id: u32, version: u32) {
+    fn launch(&mut self, id: u32, version: u32) {
         let Some(order) = self.orders.get(&version).cloned() else {
             return;
         };
@@ -271,14 +272,14 @@ impl Controller {
             self.options.clone(),
         );
         let (cluster, sender) = (cluster(&self.name, id), self.events.0.clone());
-        tokio::spawn(async move {
+        let launching = tokio::spawn(async move {
             let up = bring_up(&engine, &agent, &options, &cluster, id, order.task).await;
             let lost = match up {
                 Ok(server) => {
                     let tell = |way| sender.send(Told::Reached(id, way)).is_ok();
                     until_ended(&engine, &agent, &cluster, &server, tell).await
                 }
-                Err(error @ (Error::Exhausted { .. } | Error::NoOffer { .. })) => {
+                Err(error) if is_no_room(&error) => {
                     tokio::time::sleep(NO_ROOM).await; // a machine may be given back by then
                     let event = FleetEvent::NoRoom(id, error.to_string());
                     let _ = sender.send(Told::Event(event)); // as below
@@ -295,6 +296,7 @@ impl Controller {
             };
             let _ = sender.send(Told::Event(event)); // the controller may be on its way out
         });
+        self.launching.insert(id, launching);
     }
 
     fn end(&mut self, id: u32) {
@@ -325,32 +327,27 @@ impl Controller {
     }
 }
 
-/// Ends every replica of a service that has no controller any more.
-///
-/// # Errors
-/// A provider's; what is left is in the books under the service's name.
-pub(super) async fn down_replicas(engine: &Engine, name: &str) -> Result<()> {
-    let prefix = format!("{name}-replica-");
-    for row in engine.state().clusters()? {
-        if row.name.starts_with(&prefix) {
-            engine.down(&row.name).await?;
+/// Ends every replica of a service; each is tried, whatever the others say.
+async fn down_replicas(engine: &Engine, name: &str) -> Result<()> {
+    let mut failed = Vec::new();
+    for (_, cluster) in replicas_of(engine, name)? {
+        match engine.down(&cluster).await {
+            Ok(()) | Err(Error::NoSuchCluster { .. }) => {}
+            Err(error) => failed.push((cluster, error)),
         }
     }
-    Ok(())
+    unfinished("end", failed)
 }
 
 impl Engine {
-    /// Ends every replica of a service that has no controller any more.
+    /// Ends every replica of a service that has no controller any more; each is tried, whatever the others
+    /// say.
     ///
     /// # Errors
-    /// A provider's; what is left is in the books under the service's name.
+    /// A provider's, or [`Error::Unfinished`]; what is left is in the books under the service's name.
     pub async fn down_service(&self, name: &str) -> Result<()> {
         down_replicas(self, name).await
     }
-}
-
-fn cluster(name: &str, id: u32) -> String {
-    format!("{name}-replica-{id}")
 }
 
 fn spec_of(order: &ServiceOrder) -> Result<&super::ServiceSpec> {
@@ -363,125 +360,61 @@ fn spec_of(order: &ServiceOrder) -> Result<&super::ServiceSpec> {
         })
 }
 
-/// Where a replica listens, and the way to its machine.
-struct Server {
-    transport: Arc<dyn HostTransport>,
-    port: u16,
-}
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
 
-/// Launches a replica and starts its commands; says where it will listen.
-///
-/// On this machine every replica gets a free port, in `PORT`; elsewhere each has its own machine and
-/// the task's port.
-async fn bring_up(
-    engine: &Engine,
-    agent: &AgentBinary,
-    options: &ExecOptions,
-    cluster: &str,
-    id: u32,
-    mut task: Task,
-) -> Result<Server> {
-    let asked = task.service.as_ref().and_then(|service| service.port);
-    let port = asked
-        .or_else(|| task.resources.ports.first().copied())
-        .unwrap_or(8080);
-    let request = LaunchRequest {
-        cluster: cluster.to_owned(),
-        lease: Lease::default(),
-        policy: FailoverPolicy::default(),
-    };
-    engine.launch(&task, &request).await?;
-    let way = engine.connect(cluster).await?.into_iter().next();
-    let (instance, transport) = way.ok_or_else(|| Error::NoSuchCluster {
-        name: cluster.to_owned(),
-    })?;
-    let port = match instance.endpoint {
-        Some(Endpoint::Local { .. }) => free_port()?,
-        _ => port,
-    };
-    task.envs.insert("PORT".to_owned(), port.to_string());
-    task.envs
-        .insert("SKYPILOT_SERVE_REPLICA_ID".to_owned(), id.to_string());
-    engine.exec(cluster, &task, agent, options).await?;
-    Ok(Server { transport, port })
-}
+    use super::*;
+    use crate::conformance::Deaf;
+    use crate::task::EnvOverrides;
+    use crate::{Fake, LaunchRequest, Provider, State};
 
-/// A port of this machine that nobody has now.
-fn free_port() -> Result<u16> {
-    let bound = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
-    let address = bound.and_then(|listener| listener.local_addr());
-    address
-        .map(|address| address.port())
-        .map_err(Error::io("a free port"))
-}
-
-/// Keeps the way to a replica open until its newest job has ended; says how. `None` when nobody wants
-/// to know any more.
-async fn until_ended(
-    engine: &Engine,
-    agent: &AgentBinary,
-    cluster: &str,
-    server: &Server,
-    tell: impl Fn(Forward) -> bool,
-) -> Option<String> {
-    let mut reached: Option<SocketAddr> = None;
-    loop {
-        let is_open = match reached {
-            // Ours accepts as long as the connection to the machine stands.
-            Some(address) => TcpStream::connect(address).await.is_ok(),
-            None => false,
+    /// What an earlier controller has left behind is ended by the next; one that cannot be ended does not
+    /// stand in the way of those that can.
+    #[tokio::test]
+    async fn replicas_without_a_controller_are_ended() {
+        let dir = tempfile::tempdir().expect("folder");
+        let state = Arc::new(State::open(dir.path()).expect("state"));
+        let world = Arc::new(Deaf::new(Arc::new(Fake::new())));
+        let engine = Engine::new(state, vec![world.clone()]);
+        let parse = |yaml: &str| Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
+        for name in ["svc-replica-1", "svc-replica-7", "svc-replica-db"] {
+            let request = LaunchRequest {
+                cluster: name.into(),
+                lease: None,
+                policy: crate::FailoverPolicy::default(),
+            };
+            engine.launch(&parse("{}"), &request).await.expect("launch");
+        }
+        let owned = world.list_owned(None).await.expect("list");
+        let first = owned.iter().find(|one| one.cluster == "svc-replica-1");
+        world.shut_ears_to(&first.expect("launched").id);
+        let order = ServiceOrder {
+            task: parse("service: {readiness_probe: /, replicas: 0}\nrun: sleep 1\n"),
+            version: 2,
         };
-        if !is_open {
-            match server.transport.forward(server.port).await {
-                Ok(way) if reached == Some(way.address()) => {} // the replica's own port
-                Ok(way) => {
-                    reached = Some(way.address());
-                    if !tell(way) {
-                        return None;
-                    }
-                }
-                Err(error) => tracing::warn!(cluster, %error, "no way to the replica"),
-            }
-        }
-        let queue = engine.queue(cluster, agent).await;
-        match queue.as_ref().map(|jobs| jobs.last()) {
-            Ok(Some(job)) if job.status.is_final() => {
-                return Some(format!("its commands ended: {}", job.status.word()));
-            }
-            Err(Error::NoSuchCluster { .. } | Error::NoSuchInstance { .. }) => {
-                return Some("its machine is gone".to_owned());
-            }
-            _ => {}
-        }
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-/// Probes a replica for ever and tells what each probe means.
-async fn watch(
-    id: u32,
-    address: SocketAddr,
-    probe: ReadinessProbe,
-    sender: mpsc::UnboundedSender<Told>,
-) {
-    let started = Instant::now();
-    let mut state = ProbeState::default();
-    let mut was_ready = false;
-    loop {
-        let outcome = ask(address, &probe).await;
-        let verdict = state.observe(&probe, started.elapsed(), outcome);
-        was_ready |= verdict == super::ProbeVerdict::Ready;
-        if sender
-            .send(Told::Event(FleetEvent::Probed(id, verdict)))
-            .is_err()
-        {
-            return;
-        }
-        let pause = if was_ready {
-            probe.interval
-        } else {
-            probe.interval.min(STARTING)
+        let options = ExecOptions {
+            setup: true,
+            base: dir.path().to_owned(),
         };
-        tokio::time::sleep(pause).await;
+        let agent = AgentBinary::new("/bin/true", "").expect("/bin/true");
+        let address = ([127, 0, 0, 1], 0).into();
+        let controller = Controller::new("svc", engine.clone(), agent, options, address, order);
+        let mut controller = controller.await.expect("controller");
+        let left = || -> Vec<String> {
+            let rows = engine.state().clusters().expect("rows").into_iter();
+            rows.map(|row| row.name).collect()
+        };
+        while left().len() > 2 {
+            controller.step().await;
+        }
+        assert_eq!(left(), ["svc-replica-1", "svc-replica-db"]);
+        // Taken down, it does not wait for ever for the one that does not hear.
+        let down = tokio::time::timeout(Duration::from_secs(60), controller.down()).await;
+        let error = down.expect("an end").expect_err("one is left");
+        assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+        world.open_ears();
+        engine.down_service("svc").await.expect("down");
+        assert_eq!(left(), ["svc-replica-db"], "another's");
     }
 }

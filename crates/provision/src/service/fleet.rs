@@ -91,6 +91,19 @@ impl Fleet {
         }
     }
 
+    /// Takes over replicas that nobody leads to any more, to end them; no number of theirs is given
+    /// again.
+    pub fn inherit(&mut self, ids: impl IntoIterator<Item = u32>) {
+        for id in ids {
+            self.next = self.next.max(id.saturating_add(1));
+            self.replicas.push(Replica {
+                id,
+                version: 0,
+                phase: ReplicaPhase::ShuttingDown,
+            });
+        }
+    }
+
     /// Asks for another version, or another number of replicas. Those of the old version serve until
     /// as many of the new one are ready.
     pub fn update(&mut self, wanted: u32, version: u32) {
@@ -358,6 +371,18 @@ mod tests {
             fleet.apply(Ended(id));
         }
         assert_eq!(fleet.failure(), Some("all are taken"));
+    }
+
+    #[test]
+    fn inherited_replicas_are_ended_and_make_room() {
+        let mut fleet = Fleet::new(1, 2);
+        fleet.inherit([3, 1]);
+        assert_eq!(fleet.step(), [Launch(4, 2), End(3), End(1)]);
+        // They have the machines for now, which is no failure of the version.
+        fleet.apply(FleetEvent::NoRoom(4, "all are taken".into()));
+        fleet.apply(Ended(3));
+        assert_eq!(fleet.step(), [Launch(5, 2), End(1), End(4)]);
+        assert_eq!(fleet.failure(), None);
     }
 
     #[test]

@@ -12,6 +12,12 @@ mod gateway;
 mod probe;
 #[cfg(feature = "service")]
 mod ready;
+#[cfg(all(
+    feature = "service",
+    feature = "agent",
+    any(feature = "local", feature = "ssh")
+))]
+mod replica;
 mod spec;
 
 #[cfg(all(

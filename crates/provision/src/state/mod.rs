@@ -114,8 +114,13 @@ impl State {
     /// Takes the cluster for this process, until the lock is dropped or the process ends.
     ///
     /// # Errors
-    /// [`Error::Busy`] if another holds it.
+    /// [`Error::Busy`] if another holds it; [`Error::NoSuchCluster`] for what cannot be a name.
     pub fn lock(&self, cluster: &str) -> Result<ClusterLock> {
+        if cluster.is_empty() || cluster.starts_with('.') || cluster.contains(['/', '\0']) {
+            return Err(Error::NoSuchCluster {
+                name: cluster.to_owned(),
+            });
+        }
         let path = self.dir.join("locks").join(cluster);
         let file = File::create(&path).map_err(Error::io(&path))?;
         let mut pauses = LOCK_PAUSES;

@@ -74,6 +74,7 @@ impl Struck {
         let mut command = Command::new(AGENT);
         command.arg("run").arg(home.join("agent"));
         command.env("UPDRAFT_BOOT_ID", format!("boot-{boots}"));
+        command.env("HOME", home); // each job sets up its user's shell, whatever that costs
         command.env("UPDRAFT_TEST_NODE", home); // what its processes are found by
         command
             .stdin(Stdio::null())
@@ -268,6 +269,57 @@ fn an_idle_node_ends_itself() {
     assert_eq!(
         queue.job(1).expect("job").expect("there").status,
         QueueStatus::Succeeded
+    );
+}
+
+/// What cannot be started fails, what fails to end is ended again; neither ends the agent.
+#[test]
+fn whatever_goes_wrong_the_agent_goes_on() {
+    let home = tempfile::tempdir().expect("folder");
+    let dir = home.path().join("agent");
+    let queue = Queue::open(&dir).expect("queue");
+    for _ in 0..2 {
+        queue.submit(&job("true"), now()).expect("submit");
+    }
+    // In the way of the first job's log.
+    std::fs::remove_file(queue.log(1)).expect("its log");
+    std::fs::create_dir(queue.log(1)).expect("a folder");
+    let script =
+        "cd \"$0\"; [ -e once ] || { touch once; echo no >&2; exit 1; }; echo over > ended";
+    let script = script.replace("$0", &home.path().display().to_string());
+    agent(&["set", dir.to_str().expect("utf-8"), "end_down", &script]);
+    let lease = Lease {
+        idle: Some(Duration::ZERO),
+        down: true,
+        wait_for: WaitFor::Jobs,
+    };
+    queue.set_lease(&lease, now()).expect("lease");
+    let mut child = Command::new(AGENT)
+        .arg("run")
+        .arg(&dir)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the agent starts");
+    assert!(child.wait().expect("ends").success());
+    let statuses: Vec<_> = queue
+        .jobs()
+        .expect("jobs")
+        .iter()
+        .map(|job| job.status)
+        .collect();
+    assert_eq!(
+        statuses,
+        [QueueStatus::FailedDriver, QueueStatus::Succeeded]
+    );
+    let ended = std::fs::read_to_string(home.path().join("ended"));
+    assert_eq!(ended.expect("ended"), "over\n");
+    let mut said = String::new();
+    let mut stderr = child.stderr.take().expect("stderr");
+    std::io::Read::read_to_string(&mut stderr, &mut said).expect("said");
+    assert!(
+        said.contains("its own end failed") && said.contains(": no; trying again"),
+        "{said}"
     );
 }
 

@@ -47,7 +47,7 @@ impl Story {
     fn request(&self) -> LaunchRequest {
         LaunchRequest {
             cluster: "mycluster".into(),
-            lease: Lease::default(),
+            lease: None,
             policy: FailoverPolicy::default(),
         }
     }
@@ -76,7 +76,7 @@ async fn tell(story: Story) {
     let first = task(
         "workdir: .\nfile_mounts: {~/in/words: ./words}\nenvs: {WORD: \"it's\"}\n\
          setup: echo prepared > ready\n\
-         run: |\n  cat ready; ls; bash train.sh \"$WORD\"; cat ../in/words\n",
+         run: |\n  cat ready; ls; bash train.sh \"$WORD\"; cat ~/in/words\n",
     );
     engine
         .launch(&first, &story.request())
@@ -145,14 +145,11 @@ async fn tell(story: Story) {
     engine.stop("mycluster").await.expect("stop");
     engine.start("mycluster").await.expect("start");
     let there = engine
-        .exec(
-            "mycluster",
-            &task("run: cat sky_workdir/ready\n"),
-            agent,
-            &options,
-        )
+        .exec("mycluster", &task("run: cat ready; pwd\n"), agent, &options)
         .await;
-    assert_eq!(story.log(there.expect("exec")).await, ["prepared"]);
+    let said = story.log(there.expect("exec")).await;
+    assert_eq!(said[0], "prepared");
+    assert!(said[1].ends_with("/files/sky_workdir"), "{said:?}");
 
     // Idle, the cluster ends itself; the client finds it gone.
     let lease = Lease {
@@ -316,4 +313,234 @@ async fn killed_at_any_call_of_autostop_the_nodes_still_end() {
         assert_eq!(engine.state().open_nodes().expect("rows"), [], "{kill:?}");
         assert_eq!(engine.state().clusters().expect("rows"), [], "{kill:?}");
     }
+}
+
+/// A story on two nodes of this machine, which end themselves when they have been idle for a second.
+async fn two_nodes() -> (Story, Vec<std::path::PathBuf>) {
+    let story =
+        Story::new(|dir| Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute")));
+    let request = LaunchRequest {
+        lease: Some(Lease {
+            idle: Some(Duration::from_secs(1)),
+            down: true,
+            wait_for: WaitFor::Jobs,
+        }),
+        ..story.request()
+    };
+    let two = task("num_nodes: 2\n");
+    let launched = story
+        .engine
+        .launch_guarded(&two, &request, &story.agent)
+        .await
+        .expect("launch");
+    let root = story.dir.path().join("instances");
+    let folders = launched.iter().map(|instance| root.join(&instance.id.0));
+    let folders = folders.collect();
+    (story, folders)
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}: not in a minute");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Nobody but the nodes themselves: no client asks, follows or waits.
+#[tokio::test]
+async fn a_node_that_does_nothing_stays_while_another_of_its_cluster_works() {
+    let (story, folders) = two_nodes().await;
+    // Only the head has this job. Both are held for files to be brought until a job comes: that of the
+    // second ends at once.
+    let both = task("num_nodes: 2\nrun: 'true'\n");
+    let alone = task("run: sleep 5; ls -d ../../../*/instance.json | wc -l > ~/../../../seen\n");
+    for job in [&both, &alone] {
+        let exec = story
+            .engine
+            .exec("mycluster", job, &story.agent, &story.options);
+        exec.await.expect("exec");
+    }
+    let seen = story.dir.path().join("seen");
+    until("the end of the job", || {
+        seen.exists() && !folders[0].exists()
+    })
+    .await;
+    assert_eq!(std::fs::read_to_string(seen).expect("seen").trim(), "2");
+    until("the end of the other", || !folders[1].exists()).await;
+}
+
+/// Detached, a job of two nodes that fails on one ends on the other.
+#[tokio::test]
+async fn a_detached_job_that_fails_on_one_node_ends_on_the_other() {
+    use updraft_provision::agent::Queue;
+    for (fails, other) in [(0, 1), (1, 0)] {
+        let (story, folders) = two_nodes().await;
+        let yaml = format!(
+            "num_nodes: 2\nrun: |\n  [ $SKYPILOT_NODE_RANK = {fails} ] && exit 7\n  exec sleep 600\n"
+        );
+        // Opened before the job can end its node.
+        let queue = Queue::open(folders[other].join("files/.updraft")).expect("queue");
+        let fails_once = task(&yaml);
+        let exec = story
+            .engine
+            .exec("mycluster", &fails_once, &story.agent, &story.options);
+        exec.await.expect("exec");
+        let cancelled = || {
+            let jobs = queue.jobs().expect("jobs");
+            jobs.last()
+                .is_some_and(|job| job.status == QueueStatus::Cancelled)
+        };
+        until("the end of the other part", cancelled).await;
+        until("the end of both nodes", || {
+            folders.iter().all(|folder| !folder.exists())
+        })
+        .await;
+    }
+}
+
+/// A job that one node cannot be given is taken back from the one that has it.
+#[tokio::test]
+async fn a_job_that_is_not_on_all_its_nodes_is_on_none() {
+    let (story, folders) = two_nodes().await;
+    // In the way of the second node's job.
+    std::fs::write(folders[1].join("files/.updraft/jobs/1"), "").expect("write");
+    let two = task("num_nodes: 2\nrun: exec sleep 600\n");
+    let exec = story
+        .engine
+        .exec("mycluster", &two, &story.agent, &story.options);
+    exec.await.expect_err("the second cannot take it");
+    let queue = updraft_provision::agent::Queue::open(folders[0].join("files/.updraft"));
+    let queue = queue.expect("queue");
+    until("the end of the first part", || {
+        let jobs = queue.jobs().expect("jobs");
+        matches!(jobs.as_slice(), [job] if job.status == QueueStatus::Cancelled)
+    })
+    .await;
+    story.engine.down("mycluster").await.expect("down");
+}
+
+fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+/// What a job has left running, in its group or out of it, ends with its cluster: by down, by stop and by
+/// autostop.
+async fn what_a_job_leaves_ends(provider: impl Fn(&Path) -> Arc<dyn Provider>) {
+    for verb in ["down", "stop", "autostop"] {
+        let story = Story::new(&provider);
+        let leaves = task(
+            "run: |\n  sleep 600 & echo $!\n  setsid bash -c 'echo $$; exec sleep 600' & sleep 0.2\n  true\n",
+        );
+        let (engine, agent) = (&story.engine, &story.agent);
+        engine
+            .launch_guarded(&leaves, &story.request(), agent)
+            .await
+            .expect("launch");
+        let exec = engine.exec("mycluster", &leaves, agent, &story.options);
+        let job = exec.await.expect("exec");
+        let row = engine.wait("mycluster", agent, job).await.expect("wait");
+        assert_eq!(row.status, QueueStatus::Succeeded);
+        let pids = story.log(job).await;
+        assert!(
+            pids.len() == 2 && pids.iter().all(|pid| runs(pid)),
+            "{pids:?}"
+        );
+        match verb {
+            "down" => engine.down("mycluster").await.expect("down"),
+            "stop" => engine.stop("mycluster").await.expect("stop"),
+            _ => {
+                let lease = Lease {
+                    idle: Some(Duration::ZERO),
+                    down: true,
+                    wait_for: WaitFor::None,
+                };
+                engine
+                    .autostop("mycluster", agent, lease)
+                    .await
+                    .expect("autostop");
+            }
+        }
+        until(verb, || !pids.iter().any(|pid| runs(pid))).await;
+        if verb == "stop" {
+            engine.down("mycluster").await.expect("down");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_job_leaves_ends_on_this_machine() {
+    what_a_job_leaves_ends(|dir| {
+        Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute"))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_job_leaves_ends_over_ssh() {
+    use updraft_provision::providers::ssh::SshProvider;
+    let Some(machines) = crate::sshd::machines(1) else {
+        return;
+    };
+    what_a_job_leaves_ends(|_| Arc::new(SshProvider::new(machines.hosts.clone()))).await;
+}
+
+/// A machine that comes up starts its agent by itself, which then ends the node; and nothing of that is
+/// left on it.
+#[tokio::test]
+async fn a_machine_that_comes_up_starts_its_agent() {
+    use std::os::unix::fs::PermissionsExt;
+    use updraft_provision::agent::Queue;
+    use updraft_provision::providers::ssh::SshProvider;
+    let Some(machines) = crate::sshd::machines(1) else {
+        return;
+    };
+    // Cron, as far as an agent sees it: a file, which starts out with a line of the user's.
+    let (home, bin) = (machines.home(0), machines.home(0).join("bin"));
+    let table = home.join("table");
+    std::fs::create_dir(&bin).expect("folder");
+    let stand_in = bin.join("crontab");
+    let script =
+        "#!/bin/sh\ncase $1 in -l) cat ~/table ;; -) cat > ~/new; mv ~/new ~/table ;; esac\n";
+    std::fs::write(&stand_in, script).expect("write");
+    std::fs::set_permissions(&stand_in, PermissionsExt::from_mode(0o755)).expect("mode");
+    std::fs::write(&table, "0 0 * * * mine\n").expect("write");
+    let story = Story::new(|_| Arc::new(SshProvider::new(machines.hosts.clone())));
+    for _ in 0..2 {
+        story
+            .engine
+            .launch_guarded(&task("{}"), &story.request(), &story.agent)
+            .await
+            .expect("launch");
+    }
+    let text = std::fs::read_to_string(&table).expect("table");
+    let [mine, ours] = text.lines().collect::<Vec<_>>()[..] else {
+        panic!("{text}");
+    };
+    assert_eq!(mine, "0 0 * * * mine");
+    let command = ours.strip_prefix("@reboot ").expect(ours).to_owned();
+    // Everything ends, as in a reboot; the time that the node may be idle passes meanwhile.
+    story.engine.stop("mycluster").await.expect("stop");
+    let instance = home.join(".updraft-instance");
+    let queue = Queue::open(instance.join("files/.updraft")).expect("queue");
+    let over = Lease {
+        idle: Some(Duration::ZERO),
+        down: true,
+        wait_for: WaitFor::None,
+    };
+    queue.set_lease(&over, 0).expect("lease");
+    queue.release().expect("release");
+    let mut cron = std::process::Command::new("sh")
+        .args(["-c", &command])
+        .env("HOME", &home)
+        .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
+        .spawn()
+        .expect("sh");
+    assert!(cron.wait().expect("ends").success());
+    assert!(!instance.exists());
+    assert_eq!(
+        std::fs::read_to_string(&table).expect("table"),
+        "0 0 * * * mine\n"
+    );
 }

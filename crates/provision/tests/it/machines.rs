@@ -55,14 +55,13 @@ impl Client {
     async fn launch(&self, yaml: &str, lease: Lease) {
         let request = LaunchRequest {
             cluster: "c".into(),
-            lease,
+            lease: Some(lease),
             policy: FailoverPolicy::default(),
         };
         self.engine
-            .launch(&task(yaml), &request)
+            .launch_guarded(&task(yaml), &request, &self.agent)
             .await
             .expect("launch");
-        self.engine.guard("c", &self.agent).await.expect("guard");
     }
 
     async fn exec(&self, yaml: &str) -> JobId {

@@ -5,49 +5,25 @@ use updraft_provision::{Error, HostTransport, Provider, conformance};
 
 use crate::sshd::machines;
 
-/// One promise after the other, each on machines of its own state.
-macro_rules! provider_promises {
-    ($($promise:ident,)*) => {$(
-        #[tokio::test]
-        async fn $promise() {
-            if let Some(machines) = machines(2) {
-                let provider = SshProvider::new(machines.hosts.clone());
-                conformance::lifecycle::$promise(&provider).await;
-            }
-        }
-    )*};
+mod provider {
+    use super::*;
+
+    updraft_provision::provider_conformance_tests!(
+        else_return,
+        machines(2).map(|machines| (SshProvider::new(machines.hosts.clone()), machines))
+    );
 }
 
-macro_rules! transport_promises {
-    ($($promise:ident,)*) => {$(
-        #[tokio::test]
-        async fn $promise() {
-            if let Some(machines) = machines(1) {
-                let transport = SshTransport::new(machines.hosts[0].target.clone(), "instance");
-                conformance::transport::$promise(&transport).await;
-            }
-        }
-    )*};
-}
+mod transport {
+    use super::*;
 
-provider_promises! {
-    offers_name_their_provider,
-    created_instances_are_listed,
-    create_is_idempotent_in_its_token,
-    describe_knows_what_was_created,
-    describe_of_an_absent_instance_is_typed,
-    terminate_is_idempotent,
-    terminate_of_an_absent_instance_succeeds,
-    stopped_instances_are_listed_and_start_again,
-}
-
-transport_promises! {
-    lines_arrive_in_order_and_none_is_lost,
-    the_exit_code_is_reported,
-    the_environment_and_workdir_are_set,
-    ending_a_process_ends_its_children,
-    files_arrive_whole_and_come_back,
-    a_forward_leads_to_the_nodes_port,
+    updraft_provision::transport_conformance_tests!(
+        else_return,
+        machines(1).map(|machines| {
+            let target = machines.hosts[0].target.clone();
+            (SshTransport::new(target, "instance"), machines)
+        })
+    );
 }
 
 #[tokio::test]

@@ -15,10 +15,15 @@ const SSHD: &str = "/usr/sbin/sshd";
 pub(crate) struct Machines {
     pub(crate) hosts: Vec<SshHost>,
     servers: Vec<Child>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Machines {
+    /// The home on a machine.
+    pub(crate) fn home(&self, number: usize) -> PathBuf {
+        self.dir.path().join(format!("home{number}"))
+    }
+
     /// Switches a machine off.
     pub(crate) fn stop(&mut self, number: usize) {
         let _ = self.servers[number].kill(); // it may have ended
@@ -84,7 +89,7 @@ fn start(count: usize) -> Machines {
         // Each machine has its own home: the login runs in it.
         let login = root.join(format!("login{number}"));
         let script = format!(
-            "#!/bin/bash\nexport HOME={home}\ncd {home}\nexec bash -c \"$SSH_ORIGINAL_COMMAND\"\n",
+            "#!/bin/bash\nexport HOME={home} PATH={home}/bin:$PATH\ncd {home}\nexec bash -c \"$SSH_ORIGINAL_COMMAND\"\n",
             home = home.display()
         );
         std::fs::write(&login, script).expect("login");
@@ -108,7 +113,7 @@ fn start(count: usize) -> Machines {
     Machines {
         hosts,
         servers,
-        _dir: dir,
+        dir,
     }
 }
 

@@ -223,8 +223,133 @@ fn a_client_that_brings_files_keeps_the_node() {
         queue.set_lease(&lease, now()).expect("lease");
         queue.hold(now() + 600).expect("hold");
         assert!(!agent(&queue).is_over().expect("judged"), "{wait_for:?}");
+        queue.hold(now() - 1).expect("a shorter one");
+        assert!(!agent(&queue).is_over().expect("judged"), "{wait_for:?}");
         // The client has died: nobody renews it.
-        queue.hold(now() - 1).expect("hold");
+        queue.release().expect("release");
         assert!(agent(&queue).is_over().expect("judged"), "{wait_for:?}");
     }
+}
+
+#[test]
+fn a_cancelled_job_has_time_to_end_by_itself() {
+    let (_dir, queue) = node();
+    let run = "trap 'sleep 1; echo saved; exit 0' TERM; echo up; while :; do sleep 0.05; done";
+    queue.submit(&job(run), now()).expect("submit");
+    let mut agent = agent(&queue);
+    agent.look().expect("look");
+    while std::fs::read_to_string(queue.log(1)).expect("log") != "up\n" {
+        std::thread::yield_now();
+    }
+    queue.cancel(Some(1), now()).expect("cancel");
+    let jobs = drain(&mut agent);
+    assert_eq!(jobs[0].status, QueueStatus::Cancelled);
+    let log = std::fs::read_to_string(queue.log(1)).expect("log");
+    assert!(log.starts_with("up\n") && log.ends_with("saved\n"), "{log}");
+}
+
+#[test]
+fn jobs_that_run_together_have_accelerators_of_their_own() {
+    let (dir, queue) = node();
+    queue.set("gpus", "4").expect("set");
+    for (number, gpus) in [(1, 1), (2, 2), (3, 1), (4, 0)] {
+        let run = format!(
+            "echo ${{CUDA_VISIBLE_DEVICES-none}}; until [ -e ~/go{number} ]; do read -t 0.02 <> <(:); done"
+        );
+        let spec = JobSpec { gpus, ..job(&run) };
+        queue.submit(&spec, now()).expect("submit");
+    }
+    let mut agent = agent(&queue);
+    agent.look().expect("look");
+    let said = |id: i64| loop {
+        let log = std::fs::read_to_string(queue.log(id)).expect("log");
+        if !log.is_empty() {
+            return log.trim().to_owned();
+        }
+        std::thread::yield_now();
+    };
+    assert_eq!([1, 2, 3, 4].map(said), ["0", "1,2", "3", "none"]);
+    // What one gives back is the next one's.
+    std::fs::write(dir.path().join("go2"), "").expect("go");
+    let spec = JobSpec {
+        gpus: 2,
+        ..job("echo $CUDA_VISIBLE_DEVICES")
+    };
+    queue.submit(&spec, now()).expect("submit");
+    for number in [1, 3, 4] {
+        std::fs::write(dir.path().join(format!("go{number}")), "").expect("go");
+    }
+    while !queue.job(5).expect("job").expect("there").status.is_final() {
+        agent.look().expect("look");
+    }
+    assert_ne!(said(5), "", "it has two");
+    drain(&mut agent);
+}
+
+#[test]
+fn a_jobs_home_is_its_nodes_and_no_variable_is_in_the_way() {
+    let (dir, queue) = node();
+    std::fs::write(dir.path().join(".bashrc"), "FROM_RC=rc\necho noise\n").expect("write");
+    std::fs::write(dir.path().join("mounted"), "file\n").expect("write");
+    let mut spec =
+        job("pwd; cat ~/mounted; echo $FROM_RC $d $1; echo $code $stat $base $PYTHONUNBUFFERED");
+    spec.setup = Some("echo set up in $PWD > ~/setup".into());
+    spec.workdir = Some("sky_workdir".into());
+    for name in ["d", "code", "stat", "base"] {
+        spec.environment.insert(name.into(), format!("my-{name}"));
+    }
+    queue.submit(&spec, now()).expect("submit");
+    let jobs = drain(&mut agent(&queue));
+    assert_eq!(jobs[0].status, QueueStatus::Succeeded);
+    let home = dir.path().display();
+    let log = std::fs::read_to_string(queue.log(1)).expect("log");
+    let mut lines = log.lines();
+    assert_eq!(lines.next(), Some(format!("{home}/sky_workdir").as_str()));
+    assert_eq!(lines.next(), Some("file"));
+    assert!(
+        lines.next().is_some_and(|line| line.starts_with("rc my-d")),
+        "{log}"
+    );
+    assert_eq!(lines.next(), Some("my-code my-stat my-base 1"));
+    let setup = std::fs::read_to_string(dir.path().join("setup")).expect("setup");
+    assert_eq!(setup, format!("set up in {home}/sky_workdir\n"));
+}
+
+#[test]
+fn conda_is_there_to_be_activated() {
+    let (dir, queue) = node();
+    // A user's home with conda in it, as the agent was started with; the job's own is another.
+    let user = dir.path().join("user");
+    let profile = user.join("miniconda3/etc/profile.d");
+    std::fs::create_dir_all(&profile).expect("folder");
+    std::fs::write(profile.join("conda.sh"), "conda() { echo \"$@\"; }\n").expect("write");
+    queue
+        .submit(&job("conda activate skypilot; bash -c 'conda info'"), now())
+        .expect("submit");
+    let attempt = queue
+        .claim(1, &boot_id(), now())
+        .expect("claim")
+        .expect("pending");
+    let status = Command::new("bash")
+        .args(["-c", wrapper::SCRIPT, "updraft-job"])
+        .arg(queue.job_dir(1))
+        .arg(attempt.to_string())
+        .current_dir(dir.path())
+        .env("HOME", &user)
+        .env("PATH", "/usr/bin:/bin")
+        .output()
+        .expect("bash");
+    let said = String::from_utf8_lossy(&status.stdout);
+    assert_eq!(said, "activate skypilot\ninfo\n", "{status:?}");
+}
+
+#[test]
+fn a_cancelled_job_leaves_no_variables() {
+    let (_dir, queue) = node();
+    let mut spec = job("true");
+    spec.environment.insert("TOKEN".into(), "hunter2".into());
+    queue.submit(&spec, now()).expect("submit");
+    assert!(queue.job_dir(1).join("env").exists());
+    assert_eq!(queue.cancel(Some(1), now()).expect("cancel"), 1);
+    assert!(!queue.job_dir(1).join("env").exists());
 }

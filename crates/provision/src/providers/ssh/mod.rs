@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
+use crate::boot;
 use crate::capability::StopStart;
 use crate::error::{Error, Result};
 use crate::offer::Offer;
@@ -21,6 +22,9 @@ pub use transport::SshTransport;
 
 /// The folder on a machine that says whose it is and holds what is theirs.
 const DIR: &str = ".updraft-instance";
+
+/// The port that ssh has where none is named.
+const SSH_PORT: u16 = 22;
 
 /// Ends every process group recorded in `groups/` whose leader is the process that was recorded, or
 /// whose leader is gone while its number still names a group of ours.
@@ -36,12 +40,25 @@ end_groups() {
       fi
       kill -$signal -- "-$group" 2>/dev/null && left=1
     done
-    [ -z "$left" ] && return 0
+    [ -z "$left" ] && break
     for i in $(seq 50); do
       alive=
       for record in groups/[0-9]*; do
         [ -e "$record" ] || continue
         kill -0 -- "-${record##*/}" 2>/dev/null && alive=1
+      done
+      [ -z "$alive" ] && break
+      sleep 0.1
+    done
+  done
+  # What has left its group bears the instance's mark.
+  for signal in TERM KILL; do
+    for i in $(seq 50); do
+      alive=
+      for process in $(grep -lzxF "UPDRAFT_GROUPS=$PWD/groups" /proc/[0-9]*/environ 2>/dev/null); do
+        process=${process#/proc/}
+        case $i in 1) kill -$signal "${process%/environ}" 2>/dev/null ;; esac
+        alive=1
       done
       [ -z "$alive" ] && return 0
       sleep 0.1
@@ -102,10 +119,11 @@ impl SshProvider {
     }
 }
 
+/// What a machine is called in the books: its address, with the port unless that is ssh's own.
 fn name_of(host: &SshHost) -> String {
     match host.target.port {
-        Some(port) => format!("{}:{port}", host.target.host),
-        None => host.target.host.clone(),
+        Some(port) if port != SSH_PORT => format!("{}:{port}", host.target.host),
+        _ => host.target.host.clone(),
     }
 }
 
@@ -291,7 +309,8 @@ impl Provider for SshProvider {
         // The record goes last: an interrupted end still lists the instance. Whoever has taken the
         // machine since it was asked keeps it.
         let script = format!(
-            "{END_GROUPS} cd {DIR} || exit 0; grep -qF {record} instance.json || exit 0; end_groups; rm -rf files groups stopped; cd; rm -rf {DIR}"
+            "{END_GROUPS} cd ~; cd {DIR} || exit 0; grep -qF {record} instance.json || exit 0; end_groups; {}rm -rf files groups stopped; cd; rm -rf {DIR}",
+            boot::remove()
         );
         transport
             .ask(&script)
@@ -309,8 +328,9 @@ impl Provider for SshProvider {
 impl StopStart for SshProvider {
     async fn stop(&self, id: &InstanceId) -> Result<()> {
         let (transport, _) = self.existing(id).await?;
-        let script =
-            format!("{END_GROUPS} cd {DIR} || exit 1; touch stopped; end_groups; rm -f groups/*");
+        let script = format!(
+            "{END_GROUPS} cd ~; cd {DIR} || exit 1; touch stopped; end_groups; rm -f groups/*"
+        );
         transport
             .ask(&script)
             .await
@@ -323,5 +343,26 @@ impl StopStart for SshProvider {
         let script = format!("rm -f {DIR}/stopped");
         transport.ask(&script).await.map_err(unavailable("start"))?;
         self.describe(id).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::SshTarget;
+
+    #[test]
+    fn naming_the_usual_port_does_not_rename_a_machine() {
+        let host = |port: Option<u16>| SshHost {
+            pool: "lab".into(),
+            target: SshTarget {
+                host: "h".into(),
+                port,
+                ..SshTarget::default()
+            },
+            accelerator: None,
+        };
+        let names = [None, Some(22), Some(2222)].map(|port| name_of(&host(port)));
+        assert_eq!(names, ["h", "h", "h:2222"]);
     }
 }
