@@ -121,7 +121,8 @@ fn a_trained_model_is_served_from_its_store() {
             "tokenizer_config.json",
         ] {
             let bytes = std::fs::read(tiny().join(name)).expect("an asset");
-            let object = stage.put_object(&format!("fused/{name}"), bytes.into());
+            let name = format!("fused/{name}");
+            let object = stage.put_object(&name, bytes.into());
             objects.push(object.await.expect("written"));
         }
         let draft = ManifestDraft {
