@@ -25,7 +25,7 @@ pub struct ServeOptions {
     /// The largest request body; a longer one is a 413.
     pub max_body_bytes: usize,
     /// The bytes that all bodies being read and understood may take together; a request whose body
-    /// does not fit beside the others is a 429.
+    /// does not fit beside the others is a 429. One of `max_body_bytes` always fits alone.
     pub max_bytes_in_flight: usize,
     /// The most completions of one request: its prompts times `n`.
     pub max_choices: usize,
@@ -118,7 +118,8 @@ impl Deref for App {
 
 impl App {
     pub(crate) fn new(engine: Arc<dyn Engine>, options: ServeOptions) -> Self {
-        let room = options.max_bytes_in_flight.min(Semaphore::MAX_PERMITS);
+        let room = options.max_bytes_in_flight.max(options.max_body_bytes);
+        let room = room.min(Semaphore::MAX_PERMITS);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             engine,
@@ -233,7 +234,7 @@ impl Shared {
     }
 }
 
-/// Work that goes on when its client has been answered.
+/// Work that goes on by itself, counted.
 #[derive(Debug, Default)]
 pub(crate) struct Background(Arc<watch::Sender<usize>>);
 

@@ -2,7 +2,7 @@
 //! how long it reads nothing.
 
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -11,18 +11,19 @@ use axum::Router;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, Sleep};
 
-use crate::app::{App, Phase, ServeOptions};
+use crate::app::{App, Background, Phase, ServeOptions};
 use crate::peer::Peer;
 
 /// Connections open at once; further ones wait in the operating system's queue.
 const MAX_CONNECTIONS: usize = 4096;
+/// How long a connection without a request may still send one once the server drains.
+const FIRST_WORDS: Duration = Duration::from_millis(500);
 /// How long to wait when the operating system has no more files to give.
 const OUT_OF_FILES: Duration = Duration::from_millis(100);
 
@@ -37,13 +38,13 @@ pub(crate) async fn accept(listener: TcpListener, app: App, routes: Router) {
         routes,
         app: app.clone(),
     };
-    let (before, since) = (GracefulShutdown::new(), GracefulShutdown::new());
+    let (before, since) = (Background::default(), Background::default());
     tokio::select! {
         () = server.take(&before) => {}
         () = app.entered(Phase::Draining) => {}
     }
     let drained = async {
-        before.shutdown().await;
+        before.ended().await;
         app.background.ended().await;
     };
     tokio::select! {
@@ -52,7 +53,7 @@ pub(crate) async fn accept(listener: TcpListener, app: App, routes: Router) {
     }
     drop(server);
     app.enter(Phase::Stopping);
-    since.shutdown().await;
+    since.ended().await;
 }
 
 struct Server {
@@ -65,16 +66,17 @@ struct Server {
 
 impl Server {
     /// Takes connections for ever.
-    async fn take(&self, graceful: &GracefulShutdown) {
+    async fn take(&self, taken: &Background) {
         loop {
             let place = self.places.clone().acquire_owned().await;
             match self.listener.accept().await {
                 Ok((stream, _)) => {
                     // Tokens are small and wanted at once.
                     let _ = stream.set_nodelay(true);
-                    let connection = self.connection(stream, graceful.watcher());
+                    let connection = self.connection(stream);
+                    let held = (place, taken.begin());
                     tokio::spawn(async move {
-                        let _held_until_done = place;
+                        let _held_until_done = held;
                         connection.await;
                     });
                 }
@@ -86,11 +88,7 @@ impl Server {
         }
     }
 
-    fn connection(
-        &self,
-        stream: TcpStream,
-        watcher: Watcher,
-    ) -> impl Future<Output = ()> + Send + 'static {
+    fn connection(&self, stream: TcpStream) -> impl Future<Output = ()> + Send + 'static {
         let routes = TowerToHyperService::new(self.routes.clone());
         let (app, builder) = (self.app.clone(), self.builder.clone());
         async move {
@@ -99,7 +97,9 @@ impl Server {
             let Some(stream) = opened(peer, &app).await else {
                 return;
             };
+            let (begin, mut begun) = watch::channel(false);
             let service = service_fn(move |request| {
+                begin.send_replace(true);
                 let (answer, gone) = (routes.call(request), watch.clone().gone());
                 async move {
                     tokio::select! {
@@ -110,8 +110,25 @@ impl Server {
                 }
             });
             let io = TokioIo::new(Patient::new(stream, &app.options));
-            let connection = builder.serve_connection(io, service);
-            if let Err(error) = watcher.watch(connection).await {
+            let mut connection = pin!(builder.serve_connection(io, service));
+            // Whoever came before the server drains, or comes to ask whether it does, is answered
+            // once; a connection that is told to end before its first request ends without a word.
+            let told = async {
+                app.entered(Phase::Draining).await;
+                tokio::select! {
+                    _ = begun.wait_for(|begun| *begun) => {}
+                    () = tokio::time::sleep(FIRST_WORDS) => {}
+                    () = app.entered(Phase::Stopping) => {}
+                }
+            };
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = told => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
                 tracing::debug!(error, "a connection ended early");
             }
         }

@@ -138,6 +138,7 @@ async fn lists_and_texts_are_bounded() {
 #[tokio::test]
 async fn bodies_share_their_room() {
     let options = ServeOptions {
+        max_body_bytes: 8_000,
         max_bytes_in_flight: 10_000,
         ..ServeOptions::default()
     };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use updraft_serve::{EchoEngine, Error, ServeOptions, listen};
 
@@ -101,9 +101,16 @@ async fn shutdown_lets_requests_end() {
         .send("POST", PATH, JSON, Some(&long(true).to_string()))
         .await;
     until("it runs", || engine.running() == 1).await;
+    // Whoever looks is told, until the last answer is out: on new connections, and on one that was
+    // there before but had not asked yet.
+    let mut early = TcpStream::connect(server.addr).await.expect("it listens");
     server.stop();
-    // Whoever looks is told, on a connection of their own, until the last answer is out.
     until_draining(&server).await;
+    let question = b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n";
+    early.write_all(question).await.expect("it is not closed");
+    let mut told = String::new();
+    early.read_to_string(&mut told).await.expect("an answer");
+    assert!(told.starts_with("HTTP/1.1 503"), "{told}");
     server.post(PATH, &long(false)).await.error(503, None);
     assert_eq!(engine.running(), 1, "it still runs");
     let mut answer = String::new();
