@@ -3,6 +3,7 @@
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 
 use crate::cloud::{Place, client, is_loopback, retry};
+use crate::patience::Patience;
 use crate::{Result, Store};
 
 pub(crate) fn open(
@@ -37,6 +38,7 @@ pub(crate) fn open(
     let built = builder
         .with_container_name(place.bucket)
         .with_client_options(client(allow_http))
+        .with_http_connector(Patience::default())
         .with_retry(retry())
         .build();
     place.open(

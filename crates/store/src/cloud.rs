@@ -1,4 +1,4 @@
-//! What every store behind HTTP has: a bucket and a prefix, deadlines, patience.
+//! What every store behind HTTP has: a bucket and a prefix, and the patience to try again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +10,8 @@ use object_store::{BackoffConfig, ClientOptions, ObjectStore, RetryConfig};
 use crate::url::invalid;
 use crate::{Error, Result, Store};
 
-/// How long one request may take, body included: 128 MiB at less than half a MiB/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(300);
-/// How long a connection may stay silent.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longer than one request may take, or none that ran out of time would be tried again.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(1800);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A URL's bucket and the prefix in it.
@@ -74,16 +72,14 @@ impl<'a> Place<'a> {
     }
 }
 
-/// A deadline on every request.
+/// A deadline on connecting; [`Patience`](crate::patience::Patience) has the others.
 pub(crate) fn client(allow_http: bool) -> ClientOptions {
     ClientOptions::new()
-        .with_timeout(REQUEST_TIMEOUT)
-        .with_read_timeout(READ_TIMEOUT)
         .with_connect_timeout(CONNECT_TIMEOUT)
         .with_allow_http(allow_http)
 }
 
-/// Patient with a busy store (about half a minute), short with an absent one.
+/// Patient with a busy store (about half a minute of waiting), short with an absent one.
 pub(crate) fn retry() -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
@@ -92,7 +88,7 @@ pub(crate) fn retry() -> RetryConfig {
             base: 2.0,
         },
         max_retries: 7,
-        retry_timeout: Duration::from_secs(60),
+        retry_timeout: RETRY_TIMEOUT,
     }
 }
 
@@ -110,6 +106,16 @@ pub(crate) fn is_loopback(endpoint: &str) -> bool {
 #[cfg(all(test, feature = "s3"))]
 mod tests {
     use super::*;
+
+    /// A whole shard in one request.
+    const PUT_BYTES: u64 = 64 << 20;
+
+    #[test]
+    fn a_request_that_ran_out_of_time_is_tried_again() {
+        let patience = crate::patience::Patience::default();
+        let sending = Duration::from_secs(PUT_BYTES / patience.slowest_upload);
+        assert!(retry().retry_timeout > patience.request + sending);
+    }
 
     #[test]
     fn only_loopback_endpoints_may_be_plain_http() {

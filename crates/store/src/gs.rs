@@ -3,6 +3,7 @@
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 
 use crate::cloud::{Place, client, retry};
+use crate::patience::Patience;
 use crate::{Result, Store};
 
 pub(crate) fn open(
@@ -32,6 +33,7 @@ pub(crate) fn open(
     let built = builder
         .with_bucket_name(place.bucket)
         .with_client_options(client(false))
+        .with_http_connector(Patience::default())
         .with_retry(retry())
         .build();
     place.open(

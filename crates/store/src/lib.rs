@@ -67,6 +67,8 @@ mod az;
 mod cloud;
 #[cfg(feature = "gs")]
 mod gs;
+#[cfg(any(feature = "s3", feature = "gs", feature = "az"))]
+mod patience;
 #[cfg(feature = "s3")]
 mod s3;
 #[cfg(any(feature = "s3", feature = "gs", feature = "az", feature = "hub"))]

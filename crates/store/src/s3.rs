@@ -3,6 +3,7 @@
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 
 use crate::cloud::{Place, client, is_loopback, retry};
+use crate::patience::Patience;
 use crate::{Result, Store};
 
 pub(crate) fn open(
@@ -16,6 +17,7 @@ pub(crate) fn open(
     let built = builder
         .with_bucket_name(place.bucket)
         .with_client_options(client(allow_http))
+        .with_http_connector(Patience::default())
         .with_retry(retry())
         .build();
     place.open(built, "AWS_REGION, AWS_ENDPOINT_URL_S3 and the credentials")

@@ -1,10 +1,11 @@
-//! The body of a range's answer: whether it is the range, and where in it that begins.
+//! The body of a range's answer: whether it is the range, where in it that begins, when it is lost.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use futures::stream::BoxStream;
+use futures::stream::{self, BoxStream};
 use reqwest::Response;
 use reqwest::header::CONTENT_RANGE;
 
@@ -56,6 +57,24 @@ pub(super) fn skip_bytes(
             bytes.split_off(skipped)
         });
         futures::future::ready(Some(chunk))
+    })
+    .boxed()
+}
+
+/// Ends a body with an error when nothing of it comes for so long.
+pub(super) fn unless_silent(
+    body: BoxStream<'static, Result<Bytes, BoxError>>,
+    stall: Duration,
+) -> BoxStream<'static, Result<Bytes, BoxError>> {
+    stream::unfold(Some(body), move |body| async move {
+        let mut body = body?;
+        match tokio::time::timeout(stall, body.next()).await {
+            Ok(next) => next.map(|chunk| (chunk, Some(body))),
+            Err(_) => Some((
+                Err(format!("nothing came for {} s", stall.as_secs_f32()).into()),
+                None,
+            )),
+        }
     })
     .boxed()
 }

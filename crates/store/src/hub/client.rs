@@ -12,7 +12,7 @@ use reqwest::{Body, Client, Method, Response, StatusCode, Url, redirect};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::body::{check_content_range, skip_bytes};
+use super::body::{check_content_range, skip_bytes, unless_silent};
 use super::cache::Cache;
 use super::config::HubConfig;
 use super::repo::{RepoFile, RepoKind, RepoRef, ResolvedRepo, TreeItem};
@@ -30,6 +30,10 @@ const MOST_PAGES: usize = 1_000;
 /// Whole files larger than one piece are read several pieces at a time.
 const PIECE_BYTES: u64 = 8 << 20;
 const PIECES_AT_ONCE: usize = 8;
+/// The slowest link a body may go out by, in bytes per second.
+const SLOWEST_UPLOAD: u64 = 64 << 10;
+/// How many times the longest silence the server may take to make good what was sent.
+const STALLS_OF_A_WRITE: u32 = 4;
 
 /// Reads repositories of a Hub. Clones share connections.
 #[derive(Clone, Debug)]
@@ -72,7 +76,6 @@ impl HubClient {
             .user_agent(concat!("updraft/", env!("CARGO_PKG_VERSION")))
             .redirect(redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(config.stall)
             .build()
             .map_err(|error| invalid(&format!("no TLS for it ({error})")))?;
         let cache = config.cache.clone().map(Cache::new);
@@ -242,7 +245,7 @@ impl HubClient {
             .map_err(|error| BoxError::from(error.without_url()));
         Ok(Part {
             etag,
-            bytes: skip_bytes(body.boxed(), skip),
+            bytes: skip_bytes(unless_silent(body.boxed(), self.inner.config.stall), skip),
         })
     }
 
@@ -254,14 +257,19 @@ impl HubClient {
         let subject = self.subject(repo, None, &url);
         let answer = self.send(subject, HeaderMap::new()).await?;
         let headers = answer.headers().clone();
-        let body = tokio::time::timeout(self.inner.config.deadline, answer.bytes())
-            .await
-            .map_err(|elapsed| unreachable(&url, elapsed))?
-            .map_err(|error| unreachable(&url, error))?;
+        let body = self.short_body(answer, &url).await?;
         let value = serde_json::from_slice(&body).map_err(|error| {
             unexpected(subject, &format!("other JSON than the Hub's ({error})"))
         })?;
         Ok((headers, value))
+    }
+
+    /// The body of an answer that is no file's.
+    pub(super) async fn short_body(&self, answer: Response, url: &Url) -> Result<Bytes> {
+        tokio::time::timeout(self.inner.config.deadline, answer.bytes())
+            .await
+            .map_err(|elapsed| unreachable(url, elapsed))?
+            .map_err(|error| unreachable(url, error.without_url()))
     }
 
     /// Sends one GET, following redirects and waiting as asked, within the deadline.
@@ -269,20 +277,24 @@ impl HubClient {
         self.send_with(subject, Method::GET, headers, || None).await
     }
 
-    /// [`send`](Self::send) of any request; `body` makes its body anew for every try.
+    /// [`send`](Self::send) of any request; `body` makes its body of so many bytes anew for every
+    /// try. While that goes out no answer can come, so the deadlines allow for it.
     pub(super) async fn send_with(
         &self,
         subject: Subject<'_>,
         method: Method,
         headers: HeaderMap,
-        body: impl Fn() -> Option<Body>,
+        body: impl Fn() -> Option<(Body, u64)>,
     ) -> Result<Response> {
         if self.inner.config.offline {
             return Err(Error::Offline {
                 url: subject.url.to_string(),
             });
         }
-        let deadline = Instant::now() + self.inner.config.deadline;
+        let (stall, mut deadline) = (
+            self.inner.config.stall,
+            Instant::now() + self.inner.config.deadline,
+        );
         let mut url = subject.url.clone();
         let (mut failed, mut redirects) = (0, 0);
         loop {
@@ -291,15 +303,20 @@ impl HubClient {
                 .http
                 .request(method.clone(), url.clone())
                 .headers(self.with_token(&url, &headers));
-            if let Some(body) = body() {
+            let mut silence = stall;
+            if let Some((body, bytes)) = body() {
                 request = request.body(body);
+                let sending = Duration::from_secs(bytes / SLOWEST_UPLOAD);
+                silence = STALLS_OF_A_WRITE * stall + sending;
+                deadline += sending;
             }
-            let answer = tokio::time::timeout_at(deadline, request.send())
-                .await
-                .map_err(|elapsed| unreachable(subject.url, elapsed))?;
+            let until = deadline.min(Instant::now() + silence);
+            let answer = tokio::time::timeout_at(until, request.send()).await;
             let detour = match answer {
-                Err(error) => reconnect(error, failed, subject)?,
-                Ok(answer) => {
+                Err(elapsed) => reconnect(elapsed, failed, subject)?,
+                // The address it failed at may be a signed one.
+                Ok(Err(error)) => reconnect(error.without_url(), failed, subject)?,
+                Ok(Ok(answer)) => {
                     match decide(answer.status(), answer.headers(), &url, failed, subject)? {
                         None => return Ok(answer),
                         Some(detour) => detour,

@@ -17,10 +17,12 @@ pub struct HubConfig {
     pub offline: bool,
     /// The cache that `huggingface_hub` fills, read where it holds a file and never written.
     pub cache: Option<PathBuf>,
-    /// The longest one request may take until its body begins, waiting for a busy server included.
-    /// The Hub counts requests in windows of five minutes, so less gives up on a full window.
+    /// The longest one request may take until its body begins, waiting for a busy server included
+    /// and its own body not. The Hub counts requests in windows of five minutes, so less gives up
+    /// on a full window.
     pub deadline: Duration,
-    /// The longest a body may stay silent before it counts as broken off.
+    /// The longest a server may stay silent before its answer counts as broken off; after a body
+    /// was sent, four times that.
     pub stall: Duration,
 }
 

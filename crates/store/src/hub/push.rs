@@ -347,13 +347,10 @@ impl Push<'_> {
         let sending = async {
             let answer = self
                 .client
-                .send_with(subject, method, headers, || Some(body().0))
+                .send_with(subject, method, headers, || Some(body()))
                 .await?;
             let headers = answer.headers().clone();
-            let body = answer
-                .bytes()
-                .await
-                .map_err(|error| super::request::unreachable(url, error.without_url()))?;
+            let body = self.client.short_body(answer, url).await?;
             Ok((headers, body))
         };
         tokio::select! {

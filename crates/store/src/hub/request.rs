@@ -65,14 +65,13 @@ pub(crate) fn decide(
     Err(refusal(status, headers, subject))
 }
 
-/// Decides about a connection that failed.
+/// Decides about a connection that failed, or that no answer came by in time.
 pub(crate) fn reconnect(
-    error: reqwest::Error,
+    error: impl Into<BoxError>,
     failed: u32,
     subject: Subject<'_>,
 ) -> Result<Detour> {
-    // The address it failed at may be a signed one.
-    let otherwise = unreachable(subject.url, error.without_url());
+    let otherwise = unreachable(subject.url, error);
     if failed < TRIES {
         Ok(Detour::Wait {
             wait: backoff(failed),

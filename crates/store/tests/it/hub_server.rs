@@ -51,6 +51,8 @@ pub(crate) fn reply(
 /// A server on a free port of the loopback, one request per connection, and what it was asked.
 #[derive(Clone)]
 pub(crate) struct Server {
+    /// How long it lets every sixteenth of a body wait.
+    sip: Arc<Mutex<Duration>>,
     pub(crate) address: SocketAddr,
     pub(crate) asked: Arc<Mutex<Vec<Asked>>>,
 }
@@ -63,10 +65,12 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let (log, answer) = (Arc::clone(&asked), Arc::new(answer));
+        let sip = Arc::new(Mutex::new(Duration::ZERO));
+        let (log, answer, pause) = (Arc::clone(&asked), Arc::new(answer), Arc::clone(&sip));
         tokio::spawn(async move {
             while let Ok((mut connection, _)) = listener.accept().await {
                 let (log, answer) = (Arc::clone(&log), Arc::clone(&answer));
+                let pause = *pause.lock().expect("not poisoned");
                 tokio::spawn(async move {
                     let mut head = Vec::new();
                     while !head.ends_with(b"\r\n\r\n") {
@@ -76,7 +80,10 @@ impl Server {
                     let length = asked.headers.get("content-length");
                     let length = length.map_or(0, |length| length.parse().expect("a number"));
                     let mut body = vec![0; length];
-                    connection.read_exact(&mut body).await.expect("a body");
+                    for sip in body.chunks_mut((length / 16).max(1024)) {
+                        tokio::time::sleep(pause).await;
+                        connection.read_exact(sip).await.expect("a body");
+                    }
                     asked.body = body.into();
                     let before = {
                         let mut log = log.lock().expect("not poisoned");
@@ -96,7 +103,16 @@ impl Server {
                 });
             }
         });
-        Self { address, asked }
+        Self {
+            sip,
+            address,
+            asked,
+        }
+    }
+
+    /// From now on every body is taken slowly, in sixteen sips.
+    pub(crate) fn sip(&self, pause: Duration) {
+        *self.sip.lock().expect("not poisoned") = pause;
     }
 
     pub(crate) fn url(&self) -> String {

@@ -1,7 +1,9 @@
 //! Uploading a folder to a server that answers as the Hub does.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
-use updraft_store::hub::{PushOptions, RepoRef};
+use updraft_store::hub::{HubClient, HubConfig, PushOptions, RepoRef};
 use updraft_store::{CancelToken, Error, NoProgress, Result, sha256_hex};
 
 use crate::hub_server::{Asked, Reply, Server, TOKEN, reply};
@@ -166,4 +168,36 @@ async fn refusals_are_those_of_reading() {
         error.contains("no place for one of the files") && !error.contains(TOKEN),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn a_body_that_is_taken_slowly_arrives() {
+    const BYTES: usize = 128 << 10;
+    let storage = Server::start(|_, _| reply(200, &[], "")).await;
+    let (place, stall) = (storage.url(), Duration::from_millis(20));
+    storage.sip(3 * stall); // 960 ms for all of it, where an answer must come within 80 ms
+    let server = Server::start(move |asked, _| {
+        hub(asked, &|object| json!({ "oid": object["oid"], "size": object["size"], "actions": { "upload": { "href": format!("{place}/bucket/object") } } }))
+    })
+    .await;
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("model.bin"), vec![7; BYTES]).expect("written");
+    let client = HubClient::new(HubConfig {
+        endpoint: server.url(),
+        stall,
+        ..HubConfig::default()
+    })
+    .expect("a good endpoint");
+    let commit = client
+        .push_folder(
+            &RepoRef::dataset("owner/toy").expect("a name"),
+            folder.path(),
+            &PushOptions::default(),
+            &NoProgress,
+            &CancelToken::new(),
+        )
+        .await;
+    assert_eq!(commit.expect("pushed"), "c0ffee");
+    let stored: Vec<usize> = storage.asked().iter().map(|asked| asked.body.len()).collect();
+    assert_eq!(stored, [BYTES]);
 }
