@@ -163,6 +163,16 @@ pub enum Error {
         /// What would have been asked for.
         url: String,
     },
+    /// Offline, and what the cache of the Hub holds of a commit may not be all of it.
+    #[error(
+        "the cache has no listing of {repo} at {commit}, so a part of it may be missing; unset HF_HUB_OFFLINE, or set UPDRAFT_PARTIAL_CACHE=1 to take the files that are there"
+    )]
+    PartlyCached {
+        /// The repository.
+        repo: String,
+        /// The commit.
+        commit: String,
+    },
     /// The bytes changed while they were being read.
     #[error("{url} changed while it was read; run again to read the new version")]
     Changed {

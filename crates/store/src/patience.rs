@@ -161,9 +161,6 @@ mod tests {
             ..Patience::default()
         };
         let silent = ask(patience, "GET", HttpRequestBody::empty()).await;
-        assert_eq!(
-            silent.expect_err("silent").kind(),
-            HttpErrorKind::Timeout
-        );
+        assert_eq!(silent.expect_err("silent").kind(), HttpErrorKind::Timeout);
     }
 }

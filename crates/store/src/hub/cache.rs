@@ -49,23 +49,32 @@ impl Cache {
         Self { folder }
     }
 
-    /// A repository as far as it is here: the whole listing where there is one, else the files
-    /// that somebody has fetched.
-    pub(crate) fn resolve(&self, repo: &RepoRef) -> Option<ResolvedRepo> {
+    /// A repository by the listing of its commit; with `partial`, where there is no listing, the
+    /// files that somebody has fetched. `None` if nothing of it is here.
+    ///
+    /// # Errors
+    /// [`Error::PartlyCached`] without listing and without `partial`.
+    pub(crate) fn resolve(&self, repo: &RepoRef, partial: bool) -> Result<Option<ResolvedRepo>> {
         let folder = self.folder_of(repo);
-        let sha = commit(&folder, repo.revision())?;
-        let files = match tree(&folder, &sha) {
-            Some(files) => files,
-            None => {
-                tracing::warn!(%repo, sha, "the cache has no listing of this commit; taking the files that are there");
-                snapshot(&folder.join("snapshots").join(&sha))?
-            }
+        let Some(sha) = commit(&folder, repo.revision()) else {
+            return Ok(None);
         };
-        Some(ResolvedRepo {
-            repo: repo.clone(),
-            sha,
-            files,
-        })
+        let files = match tree(&folder, &sha) {
+            Some(files) => Some(files),
+            None if partial => {
+                tracing::warn!(%repo, sha, "the cache has no listing of this commit; taking the files that are there");
+                snapshot(&folder.join("snapshots").join(&sha))
+            }
+            None if folder.join("snapshots").join(&sha).is_dir() => {
+                return Err(Error::PartlyCached {
+                    repo: repo.to_string(),
+                    commit: sha,
+                });
+            }
+            None => None,
+        };
+        let repo = repo.clone();
+        Ok(files.map(|files| ResolvedRepo { repo, sha, files }))
     }
 
     /// Where a file of a commit lies, if it is here whole.

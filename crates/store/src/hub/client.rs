@@ -102,15 +102,15 @@ impl HubClient {
     ///
     /// # Errors
     /// [`Error::Gated`], [`Error::RepoNotFound`], [`Error::RevisionNotFound`], [`Error::Unauthenticated`],
-    /// [`Error::RateLimited`], [`Error::Offline`], [`Error::Unreachable`] or [`Error::UnexpectedAnswer`].
+    /// [`Error::RateLimited`], [`Error::Offline`], [`Error::PartlyCached`], [`Error::Unreachable`] or
+    /// [`Error::UnexpectedAnswer`].
     pub async fn resolve(&self, repo: &RepoRef) -> Result<ResolvedRepo> {
         let url = self.api(repo, "revision", repo.revision());
         if self.inner.config.offline {
-            let cached = self
-                .inner
-                .cache
-                .as_ref()
-                .and_then(|cache| cache.resolve(repo));
+            let cached = match &self.inner.cache {
+                Some(cache) => cache.resolve(repo, self.inner.config.partial_cache)?,
+                None => None,
+            };
             return cached.ok_or_else(|| Error::Offline { url: url.into() });
         }
         let (_, info): (_, RevisionInfo) = self.json(repo, url).await?;

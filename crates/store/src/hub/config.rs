@@ -17,6 +17,9 @@ pub struct HubConfig {
     pub offline: bool,
     /// The cache that `huggingface_hub` fills, read where it holds a file and never written.
     pub cache: Option<PathBuf>,
+    /// Offline, take the files of a commit that the cache holds without the commit's listing,
+    /// though somebody may have fetched a part of them only.
+    pub partial_cache: bool,
     /// The longest one request may take until its body begins, waiting for a busy server included
     /// and its own body not. The Hub counts requests in windows of five minutes, so less gives up
     /// on a full window.
@@ -33,6 +36,7 @@ impl Default for HubConfig {
             token: None,
             offline: false,
             cache: None,
+            partial_cache: false,
             deadline: Duration::from_secs(360),
             stall: Duration::from_secs(30),
         }
@@ -43,7 +47,8 @@ impl HubConfig {
     /// Reads `HF_ENDPOINT`, `HF_HUB_OFFLINE`, and the token from `HF_TOKEN`, the file
     /// `HF_TOKEN_PATH` or `$HF_HOME/token` (by default `~/.cache/huggingface/token`), in this
     /// order; the files are left alone when `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set. The cache is
-    /// `HF_HUB_CACHE` or `$HF_HOME/hub`, if there is such a folder.
+    /// `HF_HUB_CACHE` or `$HF_HOME/hub`, if there is such a folder; `UPDRAFT_PARTIAL_CACHE` sets
+    /// [`partial_cache`](Self::partial_cache).
     ///
     /// # Errors
     /// [`Error::Denied`] if a token file is there but cannot be read.
@@ -61,6 +66,7 @@ impl HubConfig {
         };
         let mut config = Self {
             offline: is_set("HF_HUB_OFFLINE"),
+            partial_cache: is_set("UPDRAFT_PARTIAL_CACHE"),
             ..Self::default()
         };
         if let Some(endpoint) = var("HF_ENDPOINT") {
@@ -174,9 +180,10 @@ mod tests {
         let config = config(&[
             ("HF_ENDPOINT", "http://127.0.0.1:1/"),
             ("HF_HUB_OFFLINE", "ON"),
+            ("UPDRAFT_PARTIAL_CACHE", "1"),
         ]);
         assert_eq!(config.endpoint, "http://127.0.0.1:1");
-        assert!(config.offline);
+        assert!(config.offline && config.partial_cache);
     }
 
     #[test]

@@ -148,7 +148,8 @@ fn asked_to_wait(headers: &HeaderMap) -> Option<Duration> {
         .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok());
     let seconds = window.or(retry_after)?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds))
+    // No seconds at all say nothing: asking again at once would be a loop without pause.
+    (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 fn backoff(failed: u32) -> Duration {
@@ -244,6 +245,7 @@ mod tests {
         };
         assert_eq!(waits(&[("ratelimit", "\"api\";r=0;t=55")]), 55.0);
         assert_eq!(waits(&[("retry-after", "7")]), 7.0);
+        assert_eq!(waits(&[("retry-after", "0")]), 0.25, "never at once");
         assert_eq!(
             waits(&[("retry-after", "Wed, 21 Oct 2026 07:28:00 GMT")]),
             0.25

@@ -43,12 +43,17 @@ fn cache() -> (tempfile::TempDir, PathBuf) {
     (cache, repo)
 }
 
-/// A client to whom no server will ever answer.
+/// A client to whom no server will ever answer, and who takes what is there.
 fn offline(cache: &Path) -> HubClient {
+    offline_with(cache, true)
+}
+
+fn offline_with(cache: &Path, partial_cache: bool) -> HubClient {
     let config = HubConfig {
         endpoint: "http://127.0.0.1:9".to_owned(),
         offline: true,
         cache: Some(cache.to_owned()),
+        partial_cache,
         ..HubConfig::default()
     };
     HubClient::new(config).expect("a client")
@@ -115,6 +120,18 @@ async fn offline_a_repository_is_what_was_fetched() {
         .await
         .expect_err("not cached");
     assert!(matches!(error, Error::Offline { .. }), "{error}");
+}
+
+/// Without a listing nobody knows what is missing: a set of a hundred shards of which one was
+/// fetched would be a set of one.
+#[tokio::test]
+async fn files_without_a_listing_are_refused_unless_asked_for() {
+    let (cache, _) = cache();
+    let client = offline_with(cache.path(), false);
+    let toy = RepoRef::model("owner/toy").expect("a name");
+    let error = client.resolve(&toy).await.expect_err("no listing");
+    assert!(matches!(error, Error::PartlyCached { .. }), "{error}");
+    assert!(error.to_string().contains("UPDRAFT_PARTIAL_CACHE=1"));
 }
 
 #[tokio::test]

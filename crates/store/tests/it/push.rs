@@ -198,6 +198,10 @@ async fn a_body_that_is_taken_slowly_arrives() {
         )
         .await;
     assert_eq!(commit.expect("pushed"), "c0ffee");
-    let stored: Vec<usize> = storage.asked().iter().map(|asked| asked.body.len()).collect();
+    let stored: Vec<usize> = storage
+        .asked()
+        .iter()
+        .map(|asked| asked.body.len())
+        .collect();
     assert_eq!(stored, [BYTES]);
 }
