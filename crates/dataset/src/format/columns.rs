@@ -52,11 +52,14 @@ impl Columns<'_> {
         let system = self
             .take_text(&["system", "system_prompt"])?
             .filter(|system| !system.is_empty());
-        let has_system = messages
-            .first()
-            .is_some_and(|first| first.role == updraft_chat::Role::System);
-        if let Some(system) = system.filter(|_| !has_system) {
-            messages.insert(0, Message::system(system));
+        let first = (messages.first()).filter(|first| first.role == updraft_chat::Role::System);
+        match (system, first) {
+            (None, _) => {}
+            (Some(system), None) => messages.insert(0, Message::system(system)),
+            (Some(system), Some(first)) if is_text(first, &system) => {}
+            (Some(_), Some(_)) => {
+                return Err("column system is not what the system message says".to_owned());
+            }
         }
         if messages.is_empty() {
             return Err("no messages".to_owned());
@@ -114,6 +117,12 @@ pub(super) fn find<'a>(row: &'a Map<String, Value>, names: &[&str]) -> Option<&'
                 .find_map(filled)
         })
     })
+}
+
+/// Whether a message says this and nothing else.
+fn is_text(message: &Message, text: &str) -> bool {
+    let said: String = message.content.texts().collect();
+    said.trim() == text.trim()
 }
 
 /// Whether one of these columns holds text.

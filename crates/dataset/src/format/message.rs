@@ -63,13 +63,18 @@ pub(super) fn plain_role(word: &str) -> Option<Role> {
 
 fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(), String> {
     if is_keyed_turn(&fields) {
+        let before = messages.len();
         for key in TURN_KEYS {
-            if let Some(Value::String(text)) = fields.get_mut(key) {
-                messages.push(Message::new(
-                    role(key).unwrap_or_default(),
-                    std::mem::take(text),
-                ));
+            match fields.get_mut(key).map(Value::take) {
+                None | Some(Value::Null) => {}
+                Some(Value::String(text)) => {
+                    messages.push(Message::new(role(key).unwrap_or_default(), text));
+                }
+                Some(_) => return Err(format!("has under {key} what is not text")),
             }
+        }
+        if messages.len() == before {
+            return Err("has no content".to_owned());
         }
         return Ok(());
     }
@@ -122,7 +127,7 @@ fn weight(fields: &Map<String, Value>) -> Result<Option<f32>, String> {
     {
         return Err("has train_detail, which is not supported: use train or weight".to_owned());
     }
-    if let Some(Value::Bool(train)) = fields.get("train") {
+    if let Some(train) = trained(fields)? {
         return Ok((!train).then_some(0.0));
     }
     match fields.get("weight").or(fields.get("loss_weight")) {
@@ -134,29 +139,49 @@ fn weight(fields: &Map<String, Value>) -> Result<Option<f32>, String> {
     }
 }
 
-/// OpenAI's `tool_calls`, or the `function_call` it had before.
-fn tool_calls(fields: &mut Map<String, Value>) -> Result<Option<Vec<ToolCall>>, String> {
-    let given = match (
-        fields.get_mut("tool_calls").map(Value::take),
-        fields.get_mut("function_call").map(Value::take),
-    ) {
-        (Some(Value::Array(calls)), _) if calls.is_empty() => return Ok(None),
-        (Some(Value::Array(calls)), _) => calls,
-        (_, Some(call @ Value::Object(_))) => vec![call],
-        _ => return Ok(None),
-    };
-    given
-        .into_iter()
-        .map(call)
-        .collect::<Result<_, _>>()
-        .map(Some)
+/// What `train` says, in JSON's words or in those of a table that has none for true and false.
+fn trained(fields: &Map<String, Value>) -> Result<Option<bool>, String> {
+    let odd = || "has a train that is neither true nor false".to_owned();
+    match fields.get("train") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(train)) => Ok(Some(*train)),
+        Some(Value::Number(number)) if number.as_f64() == Some(0.0) => Ok(Some(false)),
+        Some(Value::Number(number)) if number.as_f64() == Some(1.0) => Ok(Some(true)),
+        Some(Value::String(word)) => match &*word.to_ascii_lowercase() {
+            "true" | "1" => Ok(Some(true)),
+            "false" | "0" => Ok(Some(false)),
+            _ => Err(odd()),
+        },
+        Some(_) => Err(odd()),
+    }
 }
 
-/// The calls in the text of a `function_call` turn: an object or a list of them.
+/// OpenAI's `tool_calls`, or the `function_call` it had before, each as JSON or as its text.
+fn tool_calls(fields: &mut Map<String, Value>) -> Result<Option<Vec<ToolCall>>, String> {
+    let mut given = Vec::new();
+    for key in ["tool_calls", "function_call"] {
+        let calls = match fields.get_mut(key).map(Value::take) {
+            None | Some(Value::Null) => continue,
+            Some(Value::String(text)) if text.trim().is_empty() => continue,
+            Some(Value::String(text)) => calls(&text)?,
+            Some(Value::Array(list)) => list.into_iter().map(call).collect::<Result<_, _>>()?,
+            Some(one @ Value::Object(_)) => vec![call(one)?],
+            Some(_) => return Err(format!("has {key} that are no calls")),
+        };
+        if !given.is_empty() && !calls.is_empty() {
+            return Err("has both tool_calls and function_call".to_owned());
+        }
+        given.extend(calls);
+    }
+    Ok((!given.is_empty()).then_some(given))
+}
+
+/// The calls in a text: an object or a list of them.
 fn calls(text: &str) -> Result<Vec<ToolCall>, String> {
     match serde_json::from_str(text) {
         Ok(Value::Array(list)) => list.into_iter().map(call).collect(),
         Ok(one @ Value::Object(_)) => Ok(vec![call(one)?]),
+        Ok(Value::Null) => Ok(Vec::new()),
         _ => Err("has a function call that is not JSON".to_owned()),
     }
 }
@@ -199,7 +224,7 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
         let Value::Object(mut fields) = part else {
             return Err("has a part that is not an object".to_owned());
         };
-        if fields.get("train") == Some(&Value::Bool(false)) {
+        if trained(&fields)? == Some(false) {
             return Err("has a part that is not trained, which is not supported: use train or weight on the message".to_owned());
         }
         let kind = fields

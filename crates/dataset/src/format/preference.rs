@@ -1,7 +1,7 @@
 //! Preferences: a chosen and a rejected answer, or one answer with a verdict.
 
 use serde_json::{Map, Value};
-use updraft_chat::{Message, Role};
+use updraft_chat::{Content, Message, Role};
 
 use super::Format;
 use super::columns::{Columns, find};
@@ -73,7 +73,7 @@ fn judged(columns: &mut Columns<'_>) -> Result<(Vec<Message>, Vec<Message>), Str
 fn pair(columns: &mut Columns<'_>) -> Result<(Vec<Message>, [Vec<Message>; 2]), String> {
     let prompt = match columns.take(&CONVERSATION) {
         Some(list) => Some(messages(list)?),
-        None if find(columns.0, &PROMPT).is_some() => Some(turn(columns, &PROMPT, Message::user)?),
+        None if find(columns.0, &PROMPT).is_some() => Some(asked(columns)?),
         None => None,
     };
     let mut chosen = answer(columns, "chosen")?;
@@ -96,7 +96,40 @@ fn pair(columns: &mut Columns<'_>) -> Result<(Vec<Message>, [Vec<Message>; 2]), 
                 .to_owned(),
         );
     }
+    if shared == 0
+        && [&chosen, &rejected]
+            .into_iter()
+            .any(|answer| repeats(answer, &prompt))
+    {
+        return Err("an answer repeats the prompt, and not as the prompt has it".to_owned());
+    }
     Ok((prompt, [chosen, rejected]))
+}
+
+/// The prompt of its own column: a text, messages, or a transcript that the answer goes on with.
+fn asked(columns: &mut Columns<'_>) -> Result<Vec<Message>, String> {
+    let mut prompt = turn(columns, &PROMPT, Message::user)?;
+    if let [only] = &prompt[..]
+        && let Content::Text(text) = &only.content
+        && let Some(turns) = transcript(text)
+    {
+        prompt = turns;
+        let is_open = |last: &mut Message| last.content == Content::Text(String::new());
+        prompt.pop_if(|last| last.role == Role::Assistant && is_open(last));
+    }
+    Ok(prompt)
+}
+
+/// Whether an answer begins with another's turn, or with the text of the prompt and a line's end.
+fn repeats(answer: &[Message], prompt: &[Message]) -> bool {
+    let text = |message: &Message| message.content.texts().collect::<String>();
+    let (Some(first), Some(last)) = (answer.first(), prompt.last()) else {
+        return false;
+    };
+    let after = text(first);
+    let after = after.strip_prefix(text(last).trim_end());
+    matches!(first.role, Role::User | Role::System)
+        || (last.role == Role::User && after.is_some_and(|after| after.starts_with('\n')))
 }
 
 fn answer(columns: &mut Columns<'_>, name: &str) -> Result<Vec<Message>, String> {

@@ -288,6 +288,126 @@ fn reasons_name_what_is_wrong() {
     );
 }
 
+#[test]
+fn calls_come_as_json_or_as_its_text() {
+    let call =
+        json!([{ "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } }]);
+    let bare = json!({ "name": "f", "arguments": "{\"x\": 1}" });
+    for (key, given) in [
+        ("tool_calls", call.clone()),
+        ("tool_calls", call[0].clone()),
+        ("tool_calls", Value::String(call.to_string())),
+        ("function_call", bare.clone()),
+        ("function_call", Value::String(bare.to_string())),
+    ] {
+        let mut turn = json!({ "role": "assistant", "content": "b" });
+        turn[key] = given;
+        check(
+            json!({ "messages": [{ "role": "user", "content": "a" }, turn] }),
+            "openai",
+            json!({ "messages": [{ "role": "user", "content": "a" }, { "role": "assistant", "content": "b", "tool_calls": call }] }),
+        );
+    }
+    let with = |key: &str, given: Value| {
+        let mut turn = json!({ "role": "assistant", "content": "b" });
+        turn[key] = given;
+        json!({ "messages": [turn] })
+    };
+    check_reason(
+        "openai",
+        with("tool_calls", json!(7)),
+        "message 0 has tool_calls that are no calls",
+    );
+    check_reason(
+        "openai",
+        with("function_call", json!("f(1)")),
+        "message 0 has a function call that is not JSON",
+    );
+    let mut both = with("tool_calls", call);
+    both["messages"][0]["function_call"] = bare;
+    check_reason(
+        "openai",
+        both,
+        "message 0 has both tool_calls and function_call",
+    );
+}
+
+#[test]
+fn what_is_not_trained_is_said_in_several_words() {
+    for no in [
+        json!(false),
+        json!(0),
+        json!(0.0),
+        json!("false"),
+        json!("False"),
+    ] {
+        check(
+            json!({ "messages": [{ "role": "assistant", "content": "b", "train": no }] }),
+            "openai",
+            json!({ "messages": [{ "role": "assistant", "content": "b", "weight": 0.0 }] }),
+        );
+    }
+    check_reason(
+        "openai",
+        json!({ "messages": [{ "role": "assistant", "content": "b", "train": "perhaps" }] }),
+        "message 0 has a train that is neither true nor false",
+    );
+}
+
+#[test]
+fn nothing_that_is_said_is_passed_over() {
+    check_reason(
+        "sharegpt",
+        json!({ "messages": [{ "user": "a", "assistant": ["b", "c"] }] }),
+        "message 0 has under assistant what is not text",
+    );
+    check_reason(
+        "sharegpt",
+        json!({ "messages": [{ "user": null }] }),
+        "message 0 has no content",
+    );
+    let with_system = |column: &str| json!({ "system": column, "messages": [{ "role": "system", "content": "s" }, { "role": "user", "content": "a" }] });
+    check_reason(
+        "openai",
+        with_system("another"),
+        "column system is not what the system message says",
+    );
+    for same in ["s", " s\n", ""] {
+        check(
+            with_system(same),
+            "openai",
+            json!({ "messages": [{ "role": "system", "content": "s" }, { "role": "user", "content": "a" }] }),
+        );
+    }
+}
+
+#[test]
+fn a_prompt_is_not_asked_twice() {
+    let repeated = "an answer repeats the prompt, and not as the prompt has it";
+    let turns = |answer: &str| json!([{ "role": "user", "content": "a?" }, { "role": "assistant", "content": answer }]);
+    for row in [
+        json!({ "prompt": "a", "chosen": turns("b"), "rejected": turns("c") }),
+        json!({ "prompt": "a", "chosen": "a\nb", "rejected": "a\nc" }),
+        json!({ "prompt": "a", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c" }),
+    ] {
+        check_reason("preference", row, repeated);
+    }
+    let transcript = "\n\nHuman: a\n\nAssistant:";
+    check_preference(
+        json!({ "prompt": transcript, "chosen": " b", "rejected": " c" }),
+        [&["a"], &[" b"], &[" c"]],
+    );
+    let whole = |answer: &str| format!("{transcript} {answer}");
+    check_preference(
+        json!({ "prompt": transcript, "chosen": whole("b"), "rejected": whole("c") }),
+        [&["a"], &["b"], &["c"]],
+    );
+    check_preference(
+        json!({ "prompt": "a", "chosen": "abc", "rejected": "a" }),
+        [&["a"], &["abc"], &["a"]],
+    );
+}
+
 /// Templates see the media of a row under the names they have beside the messages.
 #[test]
 fn media_columns_travel_to_the_template() {
