@@ -230,7 +230,7 @@ impl Pretokenize<'_> {
         let bytes = self.standardized.read(&input.object).await?;
         let name = self.standardized.path(&input.object.path);
         let tokenize = Arc::clone(&self.tokenize);
-        let mut chunks = rows::tokenized(bytes, name, tokenize, self.cancel.clone());
+        let mut chunks = rows::tokenized(bytes, name.clone(), tokenize, self.cancel.clone());
         let (examples, shard) = write::shard(Arc::clone(&self.tokenize));
         let (mut tally, mut row) = (Tally::default(), input.first_row);
         while let Some(chunk) = chunks.try_next().await? {
@@ -246,6 +246,12 @@ impl Pretokenize<'_> {
         }
         drop(examples);
         let shard = shard.await.map_err(Error::internal)??;
+        let (found, listed) = (row - input.first_row, input.object.rows.unwrap_or(0));
+        if found != listed {
+            let problem =
+                format!("it has {found} rows where its manifest lists {listed}: import it again");
+            return Err(Error::corrupt(name, problem));
+        }
         self.write(input.index, shard, tally).await
     }
 

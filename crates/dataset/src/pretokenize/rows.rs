@@ -6,7 +6,7 @@ use arrow_array::cast::AsArray;
 use arrow_array::{Array as _, RecordBatch};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream};
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tokio::sync::mpsc;
 use updraft_store::CancelToken;
@@ -29,22 +29,42 @@ pub(super) fn tokenized(
     cancel: CancelToken,
 ) -> BoxStream<'static, Result<Outcomes>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let (sender, mut chunks) = mpsc::channel(cores);
     let reading = Arc::clone(&tokenize);
-    tokio::task::spawn_blocking(move || decode(bytes, &name, &reading, &sender));
-    stream::poll_fn(move |context| chunks.poll_recv(context))
-        .map_ok(move |chunk| {
-            let (tokenize, cancel) = (Arc::clone(&tokenize), cancel.clone());
-            async move {
-                cancel.check()?;
-                let work = move || tokenize_chunk(&chunk, &tokenize);
-                tokio::task::spawn_blocking(work)
-                    .await
-                    .map_err(Error::internal)
-            }
-        })
-        .try_buffered(cores + 1) // one to take while the others are made
-        .boxed()
+    ahead(cores, move |sender| {
+        decode(bytes, &name, &reading, sender);
+    })
+    .map_ok(move |chunk| {
+        let (tokenize, cancel) = (Arc::clone(&tokenize), cancel.clone());
+        async move {
+            cancel.check()?;
+            let work = move || tokenize_chunk(&chunk, &tokenize);
+            tokio::task::spawn_blocking(work)
+                .await
+                .map_err(Error::internal)
+        }
+    })
+    .try_buffered(cores + 1) // one to take while the others are made
+    .boxed()
+}
+
+/// What a thread of its own sends, `most` things ahead; then the panic that ended it, if one did:
+/// its end must not look like the end of what there was to send.
+fn ahead<T: Send + 'static>(
+    most: usize,
+    send: impl FnOnce(&mpsc::Sender<Result<T>>) + Send + 'static,
+) -> impl Stream<Item = Result<T>> + Send {
+    let (sender, received) = mpsc::channel(most);
+    let thread = tokio::task::spawn_blocking(move || send(&sender));
+    stream::unfold(Some((received, thread)), |open| async {
+        let (mut received, thread) = open?;
+        match received.recv().await {
+            Some(sent) => Some((sent, Some((received, thread)))),
+            None => thread
+                .await
+                .err()
+                .map(|panic| (Err(Error::internal(panic)), None)),
+        }
+    })
 }
 
 /// Sends the chunks until there is none, or nobody to take them.
@@ -90,4 +110,31 @@ fn tokenize_chunk(chunk: &RecordBatch, tokenize: &Tokenize) -> Outcomes {
     (0..chunk.num_rows())
         .map(|row| tokenize.row(std::array::from_fn(|column| cell(column, row))))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_no_end() {
+        let sent: Vec<Result<u32>> = ahead(2, |sender| {
+            for i in 0..3 {
+                sender.blocking_send(Ok(i)).expect("wanted");
+            }
+            panic!("a decoder gave up");
+        })
+        .collect()
+        .await;
+        assert!(
+            matches!(sent[..], [Ok(0), Ok(1), Ok(2), Err(Error::Internal(_))]),
+            "{sent:?}"
+        );
+        let calm: Vec<Result<u32>> = ahead(2, |sender| {
+            sender.blocking_send(Ok(7)).expect("wanted");
+        })
+        .collect()
+        .await;
+        assert!(matches!(calm[..], [Ok(7)]), "{calm:?}");
+    }
 }
