@@ -1,9 +1,11 @@
 //! Which of a folder's, prefix's or repository's files are meant: by its card, or by their names.
 
+use std::collections::{BTreeMap, HashSet};
+
 use super::card;
 use super::files::Kind;
 use super::resolve::SourceOptions;
-use super::split::{files_of_split, missing_shard};
+use super::split::{files_of_split, is_description, missing_shard};
 use crate::{Error, Result};
 
 /// The data files of the split, or an error that says what was expected. `card` is the text of the
@@ -18,11 +20,7 @@ pub(super) fn choose<'a>(
         spec: spec.to_owned(),
         expected,
     };
-    let data: Vec<&str> = names
-        .iter()
-        .copied()
-        .filter(|name| Kind::of(name).is_some())
-        .collect();
+    let data: Vec<&str> = names.iter().copied().filter(|name| is_data(name)).collect();
     if data.is_empty() {
         return Err(missing(
             ".jsonl .ndjson .json .parquet .arrow .csv .tsv .txt, each but Parquet also as .gz or .zst".to_owned(),
@@ -53,12 +51,58 @@ pub(super) fn choose<'a>(
             )
         }));
     }
+    let chosen = of_one_family(spec, chosen);
+    if let Some([one, other]) = twice(&chosen) {
+        return Err(missing(format!(
+            "one of {one} and {other}, which by their names hold the same rows; give one alone"
+        )));
+    }
     match missing_shard(&chosen) {
         Some(shard) => Err(missing(format!(
             "{shard}, which is not there; fetch the rest"
         ))),
         None => Ok(chosen),
     }
+}
+
+/// Whether a file can hold rows of a dataset, by its name.
+pub(super) fn is_data(name: &str) -> bool {
+    Kind::of(name).is_some() && !is_description(name)
+}
+
+/// The files of the commonest family of kinds, as `datasets` has it: the others are the same rows
+/// in another form, or none.
+fn of_one_family<'a>(spec: &str, names: Vec<&'a str>) -> Vec<&'a str> {
+    let family = |name: &&str| Kind::of(name).map(|(kind, _)| kind.family());
+    let mut counts = BTreeMap::new();
+    for name in &names {
+        *counts.entry(family(name)).or_insert(0_usize) += 1;
+    }
+    let commonest = counts
+        .iter()
+        .max_by_key(|(family, count)| (**count, **family));
+    let Some(commonest) = commonest.map(|(family, _)| *family) else {
+        return names;
+    };
+    let (taken, left): (Vec<_>, Vec<_>) = names
+        .into_iter()
+        .partition(|name| family(name) == commonest);
+    if let Some(first) = left.first() {
+        tracing::warn!(spec, files = left.len(), first, family = ?commonest, "files of another kind than most are left out");
+    }
+    taken
+}
+
+/// Two files whose names differ in nothing but the endings that tell their kinds.
+fn twice<'a>(names: &[&'a str]) -> Option<[&'a str; 2]> {
+    let mut stems = BTreeMap::new();
+    names.iter().find_map(|name| {
+        let packed = [".gz", ".zst"]
+            .iter()
+            .find_map(|end| name.strip_suffix(end));
+        let stem = packed.unwrap_or(name).rsplit_once('.')?.0;
+        stems.insert(stem, *name).map(|other| [other, *name])
+    })
 }
 
 /// The files that a configuration gives to a split, each once, in the order of its patterns.
@@ -75,17 +119,13 @@ fn by_config<'a>(config: &card::Config, data: &[&'a str], split: &str) -> Vec<&'
             .collect();
         return files_of_split(&within, split);
     };
-    let mut chosen: Vec<&str> = Vec::new();
+    let (mut chosen, mut seen) = (Vec::new(), HashSet::new());
     for pattern in patterns {
         let fitting = data
             .iter()
             .copied()
             .filter(|name| card::fits(&pattern, name));
-        for name in fitting.collect::<Vec<_>>() {
-            if !chosen.contains(&name) {
-                chosen.push(name);
-            }
-        }
+        chosen.extend(fitting.filter(|name| seen.insert(*name)));
     }
     chosen
 }

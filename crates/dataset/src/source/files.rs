@@ -54,6 +54,16 @@ pub(crate) enum Kind {
     Arrow,
 }
 
+/// Kinds of files that a dataset may mix; of two that are as common the later one is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Family {
+    Text,
+    Arrow,
+    Csv,
+    Json,
+    Parquet,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     None,
@@ -62,6 +72,17 @@ pub(crate) enum Compression {
 }
 
 impl Kind {
+    /// Kinds of one family belong together: `datasets` reads them by one module.
+    pub(super) fn family(self) -> Family {
+        match self {
+            Self::Parquet => Family::Parquet,
+            Self::JsonLines | Self::Json => Family::Json,
+            Self::Csv { .. } => Family::Csv,
+            Self::Arrow => Family::Arrow,
+            Self::Text => Family::Text,
+        }
+    }
+
     /// What a file of this name holds, or `None` if it is no data file.
     pub(crate) fn of(name: &str) -> Option<(Self, Compression)> {
         let name = name.to_ascii_lowercase();

@@ -1,5 +1,6 @@
 //! Datasets on the Hugging Face Hub, read where they lie.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
@@ -7,7 +8,7 @@ use serde_json::json;
 use updraft_store::hub::{HubClient, RepoFile, RepoRef, ResolvedRepo};
 
 use super::card::CARD;
-use super::choose::choose;
+use super::choose::{choose, is_data};
 use super::files::{DataFile, Files, Kind};
 use super::resolve::SourceOptions;
 use crate::location::{Location, Remote};
@@ -33,7 +34,7 @@ impl Files {
     ///
     /// The dataset card's `configs` say which files these are, or else the files' names. A
     /// repository without a file we read, such as one with a loading script, is taken from
-    /// the Hub's own Parquet export, if that is whole or a part of it is asked for.
+    /// the Hub's own Parquet export of `main`, if that is whole or a part of it is asked for.
     ///
     /// # Errors
     /// [`Error::NoDataFiles`] if there are none, and the Hub's errors.
@@ -43,7 +44,7 @@ impl Files {
         options: &SourceOptions,
     ) -> Result<Self> {
         let resolved = client.resolve(repo).await?;
-        if resolved.files.iter().any(is_data) {
+        if resolved.files.iter().any(|file| is_data(&file.path)) {
             let names: Vec<&str> = resolved
                 .files
                 .iter()
@@ -53,14 +54,19 @@ impl Files {
             let chosen = choose(repo.id(), &names, card.as_deref(), options)?;
             return Ok(take(client, &resolved, &chosen));
         }
+        if repo.revision() != SourceOptions::default().revision {
+            return Err(Error::NoDataFiles {
+                spec: repo.to_string(),
+                expected: format!(
+                    "one at the revision {}: the Hub exports main only; take main, or a revision with data files",
+                    repo.revision()
+                ),
+            });
+        }
         let converted = client.resolve(&repo.clone().at(CONVERTED)).await?;
         let chosen = exported(&converted, options)?;
         Ok(take(client, &converted, &chosen))
     }
-}
-
-fn is_data(file: &RepoFile) -> bool {
-    Kind::of(&file.path).is_some()
 }
 
 /// The text of the dataset card.
@@ -119,8 +125,11 @@ fn take(client: &HubClient, repo: &ResolvedRepo, chosen: &[&str]) -> Files {
         ..repo.clone()
     });
     let (mut files, mut identities) = (Vec::new(), Vec::new());
+    let by_name: HashMap<&str, &RepoFile> = (repo.files.iter())
+        .map(|file| (file.path.as_str(), file))
+        .collect();
     for name in chosen {
-        let found = repo.files.iter().find(|file| file.path == *name);
+        let found = by_name.get(name).copied();
         let (Some(file), Some((kind, compression))) = (found, Kind::of(name)) else {
             continue;
         };

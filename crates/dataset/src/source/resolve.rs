@@ -1,5 +1,6 @@
 //! From what a person types to a [`Files`] source: paths, folders, store URLs, Hub names.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -206,12 +207,8 @@ impl Files {
         };
         let card = card.map(|card| String::from_utf8_lossy(&card).into_owned());
         let chosen = choose(&url, &names, card.as_deref(), options)?;
-        let object = |name: &&str| {
-            names
-                .iter()
-                .position(|other| other == name)
-                .map(|at| &found[at])
-        };
+        let by_name: HashMap<&str, &ObjectInfo> = names.iter().copied().zip(&found).collect();
+        let object = |name: &&str| by_name.get(name).copied();
         Ok(objects(store, &url, chosen.iter().filter_map(object)))
     }
 }

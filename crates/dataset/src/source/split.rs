@@ -1,6 +1,8 @@
 //! Which of a repository's or folder's files belong to a split, by their names, as
 //! `datasets` infers it.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 /// The words a file or folder name may carry for a split.
 const KEYWORDS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
@@ -10,17 +12,31 @@ const KEYWORDS: [(&str, &[&str]); 3] = [
 
 /// Files that describe a dataset but hold none of it.
 const NO_DATA: [&str; 5] = [
-    "README.md",
     "config.json",
+    "dataset_dict.json",
     "dataset_info.json",
     "dataset_infos.json",
-    "dataset_dict.json",
+    "state.json",
+];
+
+/// Texts about a dataset, by the word that their names begin with.
+const ABOUT: [&str; 9] = [
+    "authors",
+    "changelog",
+    "citation",
+    "copying",
+    "licence",
+    "license",
+    "notice",
+    "readme",
+    "requirements",
 ];
 
 /// The files of `split`, in the given order.
 ///
 /// A name of the form `data/train-00000-of-00003.parquet` decides; else a keyword between
-/// separators in a file or folder name; else every file is `train`.
+/// separators in the file's name, or else in that of the nearest folder with one; else every
+/// file is `train`.
 pub(super) fn files_of_split<'a>(names: &[&'a str], split: &str) -> Vec<&'a str> {
     let names: Vec<&str> = names
         .iter()
@@ -47,20 +63,34 @@ pub(super) fn files_of_split<'a>(names: &[&'a str], split: &str) -> Vec<&'a str>
 
 /// A file that names of the form `train-00000-of-00003` promise and that is not among them.
 pub(super) fn missing_shard(names: &[&str]) -> Option<String> {
-    names.iter().find_map(|name| {
-        let (before, number, total, after) = shard_number(name)?;
-        let sibling = |index: u64| {
-            let width = number.len();
-            format!("{before}-{index:0width$}-of-{total}")
+    let mut sets: BTreeMap<(&str, &str), Set<'_>> = BTreeMap::new();
+    for name in names {
+        let Some((before, number, total, after)) = shard_number(name) else {
+            continue;
         };
-        let is_there =
-            |sibling: &String| names.iter().any(|name| name.starts_with(sibling.as_str()));
-        let total: u64 = total.parse().ok()?;
-        let lacking = (0..total.min(MOST_SHARDS))
-            .map(sibling)
-            .find(|name| !is_there(name))?;
-        Some(format!("{lacking}{after}"))
+        let set = sets.entry((before, total)).or_insert(Set {
+            after,
+            width: number.len(),
+            there: BTreeSet::new(),
+        });
+        set.there.extend(number.parse::<u64>());
+    }
+    sets.into_iter().find_map(|((before, total), set)| {
+        let promised = total.parse().unwrap_or(u64::MAX).min(MOST_SHARDS);
+        let lacking = (0..promised).find(|index| !set.there.contains(index))?;
+        let width = set.width;
+        Some(format!(
+            "{before}-{lacking:0width$}-of-{total}{}",
+            set.after
+        ))
     })
+}
+
+/// The shards of one set that are there, and how their names are written.
+struct Set<'a> {
+    after: &'a str,
+    width: usize,
+    there: BTreeSet<u64>,
 }
 
 /// More shards than any repository has.
@@ -77,9 +107,12 @@ fn shard_number(name: &str) -> Option<(&str, &str, &str, &str)> {
     (is_number(number) && is_number(total)).then_some((before, number, total, after))
 }
 
-fn is_description(name: &str) -> bool {
-    let file = name.rsplit('/').next().unwrap_or(name);
-    NO_DATA.contains(&file)
+/// Whether a file only says something about a dataset, or is hidden.
+pub(super) fn is_description(name: &str) -> bool {
+    let file = name.rsplit('/').next().unwrap_or(name).to_ascii_lowercase();
+    let word = file.split(|c: char| !c.is_ascii_alphabetic()).next();
+    NO_DATA.contains(&&*file)
+        || (file.ends_with(".txt") && word.is_some_and(|word| ABOUT.contains(&word)))
         || name
             .split('/')
             .any(|part| part.starts_with('.') || part.starts_with("__"))
@@ -95,13 +128,16 @@ fn sharded_split(file: &str) -> Option<&str> {
     (of == "of" && number(total) && number(index)).then_some(split)
 }
 
+/// The split that the file's name speaks of, or else the nearest folder's that speaks of one.
 fn keyword_split(name: &str) -> Option<&'static str> {
-    let name = name.to_ascii_lowercase();
-    let words = || name.split(|c: char| !c.is_ascii_alphabetic());
-    KEYWORDS
-        .iter()
-        .find(|(_, keywords)| words().any(|word| keywords.contains(&word)))
-        .map(|(split, _)| *split)
+    name.rsplit('/').find_map(|part| {
+        let part = part.to_ascii_lowercase();
+        let words = || part.split(|c: char| !c.is_ascii_alphabetic());
+        KEYWORDS
+            .iter()
+            .find(|(_, keywords)| words().any(|word| keywords.contains(&word)))
+            .map(|(split, _)| *split)
+    })
 }
 
 #[cfg(test)]
@@ -150,6 +186,19 @@ mod tests {
     }
 
     #[test]
+    fn many_shards_are_looked_at_once() {
+        let names: Vec<String> = (0..50_000)
+            .map(|shard| format!("train-{shard:05}-of-50001.parquet"))
+            .collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let started = std::time::Instant::now();
+        let missing = missing_shard(&names);
+        assert_eq!(missing.as_deref(), Some("train-50000-of-50001.parquet"));
+        // Were each name looked for among all, this would take hours.
+        assert!(started.elapsed().as_secs() < 30);
+    }
+
+    #[test]
     fn keywords_in_files_and_folders() {
         check(
             &["gsm8k_train.jsonl", "gsm8k_test.jsonl"],
@@ -162,6 +211,10 @@ mod tests {
             &["val/a.json"],
         );
         check(&["eval.csv", "train.csv"], "test", &["eval.csv"]);
+        let nested = ["training_data/test.jsonl", "training_data/all.jsonl"];
+        check(&nested, "test", &nested[..1]);
+        check(&nested, "train", &nested[1..]);
+        check(&["test/train/a.csv"], "train", &["test/train/a.csv"]);
         check(
             &["constraint.json", "brain.json"],
             "train",
@@ -177,9 +230,12 @@ mod tests {
                 "b/c.parquet",
                 ".git/x.json",
                 "dataset_infos.json",
+                "LICENSE.txt",
+                "docs/requirements-dev.txt",
+                "licensed.txt",
             ],
             "train",
-            &["a.parquet", "b/c.parquet"],
+            &["a.parquet", "b/c.parquet", "licensed.txt"],
         );
         check(&["a.parquet"], "test", &[]);
     }

@@ -171,3 +171,35 @@ async fn a_source_that_changes_is_noticed() {
         );
     }
 }
+
+/// Resolves a folder of files with these names, each a row of its own name.
+async fn chosen(names: &[&str]) -> Result<Vec<String>, Error> {
+    let store = Store::memory();
+    for name in names {
+        let row = match name.rsplit_once('.') {
+            Some((_, "csv")) => format!("text\n{name}\n"),
+            Some((_, "txt")) => format!("{name}\n"),
+            _ => content(name, name),
+        };
+        store.put(name, row.into()).await.expect("put");
+    }
+    let files = Files::in_store(&store, "", &options(None, "train")).await?;
+    Ok(texts(&files).await)
+}
+
+#[tokio::test]
+async fn the_commonest_kind_of_file_is_the_dataset() {
+    for (names, expected) in [
+        (&["train.csv", "train.jsonl"][..], &["train.jsonl"][..]),
+        (&["a.csv", "b.csv", "c.jsonl"], &["a.csv", "b.csv"]),
+        (&["a.json", "b.jsonl", "c.txt"], &["a.json", "b.jsonl"]),
+        (&["LICENSE.txt", "notes.txt"], &["notes.txt"]),
+    ] {
+        assert_eq!(chosen(names).await.expect("found"), expected, "{names:?}");
+    }
+    let err = chosen(&["a.json", "a.jsonl"]).await.expect_err("twice");
+    let err = err.to_string();
+    assert!(err.contains("one of a.json and a.jsonl"), "{err}");
+    let err = chosen(&["LICENSE.txt"]).await.expect_err("no rows");
+    assert!(matches!(err, Error::NoDataFiles { .. }), "{err}");
+}

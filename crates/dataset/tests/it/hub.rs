@@ -118,7 +118,14 @@ async fn the_files_of_the_split_are_read_at_one_commit() {
 #[tokio::test]
 async fn a_repository_of_scripts_is_read_from_the_hubs_export() {
     let server = MockServer::start().await;
-    serve(&server, "main", &[("set.py", "import datasets".to_owned())]).await;
+    let script = [
+        ("set.py", "import datasets".to_owned()),
+        ("dataset_infos.json", "{}".to_owned()),
+        ("requirements.txt", "nltk".to_owned()),
+        ("LICENSE.txt", "as is".to_owned()),
+    ];
+    serve(&server, "main", &script).await;
+    serve(&server, "v1.0", &script[..1]).await;
     let whole = [
         ("default/train/0000.jsonl", lines(0..3)),
         ("default/partial-test/0000.jsonl", lines(3..5)),
@@ -131,6 +138,13 @@ async fn a_repository_of_scripts_is_read_from_the_hubs_export() {
         .expect_err("only a part")
         .to_string();
     assert!(err.contains("a part of it only"), "{err}");
+
+    let old = RepoRef::dataset("owner/set").expect("a name").at("v1.0");
+    let err = Files::on_hub(&client(&server), &old, &SourceOptions::default())
+        .await
+        .expect_err("another version")
+        .to_string();
+    assert!(err.contains("the Hub exports main only"), "{err}");
 }
 
 #[tokio::test]

@@ -145,8 +145,9 @@ source_tests!(
     a_folder,
     folder(&[
         ("train/a.jsonl", LINES.into()),
-        ("train/b.csv", CSV.into()),
-        ("train/c.parquet", parquet()),
+        ("train/b.json", ARRAY.into()),
+        ("train/c.jsonl.gz", gzip(LINES.as_bytes())),
+        ("train/d.csv", CSV.into()),
         ("test/d.json", ARRAY.into()),
         ("README.md", b"# train".to_vec()),
     ])
