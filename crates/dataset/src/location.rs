@@ -18,6 +18,7 @@ use updraft_store::hub::{HubClient, RepoFile, ResolvedRepo};
 use updraft_store::{FileHash, Store};
 
 use crate::error::BoxError;
+use crate::source::footer;
 
 /// A larger range, such as a column of a row group, comes by several requests at a time.
 const PIECE_BYTES: u64 = 8 << 20;
@@ -133,14 +134,25 @@ impl AsyncFileReader for RangedFile {
     ) -> BoxFuture<'a, Result<Arc<ParquetMetaData>, ParquetError>> {
         async move {
             let size = self.size;
-            let reader = ParquetMetaDataReader::new()
-                .with_prefetch_hint(Some(FOOTER_BYTES))
-                .with_arrow_reader_options(options);
-            Ok(Arc::new(reader.load_and_finish(self, size).await?))
+            let mut end = self
+                .get_bytes(size.saturating_sub(FOOTER_BYTES)..size)
+                .await?;
+            let first = |end: &Bytes| size - end.len() as u64;
+            if let Some(start) = footer::start(&end, size).map_err(ParquetError::General)? {
+                if start < first(&end) {
+                    end = self.get_bytes(start..size).await?;
+                }
+                let footer =
+                    (start - first(&end)) as usize..end.len() - footer::TAIL_BYTES as usize;
+                footer::check(&end[footer]).map_err(ParquetError::General)?;
+            }
+            let mut reader = ParquetMetaDataReader::new().with_arrow_reader_options(options);
+            reader.try_parse_sized(&end, size)?;
+            Ok(Arc::new(reader.finish()?))
         }
         .boxed()
     }
 }
 
 /// Bytes asked for at a file's end: enough for most footers in one request.
-const FOOTER_BYTES: usize = 64 << 10;
+const FOOTER_BYTES: u64 = 64 << 10;

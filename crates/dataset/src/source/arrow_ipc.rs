@@ -9,7 +9,7 @@ use arrow_ipc::reader::StreamReader;
 use arrow_ipc::{MetadataVersion, root_as_message};
 use arrow_schema::ArrowError;
 
-use super::arrow_rows::{ArrowRows, supported};
+use super::arrow_rows::{ArrowRows, Leaves, has_supported};
 use super::bytes::{self, Forward};
 use super::files::{BatchReader, DataFile, Io};
 use super::json_lines::is_damage;
@@ -35,8 +35,9 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
     let bytes = Framed::new(bytes, start.row).map_err(|err| read_error(&name, err))?;
     let reader = StreamReader::try_new(bytes, None).map_err(|err| damaged(&name, err))?;
     let fields = reader.schema();
+    Leaves::of(&fields).warn(&name);
     let columns = (0..fields.fields().len())
-        .filter(|&i| supported(fields.field(i).data_type()))
+        .filter(|&i| has_supported(fields.field(i).data_type()))
         .collect();
     let first = Cursor { row: 0, ..start };
     Ok(Box::new(ArrowReader {
@@ -67,7 +68,7 @@ fn damaged(file: &str, err: ArrowError) -> Error {
 struct ArrowReader {
     name: Arc<str>,
     reader: StreamReader<Framed>,
-    /// The columns that can become JSON.
+    /// The columns of which something can become JSON.
     columns: Vec<usize>,
     /// The place before `rest`.
     at: Cursor,

@@ -7,6 +7,7 @@ mod card;
 mod choose;
 mod csv;
 mod files;
+pub(crate) mod footer;
 #[cfg(feature = "hub")]
 mod hub;
 mod json_elements;

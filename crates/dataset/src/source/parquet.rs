@@ -6,10 +6,11 @@ use arrow_array::RecordBatch;
 use futures::StreamExt as _;
 use parquet::arrow::arrow_reader::{ArrowReaderBuilder, ParquetRecordBatchReaderBuilder};
 use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
-use parquet::file::metadata::ParquetMetaData;
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, RowGroupMetaData};
 
-use super::arrow_rows::{ArrowRows, supported};
+use super::arrow_rows::{ArrowRows, Leaves};
 use super::files::{BatchReader, DataFile, Io};
+use super::footer;
 use super::row::{Batch, Cursor};
 use crate::location::{Location, RangedFile, open_local};
 use crate::{Error, Result};
@@ -19,6 +20,9 @@ const BATCH_BYTES: u64 = 1 << 20;
 /// Rows a batch has at most.
 const BATCH_ROWS: u64 = 1024;
 
+/// The largest row group of a remote file.
+const MAX_GROUP: u64 = 256 << 20;
+
 type Batches = Box<dyn Iterator<Item = Result<RecordBatch>> + Send>;
 
 pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn BatchReader>> {
@@ -26,9 +30,15 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
     let name = file.name.clone();
     let batches: Batches = match &file.location {
         Location::Local(path, hash) => {
-            let opened = open_local(path, hash).map_err(|err| Error::read(&*file.name, err))?;
+            let failed = |err| Error::read(&*file.name, err);
+            let mut opened = open_local(path, hash).map_err(failed)?;
+            footer::check_file(&mut opened)
+                .map_err(failed)?
+                .map_err(|problem| Error::corrupt(&*name, problem))?;
             let builder = ParquetRecordBatchReaderBuilder::try_new(opened).map_err(damaged)?;
-            let reader = from_row(builder, start.row).build().map_err(damaged)?;
+            let reader = from_row(builder, start.row, &name)
+                .build()
+                .map_err(damaged)?;
             Box::new(
                 reader
                     .map(move |batch| batch.map_err(|err| Error::corrupt(&*name, err.to_string()))),
@@ -43,9 +53,9 @@ pub(super) fn open(file: &DataFile, start: Cursor, io: &Io) -> Result<Box<dyn Ba
                     batches: Box::new(std::iter::empty()),
                 }));
             };
-            let mut stream = from_row(builder.map_err(damaged)?, start.row)
-                .build()
-                .map_err(damaged)?;
+            let builder = from_row(builder.map_err(damaged)?, start.row, &name);
+            check_groups(builder.metadata(), &name)?;
+            let mut stream = builder.build().map_err(damaged)?;
             let io = io.clone();
             Box::new(std::iter::from_fn(move || {
                 let batch = io.block_on(stream.next())??;
@@ -68,18 +78,33 @@ pub(crate) fn not_readable(file: &str, err: parquet::errors::ParquetError) -> Er
     }
 }
 
-/// Leaves out the columns that cannot become JSON and the rows before `row`.
-fn from_row<T>(builder: ArrowReaderBuilder<T>, row: u64) -> ArrowReaderBuilder<T> {
+/// Leaves out what cannot become JSON and the rows before `row`.
+fn from_row<T>(builder: ArrowReaderBuilder<T>, row: u64, file: &str) -> ArrowReaderBuilder<T> {
     let metadata = Arc::clone(builder.metadata());
-    let fields = builder.schema().fields();
-    let roots = (0..fields.len()).filter(|&i| supported(fields[i].data_type()));
-    let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
+    let leaves = Leaves::of(builder.schema());
+    leaves.warn(file);
+    let mask = ProjectionMask::leaves(builder.parquet_schema(), leaves.read);
     let (groups, offset) = groups_from(&metadata, row);
     builder
         .with_projection(mask)
         .with_batch_size(batch_rows(&metadata))
         .with_row_groups(groups)
         .with_offset(offset)
+}
+
+/// A row group of a remote file comes whole, so memory must hold it.
+fn check_groups(metadata: &ParquetMetaData, file: &str) -> Result<()> {
+    let bytes = |group: &RowGroupMetaData| group.compressed_size().max(0) as u64;
+    match metadata.row_groups().iter().map(bytes).max() {
+        Some(largest) if largest > MAX_GROUP => Err(Error::corrupt(
+            file,
+            format!(
+                "a row group of {largest} bytes is over the limit of {} MB: write it again with smaller ones, or fetch the file and read it from disk",
+                MAX_GROUP >> 20
+            ),
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn groups_from(metadata: &ParquetMetaData, row: u64) -> (Vec<usize>, usize) {
@@ -97,14 +122,21 @@ fn groups_from(metadata: &ParquetMetaData, row: u64) -> (Vec<usize>, usize) {
     (Vec::new(), 0)
 }
 
+/// Rows of a batch: so few that those of the row group with the largest ones fit.
 fn batch_rows(metadata: &ParquetMetaData) -> usize {
-    let bytes: u64 = metadata
-        .row_groups()
-        .iter()
-        .map(|group| group.total_byte_size().max(0) as u64)
-        .sum();
-    let rows = metadata.file_metadata().num_rows().max(1) as u64;
-    (BATCH_BYTES / (bytes / rows).max(1)).clamp(1, BATCH_ROWS) as usize
+    let rows = |group: &RowGroupMetaData| {
+        let encoded = group.total_byte_size().max(0) as u64;
+        // A text that a dictionary has once may be in every row.
+        let texts = (group.columns().iter())
+            .filter_map(ColumnChunkMetaData::unencoded_byte_array_data_bytes);
+        let decoded = texts
+            .map(|bytes| bytes.max(0) as u64)
+            .fold(0, u64::saturating_add);
+        let rows = group.num_rows().max(1) as u64;
+        BATCH_BYTES / (encoded.max(decoded) / rows).max(1)
+    };
+    let fewest = metadata.row_groups().iter().map(rows).min();
+    fewest.unwrap_or(BATCH_ROWS).clamp(1, BATCH_ROWS) as usize
 }
 
 struct ParquetReader {

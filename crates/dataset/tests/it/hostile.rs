@@ -120,3 +120,49 @@ async fn damaged_text_ends() {
     );
     assert!(check("a.jsonl.zst", zstd(LINES.as_bytes())).await < COPIES);
 }
+
+/// A Parquet file whose schema is nodes with these many children, by Thrift's compact protocol.
+fn parquet_of(children: &[i32]) -> Vec<u8> {
+    let number = |bytes: &mut Vec<u8>, mut number: u32| {
+        while number >= 0x80 {
+            bytes.push(number as u8 | 0x80);
+            number >>= 7;
+        }
+        bytes.push(number as u8);
+    };
+    let mut footer = vec![0x15, 2, 0x19, 0xfc];
+    number(&mut footer, children.len() as u32);
+    for &children in children {
+        footer.extend([0x35, 2, 0x18, 1, b'a', 0x15]);
+        number(&mut footer, ((children << 1) ^ (children >> 31)) as u32);
+        footer.push(0);
+    }
+    footer.extend([0x16, 0, 0x19, 0x0c, 0]);
+    let length = (footer.len() as u32).to_le_bytes();
+    [b"PAR1", &footer[..], &length, b"PAR1"].concat()
+}
+
+/// Believed, these would end the process and not just the import: by its stack, or by its memory.
+#[tokio::test]
+async fn a_schema_that_lies_is_damage() {
+    for (schema, words) in [
+        (vec![1; 300_000], "more than 100 deep"),
+        (vec![i32::MAX, 0], "claims 2147483647 children"),
+    ] {
+        let bytes = parquet_of(&schema);
+        let err = read("a.parquet", bytes.clone()).await.expect_err(words);
+        assert!(err.to_string().contains("a.parquet is damaged"), "{err}");
+        assert!(err.to_string().contains(words), "{err}");
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.parquet");
+        std::fs::write(&path, bytes).expect("written");
+        let spec = path.to_str().expect("UTF-8");
+        let source = updraft_dataset::resolve_source(spec, &SourceOptions::default())
+            .await
+            .expect("found");
+        let batches = source.open(Cursor::default()).await.expect("a stream");
+        let err = batches.try_collect::<Vec<_>>().await.expect_err(words);
+        assert!(err.to_string().contains(words), "{err}");
+    }
+}

@@ -3,6 +3,7 @@
 mod files;
 mod world;
 
+mod columns;
 mod concurrent;
 mod configs;
 mod date;
