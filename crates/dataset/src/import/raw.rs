@@ -14,7 +14,7 @@ use crate::tally::Tally;
 use crate::{Error, Result, Source};
 
 /// Raised whenever the same rows would become other shards.
-const STAGE_VERSION: u32 = 1;
+const STAGE_VERSION: u32 = 2;
 /// Shards compressed and uploaded at a time while the next one is gathered.
 const SHARDS_IN_FLIGHT: usize = 2;
 
