@@ -1,7 +1,7 @@
 //! Process groups, recorded so that nobody's are ever ended but ours.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
 
@@ -103,7 +103,7 @@ pub(crate) async fn end_all(dir: &Path, grace: Duration) -> Result<()> {
     for ours in ours(&groups, None)? {
         ours.signal(Signal::TERM);
     }
-    let asked = Instant::now();
+    let asked = std::time::Instant::now();
     loop {
         let left = ours(&groups, None)?;
         if left.is_empty() || asked.elapsed() >= grace + STUCK {
@@ -120,7 +120,7 @@ pub(crate) async fn end_all(dir: &Path, grace: Duration) -> Result<()> {
 #[cfg(feature = "local")]
 pub(crate) async fn end(pid: i32, grace: Duration) {
     signal(pid, Signal::TERM);
-    let asked = Instant::now();
+    let asked = std::time::Instant::now();
     while !is_empty(pid) {
         if asked.elapsed() >= grace {
             signal(pid, Signal::KILL);
