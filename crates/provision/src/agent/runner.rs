@@ -139,6 +139,11 @@ impl Agent {
         let looked = self.look();
         if judged.elapsed() >= IDLE_TICK {
             *judged = Instant::now();
+            // Open files outlive their folder: nothing else would tell.
+            if !self.queue.is_there() {
+                let gone = std::io::ErrorKind::NotFound.into();
+                return Err(Error::io(self.queue.dir())(gone));
+            }
             let met = self.meet();
             if self.is_over()? && self.end.0 <= Instant::now() {
                 let pause = self.end.1;

@@ -323,6 +323,22 @@ fn whatever_goes_wrong_the_agent_goes_on() {
     );
 }
 
+/// A node whose folder is gone has no use for an agent.
+#[test]
+fn an_agent_goes_with_its_folder() {
+    let home = tempfile::tempdir().expect("folder");
+    let dir = home.path().join("agent");
+    let queue = Queue::open(&dir).expect("queue");
+    queue.submit(&job("true"), now()).expect("submit");
+    let mut child = start(&dir);
+    until(|| queue.job(1).expect("job").expect("there").status.is_final());
+    // The agent may be writing in this moment.
+    while home.path().exists() {
+        let _ = std::fs::remove_dir_all(home.path());
+    }
+    assert!(!child.wait().expect("ends").success());
+}
+
 /// The client's verbs over a transport: submit, follow, queue, cancel.
 #[tokio::test]
 async fn the_client_speaks_to_the_agent_over_a_transport() {
