@@ -190,6 +190,15 @@ impl Decoder {
         })
     }
 
+    /// The model of the GPU that it computes on, if on one: bits are those of such a GPU.
+    pub fn gpu_name(&self) -> Option<String> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = &self.gpu {
+            return Some(gpu.name().unwrap_or_else(|_| "unknown".to_owned()));
+        }
+        None
+    }
+
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {

@@ -11,6 +11,26 @@ use crate::config::{Architecture, ModelConfig};
 use crate::random::Random;
 use crate::weights::{SINGLE_FILE, Weights};
 
+/// The devices that tests run on: the emulator if it was compiled, and the first GPU if there is one.
+///
+/// # Panics
+/// If there is no GPU and `UPDRAFT_NEEDS_GPU` is set.
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub fn gpus() -> Vec<crate::Gpu> {
+    let mut gpus = Vec::new();
+    #[cfg(feature = "cuda-emulator")]
+    gpus.push(crate::Gpu::emulated());
+    #[cfg(feature = "cuda")]
+    match crate::Gpu::new(0) {
+        Ok(gpu) => gpus.push(gpu),
+        Err(error) => assert!(
+            std::env::var_os("UPDRAFT_NEEDS_GPU").is_none(),
+            "UPDRAFT_NEEDS_GPU is set: {error}"
+        ),
+    }
+    gpus
+}
+
 /// A model of two blocks, 32 wide, with grouped heads and a vocabulary of 96, as `config.json`.
 ///
 /// # Panics

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use safetensors::tensor::SafeTensors;
 use serde::{Deserialize, Serialize};
-use updraft_kernels::Threads;
-use updraft_model::{Adapter, ModelConfig, f32_bytes, f32_header, f32_pieces, peft};
+use updraft_model::{Adapter, Decoder, ModelConfig, f32_bytes, f32_header, f32_pieces, peft};
 
 use crate::metrics::{parse_log, write_log};
 use crate::optim::OptimizerState;
@@ -64,16 +63,20 @@ pub struct Machine {
     pub num_threads: usize,
     /// Workers whose gradients are added up.
     pub num_workers: usize,
+    /// The GPU's model, if one computes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<String>,
 }
 
 impl Machine {
-    /// This one of `num_workers`, dividing work among `threads`.
-    pub fn here(threads: &Threads, num_workers: usize) -> Self {
+    /// This one of `num_workers`, computing with `decoder`.
+    pub fn here(decoder: &Decoder, num_workers: usize) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             instruction_set: instruction_set(),
-            num_threads: threads.num_threads(),
+            num_threads: decoder.threads().num_threads(),
             num_workers,
+            gpu: decoder.gpu_name(),
         }
     }
 }

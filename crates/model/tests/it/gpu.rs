@@ -9,21 +9,6 @@ use updraft_model::{
 
 use crate::world::{World, documents, one_part, uneven_lora};
 
-fn gpus() -> Vec<Gpu> {
-    let mut gpus = Vec::new();
-    #[cfg(feature = "cuda-emulator")]
-    gpus.push(Gpu::emulated());
-    #[cfg(feature = "cuda")]
-    match Gpu::new(0) {
-        Ok(gpu) => gpus.push(gpu),
-        Err(error) => assert!(
-            std::env::var_os("UPDRAFT_NEEDS_GPU").is_none(),
-            "UPDRAFT_NEEDS_GPU is set: {error}"
-        ),
-    }
-    gpus
-}
-
 fn on_gpu(world: &World, dtype: DType, gpu: &Gpu) -> Decoder {
     let threads = Threads::single();
     Decoder::load_on_gpu(&world.config, &world.weights, dtype, gpu, &threads).expect("loads")
@@ -57,7 +42,7 @@ fn error(actual: &[f64], expected: &[f64]) -> f64 {
 
 #[test]
 fn loss_and_gradients_are_those_of_the_cpu() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         for architecture in [
             Architecture::Llama,
             Architecture::Qwen2,
@@ -96,7 +81,7 @@ fn loss_and_gradients_are_those_of_the_cpu() {
 
 #[test]
 fn dropout_and_noise_are_those_of_the_cpu() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let world = World::new(Architecture::Qwen2);
         let lora = LoraConfig {
             lora_dropout: 0.3,
@@ -118,7 +103,7 @@ fn dropout_and_noise_are_those_of_the_cpu() {
 
 #[test]
 fn two_runs_and_recomputed_activations_have_the_same_bits() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let world = World::new(Architecture::Qwen2);
         let adapter = world.adapter(&uneven_lora(), 4);
         let parts = [one_part(&documents(&[10, 7], 1))];
@@ -135,7 +120,7 @@ fn two_runs_and_recomputed_activations_have_the_same_bits() {
 
 #[test]
 fn logits_are_those_of_the_cpu() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let world = World::new(Architecture::Llama);
         let adapter = world.adapter(&uneven_lora(), 4);
         let ids: Vec<u32> = (0..11).map(|i| i * 7 % 96).collect();
@@ -156,7 +141,7 @@ fn logits_are_those_of_the_cpu() {
 
 #[test]
 fn what_needs_the_host_says_so() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let config = tiny::config(Architecture::Qwen2);
         let weights = tiny::weights(&config, 7);
         let threads = Threads::single();

@@ -108,6 +108,6 @@ impl Trainer<'_> {
     }
 
     fn machine(&self) -> Machine {
-        Machine::here(self.decoder.threads(), self.workers.num_workers())
+        Machine::here(self.decoder, self.workers.num_workers())
     }
 }

@@ -8,21 +8,6 @@ use updraft_train::{MemorySource, TrainConfig, Trainer};
 
 use crate::world::{adapter, config, decoder, model, source, span};
 
-fn gpus() -> Vec<Gpu> {
-    let mut gpus = Vec::new();
-    #[cfg(feature = "cuda-emulator")]
-    gpus.push(Gpu::emulated());
-    #[cfg(feature = "cuda")]
-    match Gpu::new(0) {
-        Ok(gpu) => gpus.push(gpu),
-        Err(error) => assert!(
-            std::env::var_os("UPDRAFT_NEEDS_GPU").is_none(),
-            "UPDRAFT_NEEDS_GPU is set: {error}"
-        ),
-    }
-    gpus
-}
-
 fn on_gpu(dtype: DType, gpu: &Gpu) -> Decoder {
     let weights = tiny::weights(&tiny::config(Architecture::Qwen2), 1);
     let threads = Threads::single();
@@ -40,7 +25,7 @@ fn losses(decoder: &Decoder, config: &TrainConfig, steps: u64) -> Vec<f64> {
 
 #[test]
 fn losses_are_those_of_the_cpu() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let config = config();
         let expected = losses(&decoder(1), &config, 3);
         let wide = losses(&on_gpu(DType::F32, &gpu), &config, 3);
@@ -58,7 +43,7 @@ fn losses_are_those_of_the_cpu() {
 
 #[test]
 fn a_run_that_stopped_goes_on_to_the_bit() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let (config, source) = (config(), source(12));
         let decoder = on_gpu(DType::BF16, &gpu);
         let bits = |trainer: Trainer<'_>| -> Vec<u32> {
@@ -72,6 +57,7 @@ fn a_run_that_stopped_goes_on_to_the_bit() {
         let mut first = start();
         first.run_until(2).expect("steps");
         let checkpoint = first.checkpoint().expect("a checkpoint");
+        assert_eq!(checkpoint.state.machine.gpu, gpu.name().ok());
         let mut second = start().resume(checkpoint).expect("the same run");
         second.run_until(4).expect("steps");
         assert_eq!(bits(second), bits(whole));
@@ -81,7 +67,7 @@ fn a_run_that_stopped_goes_on_to_the_bit() {
 /// One token is learned in each step, so that a loss of 65,536 times its size overflows.
 #[test]
 fn f16_steps_that_overflow_change_nothing_and_halve_the_scale() {
-    for gpu in gpus() {
+    for gpu in tiny::gpus() {
         let example = |i: u32| Example {
             input_ids: (0..8).map(|t| (i * 31 + t * t * 5) % 96).collect(),
             loss_spans: span(7..8),

@@ -1,0 +1,241 @@
+//! Attention over packed sequences, and over pages.
+
+use super::super::attention;
+use super::*;
+
+/// Head dims of tensor cores and others, groups of heads, lengths around the tiles' own.
+pub(super) fn attention_agrees<T: Number>(gpu: &Gpu) {
+    for (head_dim, num_heads, num_kv_heads) in [(64, 4, 2), (128, 2, 1), (24, 2, 1)] {
+        let heads = heads(head_dim, num_heads, num_kv_heads);
+        for lengths in [&[1_usize, 15, 16][..], &[17, 63], &[64, 65], &[0, 129]] {
+            let case = AttentionCase::<T>::new(gpu, &heads, lengths);
+            let (out, lse, dqkv) = case.run(gpu);
+            let (expected_out, expected_lse, expected_dqkv) = case.expect();
+            let what = format!("head dim {head_dim}, lengths {lengths:?}");
+            close::<T>(&format!("out, {what}"), &out, &expected_out);
+            close::<T>(&format!("lse, {what}"), &lse, &expected_lse);
+            let (q, kv) = (num_heads * head_dim, num_kv_heads * head_dim);
+            for (name, cols) in [("dq", 0..q), ("dk", q..q + kv), ("dv", q + kv..q + 2 * kv)] {
+                let part = |all: &[f64]| -> Vec<f64> {
+                    all.chunks(q + 2 * kv)
+                        .flat_map(|row| row[cols.clone()].to_vec())
+                        .collect()
+                };
+                close::<T>(
+                    &format!("{name}, {what}"),
+                    &part(&dqkv),
+                    &part(&expected_dqkv),
+                );
+            }
+        }
+    }
+}
+
+/// What a sequence gets, and its gradients, have the same bits beside any other sequence of the same length.
+pub(super) fn attention_of_a_sequence_ignores_its_neighbours<T: Number>(gpu: &Gpu) {
+    for head_dim in [64, 16] {
+        let heads = heads(head_dim, 2, 1);
+        let lengths = [37_usize, 70];
+        let mut case = AttentionCase::<T>::new(gpu, &heads, &lengths);
+        let (out, lse, dqkv) = case.run(gpu);
+        let width = 4 * head_dim;
+        let mut changed: Vec<f32> = case.qkv.host.iter().map(|&x| x as f32).collect();
+        for value in &mut changed[..lengths[0] * width] {
+            *value = -3.0 * *value + 1.0;
+        }
+        case.qkv = of_values(gpu, &changed);
+        let (out_after, lse_after, dqkv_after) = case.run(gpu);
+        assert_eq!(
+            out[lengths[0] * 2 * head_dim..],
+            out_after[lengths[0] * 2 * head_dim..]
+        );
+        assert_eq!(lse[lengths[0] * 2..], lse_after[lengths[0] * 2..]);
+        assert_eq!(dqkv[lengths[0] * width..], dqkv_after[lengths[0] * width..]);
+        assert_ne!(
+            out[..lengths[0] * 2 * head_dim],
+            out_after[..lengths[0] * 2 * head_dim]
+        );
+    }
+}
+
+fn heads(head_dim: usize, num_heads: usize, num_kv_heads: usize) -> Heads<f32> {
+    Heads {
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+    }
+}
+
+struct AttentionCase<T> {
+    heads: Heads<f32>,
+    seq_starts: Vec<u32>,
+    qkv: Input<T>,
+    dout: Input<T>,
+}
+
+impl<T: Number> AttentionCase<T> {
+    fn new(gpu: &Gpu, heads: &Heads<f32>, lengths: &[usize]) -> Self {
+        let mut seq_starts = vec![0_u32];
+        for &length in lengths {
+            seq_starts.push(seq_starts[seq_starts.len() - 1] + length as u32);
+        }
+        let rows = *seq_starts.last().expect("a sequence") as usize;
+        let width = heads.num_heads * heads.head_dim;
+        let all = width + 2 * heads.num_kv_heads * heads.head_dim;
+        Self {
+            heads: *heads,
+            seq_starts,
+            qkv: input(gpu, rows * all, 1),
+            dout: input(gpu, rows * width, 2),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        *self.seq_starts.last().expect("a sequence") as usize
+    }
+
+    fn widths(&self) -> (usize, usize) {
+        let d = self.heads.head_dim;
+        (self.heads.num_heads * d, self.heads.num_kv_heads * d)
+    }
+
+    fn run(&self, gpu: &Gpu) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let (rows, (q, kv)) = (self.rows(), self.widths());
+        let sequences = attention::Sequences::new(gpu, &self.seq_starts).expect("memory");
+        let all = self.qkv.device.mat(rows, q + 2 * kv);
+        let qkv = attention::Qkv {
+            q: all.cols(0..q),
+            k: all.cols(q..q + kv),
+            v: all.cols(q + kv..q + 2 * kv),
+        };
+        let mut out = poison::<T>(gpu, rows * q);
+        let mut lse = poison::<f32>(gpu, rows * self.heads.num_heads);
+        let (out_mat, lse_view) = (out.mat_mut(rows, q), lse.view_mut());
+        attention::forward(gpu, &self.heads, &sequences, qkv, &out_mat, &lse_view)
+            .expect("launched");
+        let mut dqkv = poison::<T>(gpu, rows * (q + 2 * kv));
+        let (dq, rest) = dqkv.mat_mut(rows, q + 2 * kv).split_cols(q);
+        let (dk, dv) = rest.split_cols(kv);
+        let saved = attention::Saved {
+            out: out.mat(rows, q),
+            lse: lse.view(),
+        };
+        let dout = self.dout.device.mat(rows, q);
+        let grads = attention::QkvGrads { dq, dk, dv };
+        attention::backward(gpu, &self.heads, &sequences, qkv, saved, dout, &grads)
+            .expect("launched");
+        (values(gpu, &out), values(gpu, &lse), values(gpu, &dqkv))
+    }
+
+    fn expect(&self) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+        let (rows, (q, kv)) = (self.rows(), self.widths());
+        let threads = Threads::single();
+        let heads = Heads {
+            num_heads: self.heads.num_heads,
+            num_kv_heads: self.heads.num_kv_heads,
+            head_dim: self.heads.head_dim,
+            scale: 1.0 / (self.heads.head_dim as f64).sqrt(),
+        };
+        let all = Mat::new(&self.qkv.host, rows, q + 2 * kv);
+        let qkv = crate::attention::Qkv {
+            q: all.cols(0..q),
+            k: all.cols(q..q + kv),
+            v: all.cols(q + kv..q + 2 * kv),
+        };
+        let mut out = vec![0.0; rows * q];
+        let mut lse = vec![0.0; rows * heads.num_heads];
+        let out_mat = MatMut::new(&mut out, rows, q);
+        crate::attention::forward(&threads, &heads, &self.seq_starts, qkv, out_mat, &mut lse);
+        let mut dqkv = vec![0.0; rows * (q + 2 * kv)];
+        let (dq, rest) = MatMut::new(&mut dqkv, rows, q + 2 * kv).split_cols(q);
+        let (dk, dv) = rest.split_cols(kv);
+        let saved = crate::attention::Saved {
+            out: Mat::new(&out, rows, q),
+            lse: &lse,
+        };
+        let dout = Mat::new(&self.dout.host, rows, q);
+        let grads = crate::attention::QkvGrads { dq, dk, dv };
+        crate::attention::backward(&threads, &heads, &self.seq_starts, qkv, saved, dout, grads);
+        (out, lse, dqkv)
+    }
+}
+
+pub(super) fn paged_attention_agrees<T: Number>(gpu: &Gpu) {
+    let threads = Threads::single();
+    for (head_dim, num_heads, num_kv_heads, block_size) in [(64, 4, 2, 16), (24, 3, 1, 4)] {
+        let heads_f32 = heads(head_dim, num_heads, num_kv_heads);
+        let heads = Heads {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale: 1.0 / (head_dim as f64).sqrt(),
+        };
+        let context_lens = [1_u32, 7, 700, 40];
+        let new_tokens = [1_u32, 3, 1, 40];
+        let mut next = 0;
+        let block_tables: Vec<Vec<u32>> = context_lens
+            .iter()
+            .map(|&len| {
+                let blocks = len.div_ceil(block_size as u32);
+                next += blocks;
+                (next - blocks..next).rev().collect()
+            })
+            .collect();
+        let seq_starts = [0, 1, 4, 5, 45];
+        let (rows, slots_in_all) = (45, next as usize * block_size);
+        let (width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let mut keys = input::<T>(gpu, slots_in_all * kv_width, 1);
+        let mut values_ = input::<T>(gpu, slots_in_all * kv_width, 2);
+        let new = input::<T>(gpu, rows * 2 * kv_width, 3);
+        let slots: Vec<u32> = (0..4)
+            .flat_map(|s| {
+                let (len, new, table) = (context_lens[s], new_tokens[s], &block_tables[s]);
+                (len - new..len).map(move |token| {
+                    let block = block_size as u32;
+                    table[(token / block) as usize] * block + token % block
+                })
+            })
+            .collect();
+        let device_slots = gpu.upload(&slots).expect("memory");
+        let new_mat = new.device.mat(rows, 2 * kv_width);
+        let host_new = Mat::new(&new.host, rows, 2 * kv_width);
+        for (cols, pages) in [
+            (0..kv_width, &mut keys),
+            (kv_width..2 * kv_width, &mut values_),
+        ] {
+            let from = new_mat.cols(cols.clone());
+            paged_attention::kv_scatter(gpu, from, device_slots.view(), &pages.device.view_mut())
+                .expect("launched");
+            crate::kv_scatter::forward(host_new.cols(cols), &slots, &mut pages.host);
+            assert_eq!(values(gpu, &pages.device), pages.host);
+        }
+        let q = input::<T>(gpu, rows * width, 4);
+        let host = crate::paged_attention::Sequences {
+            seq_starts: &seq_starts,
+            context_lens: &context_lens,
+            block_tables: &block_tables,
+        };
+        let sequences = paged_attention::Sequences::new(gpu, &host, block_size).expect("memory");
+        let pages = paged_attention::Pages {
+            keys: keys.device.view(),
+            values: values_.device.view(),
+            block_size,
+        };
+        let mut out = poison::<T>(gpu, rows * width);
+        let q_mat = q.device.mat(rows, width);
+        let out_mat = out.mat_mut(rows, width);
+        paged_attention::forward(gpu, &heads_f32, &sequences, &pages, q_mat, &out_mat)
+            .expect("launched");
+        let mut expected = vec![0.0; rows * width];
+        let pages = crate::paged_attention::Pages {
+            keys: &keys.host,
+            values: &values_.host,
+            block_size,
+        };
+        let host_q = Mat::new(&q.host, rows, width);
+        let host_out = MatMut::new(&mut expected, rows, width);
+        crate::paged_attention::forward(&threads, &heads, &host, &pages, host_q, host_out);
+        check("out", gpu, &out, &expected);
+    }
+}
