@@ -9,7 +9,7 @@ use crate::error::{Error, Rejection, Result};
 use crate::example::Example;
 use crate::message::Conversation;
 use crate::sanitize::spelled_control_tokens;
-use crate::span::{Rendered, TurnMarkers, render_spans};
+use crate::span::{LossOptions, Rendered, TurnMarkers, render_spans};
 use crate::template::{ChatTemplate, LocalTime, RenderOptions, TemplateFiles};
 use crate::tokenizer::{EncodePolicy, Tokenizer, TokenizerExt as _, Vocabulary};
 
@@ -26,6 +26,7 @@ pub struct Chat {
     bos: Option<(u32, String)>,
     now: Option<LocalTime>,
     policy: EncodePolicy,
+    loss: LossOptions,
     tokenizer_hash: [u8; 32],
 }
 
@@ -99,6 +100,7 @@ impl Chat {
             bos,
             now: None,
             policy: EncodePolicy::Parity,
+            loss: LossOptions::default(),
         }
     }
 
@@ -114,6 +116,13 @@ impl Chat {
     #[must_use]
     pub fn with_policy(mut self, policy: EncodePolicy) -> Chat {
         self.policy = policy;
+        self
+    }
+
+    /// Trains these messages and ends of turns.
+    #[must_use]
+    pub fn with_loss(mut self, loss: LossOptions) -> Chat {
+        self.loss = loss;
         self
     }
 
@@ -134,8 +143,8 @@ impl Chat {
         &self.end_ids
     }
 
-    /// SHA-256 over template, tokenizer, ends, clock and policy: equal hashes make
-    /// equal examples.
+    /// SHA-256 over template, tokenizer, ends, clock, policy and what is trained: equal hashes
+    /// make equal examples.
     pub fn hash(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
         hash.update(self.template.hash());
@@ -145,7 +154,7 @@ impl Chat {
             hash.update(end);
         }
         let now = self.now.filter(|_| self.template.reads_clock());
-        hash.update(format!("{now:?} {:?}", self.policy));
+        hash.update(format!("{now:?} {:?} {:?}", self.policy, self.loss));
         hash.finalize().into()
     }
 
@@ -166,7 +175,13 @@ impl Chat {
             }
         }
         let options = self.training_options();
-        render_spans(&self.template, &self.markers, conversation, &options)
+        render_spans(
+            &self.template,
+            &self.markers,
+            conversation,
+            &self.loss,
+            &options,
+        )
     }
 
     fn training_options(&self) -> RenderOptions {
@@ -176,8 +191,8 @@ impl Chat {
         }
     }
 
-    /// The training example of a conversation: its tokens, and those of the
-    /// assistant to train.
+    /// The training example of a conversation: its tokens, and those of them
+    /// to train.
     ///
     /// # Errors
     /// The [`Rejection`] says why there is none.
@@ -401,7 +416,7 @@ mod tests {
         rejects(
             CHATML,
             &Conversation::new([Message::user("alone")]),
-            "nothing to train on: no assistant message carries weight",
+            "nothing to train on: no message is trained",
         );
         rejects(
             &format!("{{{{ bos_token }}}}{CHATML}"),
@@ -435,7 +450,7 @@ mod tests {
         rejects(
             CHATML,
             &silent,
-            "nothing to train on: no assistant message carries weight",
+            "nothing to train on: no message is trained",
         );
     }
 

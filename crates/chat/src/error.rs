@@ -122,14 +122,14 @@ pub enum Rejection {
         /// Its role.
         role: String,
     },
-    /// The assistant's text cannot be told from the rest.
-    #[error("the text of assistant message {index} cannot be located in the rendered conversation")]
-    AssistantNotLocated {
+    /// What is trained of a message cannot be told from the rest.
+    #[error("the trained text of message {index} cannot be located in the rendered conversation")]
+    NotLocated {
         /// The message's place, counted from 0.
         index: usize,
     },
     /// No token of the conversation would be trained.
-    #[error("nothing to train on: no assistant message carries weight")]
+    #[error("nothing to train on: no message is trained")]
     NothingToTrain,
     /// A weight other than 0 and 1.
     #[error("message {index} has weight {weight}; only 0 and 1 are supported")]

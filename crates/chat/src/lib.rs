@@ -85,8 +85,10 @@ pub use chat::{Chat, ChatFiles};
 pub use detokenize::Detokenizer;
 pub use error::{BoxError, Error, Rejection, Result};
 pub use example::{Example, IGNORE_INDEX};
-pub use message::{Arguments, Content, Conversation, FunctionCall, Message, Part, Role, ToolCall};
-pub use span::{Rendered, SpanSource};
+pub use message::{
+    Arguments, Content, Conversation, FunctionCall, Message, Part, Role, ToolCall, TrainDetail,
+};
+pub use span::{LossOptions, Rendered, SpanSource, TrainOnEos};
 pub use stop::{StopMatcher, Stopped};
 pub use template::{
     ChatTemplate, DivergenceKind, LocalTime, RenderOptions, SpecialTokens, TemplateDivergence,

@@ -75,10 +75,14 @@ pub struct Message {
     /// Which call a tool message answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<String>,
-    /// 0 leaves an assistant message out of the loss, 1 (or nothing) keeps it in.
+    /// 0 leaves the message out of the loss, 1 keeps it in; without it the role decides.
     /// Templates never see it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<f32>,
+    /// The parts of a message of one text that the loss counts, where it is not the whole.
+    /// Templates never see it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_detail: Option<Vec<TrainDetail>>,
     /// Any other field; templates see it under its own name.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -115,11 +119,18 @@ impl Message {
         let standard = self.reasoning_content.as_deref();
         standard.or_else(|| other("thinking").or_else(|| other("reasoning")))
     }
+}
 
-    /// Whether the loss counts this message: an assistant's, of weight other than 0.
-    pub fn is_trained(&self) -> bool {
-        self.role == Role::Assistant && self.weight != Some(0.0)
-    }
+/// A part of a message's text, and whether the loss counts it. What no detail covers is not
+/// trained; what several cover is, if one says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainDetail {
+    /// The first character, counted from 0.
+    pub begin_offset: usize,
+    /// The last character: it belongs to the part.
+    pub end_offset: usize,
+    /// Whether the part is trained.
+    pub train: bool,
 }
 
 // By hand, because serde reads a struct with a flattened map through copies of
@@ -150,6 +161,7 @@ impl<'de> Deserialize<'de> for Message {
                         "tool_calls" => message.tool_calls = fields.next_value()?,
                         "tool_call_id" => message.tool_call_id = fields.next_value()?,
                         "weight" => message.weight = fields.next_value()?,
+                        "train_detail" => message.train_detail = fields.next_value()?,
                         _ => drop(
                             message
                                 .extra

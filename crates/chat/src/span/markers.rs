@@ -53,14 +53,16 @@ impl TurnMarkers {
         TurnMarkers { openings, ends }
     }
 
-    /// The end of the first end marker in a range of the text.
-    pub(super) fn end_in(&self, text: &str, range: Range<usize>) -> Option<usize> {
+    /// The first end marker in a range of the text.
+    pub(super) fn end_in(&self, text: &str, range: Range<usize>) -> Option<Range<usize>> {
         let gap = &text[range.clone()];
         let found = self.ends.iter().filter_map(|end| {
             let at = gap.find(end.as_str())?;
             Some((at, std::cmp::Reverse(end.len())))
         });
-        found.min().map(|(at, len)| range.start + at + len.0)
+        let (at, std::cmp::Reverse(len)) = found.min()?;
+        let start = range.start + at;
+        Some(start..start + len)
     }
 
     /// Where the turn that reaches the range's end begins: after its opening,
@@ -81,6 +83,12 @@ impl TurnMarkers {
             .iter()
             .filter(|end| tail.starts_with(end.as_str()));
         at + found.map(String::len).max().unwrap_or(0)
+    }
+
+    /// The bytes of the end marker that a text ends with.
+    pub(super) fn end_of(&self, text: &str) -> usize {
+        let found = self.ends.iter().filter(|end| text.ends_with(end.as_str()));
+        found.map(String::len).max().unwrap_or(0)
     }
 }
 

@@ -6,6 +6,8 @@
 //! message. Else the turns' own markers, learnt by rendering probes, delimit
 //! them. A conversation that none of these explains is rejected.
 
+mod detail;
+mod loss;
 mod markers;
 mod sentinels;
 
@@ -14,6 +16,8 @@ use std::ops::Range;
 use crate::error::Rejection;
 use crate::message::{Conversation, Message, Role};
 use crate::template::{ChatTemplate, RenderOptions};
+use loss::Turn;
+pub use loss::{LossOptions, TrainOnEos};
 pub(crate) use markers::TurnMarkers;
 use sentinels::core;
 pub(crate) use sentinels::{Mark, Marks, Origin, Sentinels};
@@ -23,8 +27,8 @@ pub(crate) use sentinels::{Mark, Marks, Origin, Sentinels};
 pub struct Rendered {
     /// The text.
     pub text: String,
-    /// Byte ranges of the text that the assistant wrote and the loss counts,
-    /// each through the end of its turn; ascending and apart.
+    /// Byte ranges of the text that the loss counts: what the trained messages say, with the
+    /// ends of turns that [`LossOptions::train_on_eos`] asks for; ascending and apart.
     pub spans: Vec<Range<usize>>,
     /// How the spans were found.
     pub source: SpanSource,
@@ -46,30 +50,33 @@ pub(crate) fn render_spans(
     template: &ChatTemplate,
     markers: &TurnMarkers,
     conversation: &Conversation,
+    loss: &LossOptions,
     options: &RenderOptions,
 ) -> Result<Rendered, Rejection> {
     let tagged = template.render_tagged(conversation, options)?;
     let text = tagged.text;
     let marks = Marks::find(template, conversation, options, &text);
     check_preserved(conversation, &text, marks.as_ref())?;
-    let (spans, source) = match (&tagged.spans[..], &marks) {
-        ([], None) => (
-            delimited_turns(conversation, markers, &text)?,
-            SpanSource::Markers,
-        ),
-        ([], Some(marks)) => (
-            marked_turns(conversation, markers, &text, &marks.written)?,
-            SpanSource::Sentinels,
-        ),
+    let marks = marks.map(|marks| marks.written);
+    let find = Find {
+        conversation,
+        loss,
+        markers,
+        text: &text,
+    };
+    let (turns, source) = match (&tagged.spans[..], &marks) {
+        ([], None) => (find.delimited_turns()?, SpanSource::Markers),
+        ([], Some(marks)) => (find.marked_turns(marks, |_| true)?, SpanSource::Sentinels),
         (spans, marks) => (
-            tagged_turns(conversation, markers, &text, spans, marks.as_ref())?,
+            find.tagged_turns(spans, marks.as_deref())?,
             SpanSource::Generation,
         ),
     };
+    let every_end = || find.every_end(marks.as_deref().unwrap_or_default());
     Ok(Rendered {
-        text,
-        spans,
+        spans: loss::spans(turns, loss.train_on_eos, every_end),
         source,
+        text,
     })
 }
 
@@ -110,62 +117,191 @@ fn contains(text: &str, string: &str) -> bool {
     text.contains(string) || text.contains(escaped().trim_matches('"'))
 }
 
-/// The tags' spans, without those of messages that carry no weight.
-fn tagged_turns(
-    conversation: &Conversation,
-    markers: &TurnMarkers,
-    text: &str,
-    spans: &[Range<usize>],
-    marks: Option<&Marks>,
-) -> Result<Vec<Range<usize>>, Rejection> {
-    let silent = |message: &Message| message.role == Role::Assistant && !message.is_trained();
-    let skipped: Vec<&Mark> = match conversation.messages.iter().position(silent) {
-        None => Vec::new(),
-        Some(index) => {
-            let marks = marks.ok_or(Rejection::AssistantNotLocated { index })?;
-            let written = marks.written.iter();
-            written
-                .filter(|mark| silent(&conversation.messages[mark.message]))
-                .collect()
-        }
-    };
-    let kept = spans.iter().filter(|span| {
-        !skipped
-            .iter()
-            .any(|mark| span.start < mark.range.end && mark.range.start < span.end)
-    });
-    Ok(kept
-        .map(|span| span.start..markers.end_at(text, span.end))
-        .collect())
+/// The search for the trained messages of a render.
+struct Find<'a> {
+    conversation: &'a Conversation,
+    loss: &'a LossOptions,
+    markers: &'a TurnMarkers,
+    text: &'a str,
 }
 
-/// Each trained message from its turn's opening to its turn's end.
-fn marked_turns(
-    conversation: &Conversation,
-    markers: &TurnMarkers,
-    text: &str,
-    marks: &[Mark],
-) -> Result<Vec<Range<usize>>, Rejection> {
-    let mut turns = Vec::new();
-    let mut previous_end = 0;
-    for (at, run) in runs(marks) {
-        let index = run[0].message;
-        let message = &conversation.messages[index];
-        let (first, last) = (run[0].range.start, run[run.len() - 1].range.end);
-        previous_end = match message.is_trained() {
-            false => last,
-            true => {
-                let start = markers.start_in(text, previous_end..first).unwrap_or(first);
-                let next = marks.get(at + run.len());
-                let limit = next.map_or(text.len(), |mark| mark.range.start);
-                let end = turn_end(message, markers, text, last..limit)
-                    .ok_or(Rejection::AssistantNotLocated { index })?;
-                turns.push(start..end);
-                end
-            }
-        };
+impl Find<'_> {
+    /// Whether a message is trained as templates and markers see it: an assistant's, and whole.
+    fn is_plain(&self, message: &Message) -> bool {
+        message.role == Role::Assistant
+            && message.train_detail.is_none()
+            && self.loss.trains(message)
     }
-    Ok(turns)
+
+    /// Whether only the marks of a message's strings can tell what is trained of it.
+    fn needs_marks(&self, message: &Message) -> bool {
+        self.loss.trains(message) && !self.is_plain(message)
+    }
+
+    /// The tags' spans. Assistant messages that are not trained whole are taken out of them, and
+    /// what is trained of other messages is found by its marks.
+    fn tagged_turns(
+        &self,
+        spans: &[Range<usize>],
+        marks: Option<&[Mark]>,
+    ) -> Result<Vec<Turn>, Rejection> {
+        let messages = &self.conversation.messages;
+        let is_odd = |message: &Message| {
+            self.needs_marks(message)
+                || (message.role == Role::Assistant && !self.is_plain(message))
+        };
+        let marks = match (messages.iter().position(is_odd), marks) {
+            (None, _) => &[][..],
+            (Some(_), Some(marks)) => marks,
+            (Some(index), None) => return Err(Rejection::NotLocated { index }),
+        };
+        let mut odd = marks.iter().filter(|mark| is_odd(&messages[mark.message]));
+        let overlaps = |span: &Range<usize>, mark: &Mark| {
+            span.start < mark.range.end && mark.range.start < span.end
+        };
+        let kept = spans
+            .iter()
+            .filter(|span| !odd.clone().any(|mark| overlaps(span, mark)));
+        let mut turns: Vec<Turn> = kept.map(|span| self.tagged_turn(span)).collect();
+        if odd.next().is_some() {
+            turns.extend(self.marked_turns(marks, |message| self.needs_marks(message))?);
+            turns.sort_by_key(|turn| turn.said.first().map(|said| said.start));
+        }
+        Ok(turns)
+    }
+
+    /// A tag's span, whether its turn's end is in it or follows.
+    fn tagged_turn(&self, span: &Range<usize>) -> Turn {
+        let end = self.markers.end_at(self.text, span.end);
+        match self.markers.end_of(&self.text[span.clone()]) {
+            0 => Turn {
+                said: std::iter::once(span.clone()).collect(),
+                end: (end > span.end).then_some(span.end..end),
+            },
+            len => Turn {
+                said: std::iter::once(span.start..span.end - len).collect(),
+                end: Some(span.end - len..end),
+            },
+        }
+    }
+
+    /// Each trained message that `wanted` wants, from its turn's opening to its turn's end.
+    fn marked_turns(
+        &self,
+        marks: &[Mark],
+        wanted: impl Fn(&Message) -> bool,
+    ) -> Result<Vec<Turn>, Rejection> {
+        let mut turns = Vec::new();
+        let mut previous_end = 0;
+        for (at, run) in runs(marks) {
+            let index = run[0].message;
+            let message = &self.conversation.messages[index];
+            let last = run[run.len() - 1].range.end;
+            if !self.loss.trains(message) || !wanted(message) {
+                previous_end = last;
+                continue;
+            }
+            let lost = || Rejection::NotLocated { index };
+            let next = marks.get(at + run.len());
+            let limit = next.map_or(self.text.len(), |mark| mark.range.start);
+            let (said_to, end) = self.closing(message, last..limit).ok_or_else(lost)?;
+            let said = match &message.train_detail {
+                None => vec![self.opening(message, previous_end..run[0].range.start)..said_to],
+                Some(details) => {
+                    detail::trained(message, details, self.text, run).ok_or_else(lost)?
+                }
+            };
+            previous_end = end.as_ref().map_or(said_to, |end| end.end);
+            turns.push(Turn { said, end });
+        }
+        Ok(turns)
+    }
+
+    /// Where a turn begins whose strings begin where the gap ends.
+    fn opening(&self, message: &Message, gap: Range<usize>) -> usize {
+        let opened = match message.role {
+            Role::Assistant => self.markers.start_in(self.text, gap.clone()),
+            _ => None,
+        };
+        opened.unwrap_or(gap.end)
+    }
+
+    /// Where a turn ends whose strings end where the gap begins, and what closes it there. What
+    /// closes a tool call belongs to the turn, so its end must be known.
+    fn closing(
+        &self,
+        message: &Message,
+        gap: Range<usize>,
+    ) -> Option<(usize, Option<Range<usize>>)> {
+        let calls = message.tool_calls.iter().flatten().next().is_some();
+        match self.markers.end_in(self.text, gap.clone()) {
+            Some(end) => Some((end.start, Some(end))),
+            None if gap.end == self.text.len() => {
+                let said = self.text[gap.clone()].trim_end().len();
+                Some((gap.start + said, None))
+            }
+            None => (!calls).then_some((gap.start, None)),
+        }
+    }
+
+    /// The stretches between an opening and an end marker, if there is one for
+    /// each assistant message and it holds the message.
+    fn delimited_turns(&self) -> Result<Vec<Turn>, Rejection> {
+        let messages = &self.conversation.messages;
+        if let Some(index) = messages.iter().position(|it| self.needs_marks(it)) {
+            return Err(Rejection::NotLocated { index });
+        }
+        let assistants: Vec<(usize, &Message)> = (messages.iter().enumerate())
+            .filter(|(_, message)| message.role == Role::Assistant)
+            .collect();
+        let lost = |index: usize| Rejection::NotLocated { index };
+        let Some(&(first, _)) = assistants.first() else {
+            return Ok(Vec::new());
+        };
+        let text = self.text;
+        let count = |opening: &String| text.matches(opening.as_str()).count();
+        let opening = (self.markers.openings.iter())
+            .find(|opening| count(opening) == assistants.len())
+            .ok_or_else(|| lost(first))?;
+        let openings: Vec<usize> = text
+            .match_indices(opening.as_str())
+            .map(|(at, _)| at)
+            .collect();
+        let mut turns = Vec::new();
+        for (turn, &(index, message)) in assistants.iter().enumerate() {
+            let start = openings[turn] + opening.len();
+            let limit = openings.get(turn + 1).copied().unwrap_or(text.len());
+            let end = self
+                .markers
+                .end_in(text, start..limit)
+                .ok_or_else(|| lost(index))?;
+            if !holds(&text[start..end.end], message) {
+                return Err(lost(index));
+            }
+            if self.loss.trains(message) {
+                turns.push(Turn {
+                    said: std::iter::once(start..end.start).collect(),
+                    end: Some(end),
+                });
+            }
+        }
+        Ok(turns)
+    }
+
+    /// Every end marker that no message spells.
+    fn every_end(&self, marks: &[Mark]) -> Vec<Range<usize>> {
+        let spelled = |end: &Range<usize>| {
+            let mut marks = marks.iter();
+            marks.any(|mark| mark.range.start < end.end && end.start < mark.range.end)
+        };
+        let mut at = 0;
+        let ends = std::iter::from_fn(|| {
+            let end = self.markers.end_in(self.text, at..self.text.len())?;
+            at = end.end;
+            Some(end)
+        });
+        ends.filter(|end| !spelled(end)).collect()
+    }
 }
 
 /// Marks of one message that follow each other, with the place of the first.
@@ -180,158 +316,5 @@ fn runs(marks: &[Mark]) -> impl Iterator<Item = (usize, &[Mark])> {
         })
 }
 
-/// Where a turn ends whose strings end where the gap begins. What closes a
-/// tool call belongs to the turn, so its end must be known.
-fn turn_end(
-    message: &Message,
-    markers: &TurnMarkers,
-    text: &str,
-    gap: Range<usize>,
-) -> Option<usize> {
-    let calls = message.tool_calls.iter().flatten().next().is_some();
-    match markers.end_in(text, gap.clone()) {
-        Some(end) => Some(end),
-        None if gap.end == text.len() => Some(gap.start + text[gap].trim_end().len()),
-        None => (!calls).then_some(gap.start),
-    }
-}
-
-/// The stretches between an opening and an end marker, if there is one for
-/// each assistant message and it holds the message.
-fn delimited_turns(
-    conversation: &Conversation,
-    markers: &TurnMarkers,
-    text: &str,
-) -> Result<Vec<Range<usize>>, Rejection> {
-    let messages = conversation.messages.iter().enumerate();
-    let assistants: Vec<(usize, &Message)> = messages
-        .filter(|(_, message)| message.role == Role::Assistant)
-        .collect();
-    let lost = |index: usize| Rejection::AssistantNotLocated { index };
-    let Some(&(first, _)) = assistants.first() else {
-        return Ok(Vec::new());
-    };
-    let count = |opening: &String| text.matches(opening.as_str()).count();
-    let opening = markers
-        .openings
-        .iter()
-        .find(|opening| count(opening) == assistants.len())
-        .ok_or_else(|| lost(first))?;
-    let openings: Vec<usize> = text
-        .match_indices(opening.as_str())
-        .map(|(at, _)| at)
-        .collect();
-    let mut turns = Vec::new();
-    for (turn, &(index, message)) in assistants.iter().enumerate() {
-        let start = openings[turn] + opening.len();
-        let limit = openings.get(turn + 1).copied().unwrap_or(text.len());
-        let end = markers
-            .end_in(text, start..limit)
-            .ok_or_else(|| lost(index))?;
-        if !holds(&text[start..end], message) {
-            return Err(lost(index));
-        }
-        if message.is_trained() {
-            turns.push(start..end);
-        }
-    }
-    Ok(turns)
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::template::SpecialTokens;
-
-    const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-
-    fn spans(source: &str, messages: &[Message]) -> Result<(SpanSource, Vec<String>), Rejection> {
-        let template = ChatTemplate::new(source, SpecialTokens::default()).unwrap();
-        let special = ["<|im_start|>", "<|im_end|>"];
-        let markers = TurnMarkers::learn(&template, special.into_iter(), Vec::new());
-        let conversation = Conversation::new(messages);
-        let rendered = render_spans(
-            &template,
-            &markers,
-            &conversation,
-            &RenderOptions::default(),
-        )?;
-        let texts = rendered
-            .spans
-            .iter()
-            .map(|span| rendered.text[span.clone()].to_owned());
-        Ok((rendered.source, texts.collect()))
-    }
-
-    fn talk() -> Vec<Message> {
-        vec![
-            Message::system("Be brief."),
-            Message::user("ok"),
-            Message::assistant(" ok\n"),
-            Message::user("ok"),
-            Message::assistant("ok"),
-        ]
-    }
-
-    #[test]
-    fn sentinels_find_each_turn_through_its_end() {
-        let expected = vec![" ok\n<|im_end|>".to_owned(), "ok<|im_end|>".to_owned()];
-        assert_eq!(
-            spans(CHATML, &talk()).unwrap(),
-            (SpanSource::Sentinels, expected)
-        );
-    }
-
-    #[test]
-    fn generation_tags_come_first() {
-        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}!{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}";
-        let expected = vec![" ok\n!".to_owned(), "ok!".to_owned()];
-        assert_eq!(
-            spans(source, &talk()).unwrap(),
-            (SpanSource::Generation, expected)
-        );
-    }
-
-    #[test]
-    fn markers_explain_what_sentinels_cannot() {
-        let source = CHATML.replace(
-            "{{ m.content }}",
-            "{{ 'Hm. ' if m.content.startswith('ok ') }}{{ m.content }}",
-        );
-        let mut messages = talk();
-        messages[4] = Message::assistant("ok then");
-        let (source, found) = spans(&source, &messages).unwrap();
-        assert_eq!(source, SpanSource::Markers);
-        assert_eq!(found, [" ok\n<|im_end|>", "Hm. ok then<|im_end|>"]);
-    }
-
-    #[test]
-    fn a_weight_of_zero_is_left_out() {
-        let mut messages = talk();
-        messages[2].weight = Some(0.0);
-        let (_, found) = spans(CHATML, &messages).unwrap();
-        assert_eq!(found, ["ok<|im_end|>"]);
-    }
-
-    #[test]
-    fn a_dropped_message_is_named() {
-        let source = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}");
-        let error = spans(&source, &talk()).unwrap_err();
-        let text = error.to_string();
-        assert!(
-            text.contains("message 1") && text.contains("user"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn text_full_of_private_characters_still_works() {
-        let messages = [
-            Message::user("\u{F0001}\u{10FFFD}"),
-            Message::assistant("\u{F0000}x"),
-        ];
-        let (source, found) = spans(CHATML, &messages).unwrap();
-        assert_eq!(source, SpanSource::Markers);
-        assert_eq!(found, ["\u{F0000}x<|im_end|>"]);
-    }
-}
+mod tests;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use updraft_chat::{
-    ByteTokenizer, Chat, ChatTemplate, Conversation, LocalTime, Message, Rejection, SpanSource,
-    SpecialTokens,
+    ByteTokenizer, Chat, ChatTemplate, Conversation, LocalTime, LossOptions, Message, Rejection,
+    SpanSource, SpecialTokens,
 };
 
 use crate::fixtures;
@@ -91,7 +91,8 @@ fn span_parity_of_tags_and_sentinels() {
 /// The case's conversation, if transformers renders it and it has an answer.
 fn conversation(case: &Value) -> Option<Conversation> {
     let messages: Vec<Message> = serde_json::from_value(case["msgs"].clone()).expect("messages");
-    let has_answer = messages.iter().any(Message::is_trained);
+    let loss = LossOptions::default();
+    let has_answer = messages.iter().any(|message| loss.trains(message));
     (case["ok"] == true && has_answer).then(|| Conversation {
         messages,
         tools: Some(case["tools"].clone()).filter(|tools| !tools.is_null()),

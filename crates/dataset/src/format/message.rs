@@ -1,7 +1,9 @@
-//! One message in any dialect: whose turn, what is said, what is called, whether it is trained.
+//! One message in any dialect: whose turn, what is said, what is called.
 
 use serde_json::{Map, Value};
 use updraft_chat::{Arguments, Content, FunctionCall, Message, Part, Role, ToolCall};
+
+use super::train;
 
 /// A list of messages in any dialect, or one message.
 pub(super) fn messages(value: Value) -> Result<Vec<Message>, String> {
@@ -107,7 +109,7 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
     message.reasoning_content = reasoning.or(message.reasoning_content);
     message.name = text("name");
     message.tool_call_id = text("tool_call_id");
-    message.weight = weight(&fields)?;
+    train::read(&mut fields, &mut message)?;
     if let Some(given) = tool_calls(&mut fields)? {
         message.tool_calls.get_or_insert_default().extend(given);
     }
@@ -116,44 +118,6 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
     }
     messages.push(message);
     Ok(())
-}
-
-/// Axolotl's `train`, LLaMA-Factory's `loss_weight` and OpenAI's `weight`, whichever is there.
-/// Training a part of a message is not supported, and passing it over would train all of it.
-fn weight(fields: &Map<String, Value>) -> Result<Option<f32>, String> {
-    if fields
-        .get("train_detail")
-        .is_some_and(|detail| !detail.is_null())
-    {
-        return Err("has train_detail, which is not supported: use train or weight".to_owned());
-    }
-    if let Some(train) = trained(fields)? {
-        return Ok((!train).then_some(0.0));
-    }
-    match fields.get("weight").or(fields.get("loss_weight")) {
-        None | Some(Value::Null) => Ok(None),
-        Some(weight) => weight
-            .as_f64()
-            .map(|weight| Some(weight as f32))
-            .ok_or_else(|| "has a weight that is not a number".to_owned()),
-    }
-}
-
-/// What `train` says, in JSON's words or in those of a table that has none for true and false.
-fn trained(fields: &Map<String, Value>) -> Result<Option<bool>, String> {
-    let odd = || "has a train that is neither true nor false".to_owned();
-    match fields.get("train") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Bool(train)) => Ok(Some(*train)),
-        Some(Value::Number(number)) if number.as_f64() == Some(0.0) => Ok(Some(false)),
-        Some(Value::Number(number)) if number.as_f64() == Some(1.0) => Ok(Some(true)),
-        Some(Value::String(word)) => match &*word.to_ascii_lowercase() {
-            "true" | "1" => Ok(Some(true)),
-            "false" | "0" => Ok(Some(false)),
-            _ => Err(odd()),
-        },
-        Some(_) => Err(odd()),
-    }
 }
 
 /// OpenAI's `tool_calls`, or the `function_call` it had before, each as JSON or as its text.
@@ -219,14 +183,13 @@ fn call(value: Value) -> Result<ToolCall, String> {
 /// become one text, because the templates of text models read nothing else.
 fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
     let mut content = Vec::with_capacity(parts.len());
+    let mut flags = train::PartFlags::default();
     let mut reasoning: Option<String> = None;
     for part in parts {
         let Value::Object(mut fields) = part else {
             return Err("has a part that is not an object".to_owned());
         };
-        if trained(&fields)? == Some(false) {
-            return Err("has a part that is not trained, which is not supported: use train or weight on the message".to_owned());
-        }
+        let flag = train::flag(&fields)?;
         let kind = fields
             .get("type")
             .and_then(Value::as_str)
@@ -237,7 +200,9 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
             .find_map(|key| fields.shift_remove(*key));
         match (kind.as_str(), text) {
             ("text" | "input_text" | "output_text", Some(Value::String(text))) => {
+                flags.push(&text, flag);
                 content.push(Part::Text(text));
+                continue;
             }
             ("reasoning" | "thinking", Some(Value::String(text))) => {
                 reasoning.get_or_insert_default().push_str(&text);
@@ -248,8 +213,14 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
                 .extend(calls(&text)?),
             (kind, value) => content.push(other_part(kind, value, fields)),
         }
+        if flag.is_some() {
+            return Err(format!(
+                "has a train on a part of type {kind}: only texts take one"
+            ));
+        }
     }
     message.reasoning_content = reasoning;
+    message.train_detail = flags.into_details(&message.role);
     message.content = if content.is_empty() && message.tool_calls.is_some() {
         Content::Null
     } else if content.iter().all(|part| matches!(part, Part::Text(_))) {

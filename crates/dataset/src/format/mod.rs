@@ -8,6 +8,7 @@ mod pairs;
 mod preference;
 mod sharegpt;
 mod text;
+mod train;
 mod turns;
 
 use std::fmt::Debug;

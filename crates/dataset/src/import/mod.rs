@@ -26,7 +26,7 @@ use gather::{Gather, Shard};
 pub use raw::copy_raw;
 
 /// Raised whenever the same rows would become other shards.
-const STAGE_VERSION: u32 = 2;
+const STAGE_VERSION: u32 = 3;
 /// Rows looked at to find the format.
 const DETECT_ROWS: usize = 100;
 /// Shards encoded and uploaded at a time while the next one is gathered.

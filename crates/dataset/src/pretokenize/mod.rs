@@ -13,7 +13,7 @@ use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use updraft_chat::{Chat, Example, LocalTime};
+use updraft_chat::{Chat, Example, LocalTime, LossOptions, Role, TrainOnEos};
 use updraft_store::{
     CancelToken, FinishedStage, Hashed, JournalEntry, ObjectEntry, Opened, Progress, ProgressSink,
     Reject, StageId, StageWriter, Store, open_stage,
@@ -43,6 +43,10 @@ pub struct PretokenizeOptions {
     /// The day that templates read from the clock, as `2026-11-22`; part of the stage's key
     /// where the template asks. No clock is read, so that a rerun finds the stage finished.
     pub date: Option<String>,
+    /// The roles whose messages are trained, where a message does not say it itself.
+    pub roles_to_train: Vec<Role>,
+    /// Which turns' ends are trained.
+    pub train_on_eos: TrainOnEos,
     /// The share of rows that may be rejected before the stage fails. Not part of the stage's
     /// key.
     pub max_reject_rate: f64,
@@ -54,6 +58,8 @@ impl Default for PretokenizeOptions {
             max_seq_len: None,
             overflow: Overflow::default(),
             date: None,
+            roles_to_train: LossOptions::default().roles_to_train,
+            train_on_eos: TrainOnEos::default(),
             max_reject_rate: 0.1,
         }
     }
@@ -108,7 +114,10 @@ pub async fn pretokenize(
 ) -> Result<FinishedStage> {
     options.validate()?;
     let date = options.date.as_deref().and_then(LocalTime::from_date);
-    let chat = chat.clone().with_now(date);
+    let chat = chat.clone().with_now(date).with_loss(LossOptions {
+        roles_to_train: options.roles_to_train.clone(),
+        train_on_eos: options.train_on_eos,
+    });
     let id = StageId::model_ready(model, dataset)?;
     let inputs = json!({
         "standardized": standardized.key(),

@@ -1,7 +1,7 @@
 //! One standardized row to examples: rendered, encoded, fitted into the sequence length.
 
 use serde::{Deserialize, Serialize};
-use updraft_chat::{Chat, Conversation, Example, Rejection, Role, TokenizerExt as _};
+use updraft_chat::{Chat, Conversation, Example, Rejection, TokenizerExt as _};
 
 use super::PretokenizeOptions;
 use super::work::Work;
@@ -149,11 +149,7 @@ fn preferred(preference: Preference) -> Result<Conversation, String> {
         .chosen
         .ok_or("only a rejected answer: nothing to imitate")?;
     let mut conversation = preference.prompt;
-    for message in conversation
-        .messages
-        .iter_mut()
-        .filter(|message| message.role == Role::Assistant)
-    {
+    for message in &mut conversation.messages {
         message.weight = Some(0.0);
     }
     conversation.messages.extend(chosen);

@@ -275,17 +275,6 @@ fn reasons_name_what_is_wrong() {
         "no prompt: there is no column prompt, and the answers share no first message",
     );
     check_reason("text", json!({ "text": "" }), "the text is empty");
-    // Passed over, these would train what the owner of the data has excluded.
-    check_reason(
-        "sharegpt",
-        json!({ "conversations": [{ "from": "gpt", "value": "ab", "train_detail": [{ "begin_offset": 0, "end_offset": 0, "train": false }] }] }),
-        "message 0 has train_detail, which is not supported: use train or weight",
-    );
-    check_reason(
-        "openai",
-        json!({ "messages": [{ "role": "assistant", "content": [{ "type": "text", "text": "a", "train": false }] }] }),
-        "message 0 has a part that is not trained, which is not supported: use train or weight on the message",
-    );
 }
 
 #[test]
@@ -329,28 +318,6 @@ fn calls_come_as_json_or_as_its_text() {
         "openai",
         both,
         "message 0 has both tool_calls and function_call",
-    );
-}
-
-#[test]
-fn what_is_not_trained_is_said_in_several_words() {
-    for no in [
-        json!(false),
-        json!(0),
-        json!(0.0),
-        json!("false"),
-        json!("False"),
-    ] {
-        check(
-            json!({ "messages": [{ "role": "assistant", "content": "b", "train": no }] }),
-            "openai",
-            json!({ "messages": [{ "role": "assistant", "content": "b", "weight": 0.0 }] }),
-        );
-    }
-    check_reason(
-        "openai",
-        json!({ "messages": [{ "role": "assistant", "content": "b", "train": "perhaps" }] }),
-        "message 0 has a train that is neither true nor false",
     );
 }
 

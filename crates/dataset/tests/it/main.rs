@@ -18,4 +18,5 @@ mod pipeline;
 mod raw;
 mod reading;
 mod sources;
+mod train_flags;
 mod turns;
