@@ -55,8 +55,8 @@
 //! # Bad rows
 //!
 //! A row that cannot be used is a *reject*: counted, listed in the manifest with its file,
-//! position and reason (the first [`MAX_LISTED_REJECTS`] of them), and never an error until
-//! `max_reject_rate` is exceeded. Malformed JSON, unknown roles, missing columns, rows over
+//! position and reason ([`rejects`] reads them all), and never an error until `max_reject_rate`
+//! is exceeded. Malformed JSON, unknown roles, missing columns, rows over
 //! [`source::MAX_ROW_BYTES`] and conversations whose content a template would drop are rejects.
 //! Columns no format reads are ignored unless [`ImportOptions::keep_columns`] asks for them.
 //!
@@ -103,4 +103,4 @@ pub use record::{Preference, Record};
 pub use shard::ShardPlan;
 pub use shuffle::Permutation;
 pub use source::{MemorySource, Source, SourceOptions, resolve_source};
-pub use tally::MAX_LISTED_REJECTS;
+pub use tally::{MAX_LISTED_REJECTS, rejects};

@@ -2,23 +2,30 @@
 
 use std::collections::BTreeMap;
 
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::Value;
-use updraft_store::{FinishedStage, JournalEntry, ManifestDraft, ObjectEntry, Reject};
+use updraft_store::{
+    FinishedStage, Hashed, JournalEntry, ManifestDraft, ObjectEntry, Reject, StageWriter,
+};
 
 use crate::{Error, Result};
 
-/// A manifest lists at most this many rejects; the count of all is exact.
-pub const MAX_LISTED_REJECTS: usize = 1000;
+/// A manifest itself lists at most this many rejects of each shard; an object beside the shard
+/// lists the others ([`rejects`](crate::rejects) reads them all).
+pub const MAX_LISTED_REJECTS: usize = 100;
 
 /// A stage stops early only after this many rows, so that a bad start is not taken for the whole.
 const MIN_ROWS_TO_JUDGE: u64 = 10_000;
 
 /// The rows of one shard, or of all shards so far.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) objects: Vec<ObjectEntry>,
     pub(crate) counts: BTreeMap<String, u64>,
     pub(crate) rejects: Vec<Reject>,
+    more: RejectLines,
+    more_rejects: Vec<ObjectEntry>,
 }
 
 impl Tally {
@@ -33,11 +40,28 @@ impl Tally {
         self.counts.get(count).copied().unwrap_or(0)
     }
 
-    pub(crate) fn reject(&mut self, reject: Reject) {
+    /// Takes a reject of the shard at hand.
+    pub(crate) fn reject(&mut self, mut reject: Reject) -> Result<()> {
         self.add("rejected", 1);
+        shorten(&mut reject.reason);
         if self.rejects.len() < MAX_LISTED_REJECTS {
             self.rejects.push(reject);
+            return Ok(());
         }
+        self.more.push(&reject)
+    }
+
+    /// Writes the rejects of a shard that the manifest will not list itself.
+    pub(crate) async fn put_rejects(&mut self, writer: &StageWriter, index: u32) -> Result<()> {
+        let lines = std::mem::take(&mut self.more);
+        let rows = lines.rows;
+        if rows > 0 {
+            let list = Hashed::new(lines.finish()?);
+            let name = format!("rejects-{index:05}-{}.jsonl.zst", &list.sha256()[..16]);
+            let object = writer.put_hashed(&name, &list).await?;
+            self.more_rejects.push(object.with_rows(rows));
+        }
+        Ok(())
     }
 
     /// Adds what comes after.
@@ -47,7 +71,7 @@ impl Tally {
             *self.counts.entry(count).or_default() += more;
         }
         self.rejects.extend(next.rejects);
-        self.rejects.truncate(MAX_LISTED_REJECTS);
+        self.more_rejects.extend(next.more_rejects);
     }
 
     pub(crate) fn into_journal(self, cursor: Value) -> JournalEntry {
@@ -55,6 +79,7 @@ impl Tally {
             objects: self.objects,
             counts: self.counts,
             rejects: self.rejects,
+            more_rejects: self.more_rejects,
             cursor,
         }
     }
@@ -64,6 +89,7 @@ impl Tally {
             objects: self.objects,
             counts: self.counts,
             rejects: self.rejects,
+            more_rejects: self.more_rejects,
             ..ManifestDraft::default()
         }
     }
@@ -75,8 +101,90 @@ impl From<JournalEntry> for Tally {
             objects: entry.objects,
             counts: entry.counts,
             rejects: entry.rejects,
+            more: RejectLines::default(),
+            more_rejects: entry.more_rejects,
         }
     }
+}
+
+/// A reason holds at most this many bytes of what it quotes.
+const MAX_REASON_BYTES: usize = 500;
+
+/// Cuts a reason that quotes a whole row.
+fn shorten(reason: &mut String) {
+    if reason.len() > MAX_REASON_BYTES {
+        reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
+        reason.push('…');
+    }
+}
+
+/// Rejects as JSON lines, compressed as they come: a stage may be told to take any number of them.
+#[derive(Debug, Default)]
+struct RejectLines {
+    rows: u64,
+    /// Lines not compressed yet.
+    lines: Vec<u8>,
+    /// Compressed frames, which follow each other as one stream.
+    frames: Vec<u8>,
+}
+
+/// Lines are compressed when they have this many bytes.
+const FRAME_BYTES: usize = 1 << 20;
+
+impl RejectLines {
+    fn push(&mut self, reject: &Reject) -> Result<()> {
+        self.rows += 1;
+        serde_json::to_writer(&mut self.lines, reject).map_err(Error::internal)?;
+        self.lines.push(b'\n');
+        if self.lines.len() >= FRAME_BYTES {
+            self.compress()?;
+        }
+        Ok(())
+    }
+
+    fn compress(&mut self) -> Result<()> {
+        let level = zstd::DEFAULT_COMPRESSION_LEVEL;
+        let frame = zstd::bulk::compress(&self.lines, level).map_err(Error::internal)?;
+        self.frames.extend(frame);
+        self.lines.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Vec<u8>> {
+        if !self.lines.is_empty() {
+            self.compress()?;
+        }
+        Ok(self.frames)
+    }
+}
+
+/// Every reject of a finished stage: first those in its manifest, then those in its lists.
+///
+/// # Errors
+/// Those of the store, and [`Error::Corrupt`] for a list that cannot be read.
+pub async fn rejects(stage: &FinishedStage) -> Result<BoxStream<'static, Result<Reject>>> {
+    let manifest = stage.manifest().await?;
+    let stage = stage.clone();
+    let listed = stream::iter(manifest.rejects).map(Ok);
+    let more = stream::iter(manifest.more_rejects)
+        .then(move |object| {
+            let stage = stage.clone();
+            async move { read_list(&stage, &object).await }
+        })
+        .map_ok(|list| stream::iter(list).map(Ok))
+        .try_flatten();
+    Ok(listed.chain(more).boxed())
+}
+
+async fn read_list(stage: &FinishedStage, object: &ObjectEntry) -> Result<Vec<Reject>> {
+    let bytes = stage.read(object).await?;
+    let corrupt = |err: String| Error::corrupt(stage.path(&object.path), err);
+    let lines =
+        zstd::stream::read::Decoder::new(&bytes[..]).map_err(|err| corrupt(err.to_string()))?;
+    serde_json::Deserializer::from_reader(std::io::BufReader::new(lines))
+        .into_iter()
+        .map(|reject| reject.map_err(|err| corrupt(err.to_string())))
+        .collect()
 }
 
 /// The share of rows that may be rejected.

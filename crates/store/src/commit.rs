@@ -178,7 +178,7 @@ impl StageWriter {
     /// [`Error::Missing`] or [`Error::Corrupt`] if an object is not as the draft says, and those
     /// of [`Store::create`]. The stage is then still open.
     pub async fn commit(self, draft: ManifestDraft) -> Result<FinishedStage> {
-        self.check_objects(&draft.objects).await?;
+        self.check_objects(&draft).await?;
         let manifest = Manifest::from_draft(&self.stage, self.key, self.inputs.clone(), draft)?;
         let bytes = manifest.to_bytes()?;
         let path = self.path(MANIFEST);
@@ -205,7 +205,7 @@ impl StageWriter {
         Ok(finished)
     }
 
-    async fn check_objects(&self, objects: &[ObjectEntry]) -> Result<()> {
+    async fn check_objects(&self, draft: &ManifestDraft) -> Result<()> {
         let listed: HashMap<String, u64> = self
             .store
             .list(&self.dir)
@@ -213,7 +213,7 @@ impl StageWriter {
             .into_iter()
             .map(|object| (object.path, object.bytes))
             .collect();
-        for object in objects {
+        for object in draft.all_objects() {
             let path = self.path(&object.path);
             let url = || self.store.url_of(&path);
             match listed.get(&path) {

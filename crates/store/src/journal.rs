@@ -23,9 +23,12 @@ pub struct JournalEntry {
     /// The shard's totals.
     #[serde(default)]
     pub counts: BTreeMap<String, u64>,
-    /// The rows of this shard that were not taken.
+    /// Rows of this shard that were not taken.
     #[serde(default)]
     pub rejects: Vec<Reject>,
+    /// The objects that list the others of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_rejects: Vec<ObjectEntry>,
     /// Where the source stands after this shard.
     #[serde(default)]
     pub cursor: Value,

@@ -28,14 +28,18 @@ pub struct Manifest {
     pub inputs: Value,
     /// Rows, tokens and other totals.
     pub counts: BTreeMap<String, u64>,
-    /// Every object of the stage, in reading order. Readers trust no others.
+    /// The objects of the stage that hold its output, in reading order. Readers trust no others.
     pub objects: Vec<ObjectEntry>,
     /// The shards' schema, if they share one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schema: Option<Value>,
-    /// Every source row that was not taken, with the reason.
+    /// Source rows that were not taken, with the reason: all of them, but for those in
+    /// `more_rejects`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rejects: Vec<Reject>,
+    /// Objects that list the rejects of which there are too many for this document.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_rejects: Vec<ObjectEntry>,
     /// Whatever else a later stage needs to know.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub attributes: BTreeMap<String, Value>,
@@ -84,10 +88,19 @@ pub struct ManifestDraft {
     pub counts: BTreeMap<String, u64>,
     /// The shards' schema, if they share one.
     pub schema: Option<Value>,
-    /// Every source row that was not taken.
+    /// Source rows that were not taken.
     pub rejects: Vec<Reject>,
+    /// Objects that list the others.
+    pub more_rejects: Vec<ObjectEntry>,
     /// Whatever else a later stage needs to know.
     pub attributes: BTreeMap<String, Value>,
+}
+
+impl ManifestDraft {
+    /// Every object that the manifest will list.
+    pub(crate) fn all_objects(&self) -> impl Iterator<Item = &ObjectEntry> {
+        self.objects.iter().chain(&self.more_rejects)
+    }
 }
 
 impl Manifest {
@@ -98,7 +111,7 @@ impl Manifest {
         draft: ManifestDraft,
     ) -> Result<Self> {
         let mut seen = HashSet::new();
-        for object in &draft.objects {
+        for object in draft.all_objects() {
             check_object_name(&object.path)?;
             if !seen.insert(object.path.as_str()) {
                 return Err(Error::InvalidName {
@@ -116,6 +129,7 @@ impl Manifest {
             objects: draft.objects,
             schema: draft.schema.map(sorted),
             rejects: draft.rejects,
+            more_rejects: draft.more_rejects,
             attributes: draft
                 .attributes
                 .into_iter()
@@ -149,26 +163,28 @@ impl Manifest {
             )));
         }
         // A manifest is input: no path in it may lead out of its folder.
-        if let Some(object) = manifest
-            .objects
-            .iter()
-            .find(|o| check_object_name(&o.path).is_err())
-        {
+        let mut objects = manifest.all_objects();
+        if let Some(object) = objects.find(|o| check_object_name(&o.path).is_err()) {
             return Err(corrupt(format!(
                 "it lists '{}', which is no object's name",
                 object.path
             )));
         }
+        drop(objects);
         Ok(manifest)
     }
 
     /// The entry of an object, by its path within the stage.
     pub fn object(&self, path: &str) -> Option<&ObjectEntry> {
-        self.objects.iter().find(|object| object.path == path)
+        self.all_objects().find(|object| object.path == path)
+    }
+
+    fn all_objects(&self) -> impl Iterator<Item = &ObjectEntry> {
+        self.objects.iter().chain(&self.more_rejects)
     }
 
     /// The bytes of all objects together.
     pub fn total_bytes(&self) -> u64 {
-        self.objects.iter().map(|object| object.bytes).sum()
+        self.all_objects().map(|object| object.bytes).sum()
     }
 }

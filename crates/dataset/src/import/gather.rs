@@ -16,7 +16,7 @@ use crate::{Error, Format, Result};
 /// Batches converted at a time, on machines of many cores: each is in memory in two forms.
 const CONVERTING: usize = 8;
 
-/// A shard gathered but not yet written. The last one may have rejects only.
+/// A shard gathered but not yet written. It may have rejects only.
 pub(super) struct Shard {
     pub(super) index: u32,
     pub(super) rows: Groups,
@@ -54,6 +54,7 @@ impl<'a> Gather<'a> {
         import: &'a Import<'a>,
         format: Arc<dyn Format>,
         at: Place,
+        index: u32,
         before: &Tally,
     ) -> Result<Self> {
         let keep_columns = import.options.keep_columns;
@@ -87,7 +88,7 @@ impl<'a> Gather<'a> {
             waiting: Waiting::default(),
             encoding: Encoding::new()?,
             at,
-            index: before.objects.len() as u32,
+            index,
             rejected: before.count("rejected"),
             first_rejects: before.rejects.first().cloned().into_iter().collect(),
             total,
@@ -114,7 +115,8 @@ impl<'a> Gather<'a> {
             }
             self.take(&mut rows, &mut tally).await?;
             let plan = self.import.options.shards;
-            if plan.is_full(rows.num_rows(), rows.num_bytes()) {
+            // Rejects count, so that a shard ends where there are nothing but rejects.
+            if plan.is_full(tally.count("source_rows"), rows.num_bytes()) {
                 break;
             }
         }
@@ -185,7 +187,7 @@ impl<'a> Gather<'a> {
                 if self.first_rejects.is_empty() {
                     self.first_rejects.push(reject.clone());
                 }
-                tally.reject(reject);
+                tally.reject(reject)?;
             }
         }
         Ok(())

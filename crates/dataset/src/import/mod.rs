@@ -102,8 +102,7 @@ impl ImportOptions {
 /// Imports `source` as `standardized/<dataset>/`, with the built-in formats.
 ///
 /// Rows become JSON columns of Parquet shards (`messages`, `tools`, `documents`, …). A row that
-/// cannot be taken is counted and listed in the manifest with its reason, at most
-/// [`MAX_LISTED_REJECTS`](crate::MAX_LISTED_REJECTS) of them. A finished import of the same source with the same
+/// cannot be taken is counted and listed with its reason ([`rejects`](crate::rejects)). A finished import of the same source with the same
 /// options is found with one GET; one that was interrupted goes on after its last whole shard.
 ///
 /// # Errors
@@ -183,7 +182,7 @@ struct Place {
 
 impl Import<'_> {
     async fn run(self) -> Result<FinishedStage> {
-        let (mut all, place) = self.resume().await?;
+        let (mut all, shards, place) = self.resume().await?;
         let format = match &place {
             Some(place) => self.named_format(&place.format)?,
             None => self.find_format().await?,
@@ -194,7 +193,7 @@ impl Import<'_> {
             rows: 0,
             format: name.clone(),
         });
-        let gather = Gather::start(&self, format, start, &all).await?;
+        let gather = Gather::start(&self, format, start, shards, &all).await?;
         let mut written = self.write_all(gather);
         while let Some(tally) = written.try_next().await? {
             all.append(tally);
@@ -212,9 +211,9 @@ impl Import<'_> {
             .boxed()
     }
 
-    /// What an earlier try finished without a gap, and where the next shard begins.
-    async fn resume(&self) -> Result<(Tally, Option<Place>)> {
-        let (mut all, mut place) = (Tally::default(), None);
+    /// What an earlier try finished without a gap, how many shards, and where the next begins.
+    async fn resume(&self) -> Result<(Tally, u32, Option<Place>)> {
+        let (mut all, mut shards, mut place) = (Tally::default(), 0, None);
         for ((index, entry), expected) in self.writer.journal().await?.into_iter().zip(0..) {
             let Ok(next) = serde_json::from_value(entry.cursor.clone()) else {
                 break;
@@ -223,13 +222,13 @@ impl Import<'_> {
                 break;
             }
             place = Some(next);
+            shards = expected + 1;
             all.append(entry.into());
         }
         if place.is_some() {
-            let shards = all.objects.len();
             tracing::info!(stage = %self.writer.id(), shards, "import goes on after its finished shards");
         }
-        Ok((all, place))
+        Ok((all, shards, place))
     }
 
     fn named_format(&self, name: &str) -> Result<Arc<dyn Format>> {
@@ -314,13 +313,13 @@ impl Import<'_> {
             after,
         } = shard;
         let num_rows = rows.num_rows();
-        if num_rows == 0 {
-            return Ok(tally);
+        if num_rows > 0 {
+            let shard = rows.finish().await?;
+            let name = shard::name(index, &shard);
+            let object = self.writer.put_hashed(&name, &shard).await?;
+            tally.objects.push(object.with_rows(num_rows));
         }
-        let shard = rows.finish().await?;
-        let name = shard::name(index, &shard);
-        let object = self.writer.put_hashed(&name, &shard).await?;
-        tally.objects.push(object.with_rows(num_rows));
+        tally.put_rejects(&self.writer, index).await?;
         let cursor = serde_json::to_value(after).map_err(Error::internal)?;
         let entry: JournalEntry = self
             .writer

@@ -14,7 +14,7 @@ use crate::tally::Tally;
 use crate::{Error, Result, Source};
 
 /// Raised whenever the same rows would become other shards.
-const STAGE_VERSION: u32 = 2;
+const STAGE_VERSION: u32 = 3;
 /// Shards compressed and uploaded at a time while the next one is gathered.
 const SHARDS_IN_FLIGHT: usize = 2;
 
@@ -41,12 +41,12 @@ pub async fn copy_raw(
         Opened::Finished(stage) => return Ok(stage),
         Opened::Open(writer) => writer,
     };
-    let (mut all, place) = resume(&writer).await?;
+    let (mut all, index, place) = resume(&writer).await?;
     let gather = Gather {
         rows: source.open(place.next).await?,
         waiting: Vec::new().into_iter(),
         at: place,
-        index: all.objects.len() as u32,
+        index,
         options,
         progress,
         cancel,
@@ -69,17 +69,18 @@ struct Place {
     rows: u64,
 }
 
-/// What an earlier try finished without a gap, and where it stopped.
-async fn resume(writer: &StageWriter) -> Result<(Tally, Place)> {
-    let (mut all, mut place) = (Tally::default(), Place::default());
+/// What an earlier try finished without a gap, how many shards, and where it stopped.
+async fn resume(writer: &StageWriter) -> Result<(Tally, u32, Place)> {
+    let (mut all, mut shards, mut place) = (Tally::default(), 0, Place::default());
     for ((index, entry), expected) in writer.journal().await?.into_iter().zip(0..) {
         match serde_json::from_value(entry.cursor.clone()) {
             Ok(next) if index == expected => place = next,
             _ => break,
         }
+        shards = expected + 1;
         all.append(entry.into());
     }
-    Ok((all, place))
+    Ok((all, shards, place))
 }
 
 struct Shard {
@@ -116,12 +117,9 @@ impl<'a> Gather<'a> {
                 self.ended = true;
                 break;
             };
-            self.take(row, &mut lines, &mut tally);
-            if self
-                .options
-                .shards
-                .is_full(tally.count("rows"), lines.len() as u64)
-            {
+            self.take(row, &mut lines, &mut tally)?;
+            let plan = self.options.shards;
+            if plan.is_full(tally.count("source_rows"), lines.len() as u64) {
                 break;
             }
         }
@@ -169,7 +167,7 @@ impl<'a> Gather<'a> {
         }
     }
 
-    fn take(&mut self, row: Row, lines: &mut Vec<u8>, tally: &mut Tally) {
+    fn take(&mut self, row: Row, lines: &mut Vec<u8>, tally: &mut Tally) -> Result<()> {
         tally.add("source_rows", 1);
         match row.value {
             Ok(columns) => {
@@ -181,16 +179,17 @@ impl<'a> Gather<'a> {
                 source: row.origin.to_string(),
                 row: self.at.rows,
                 reason,
-            }),
+            })?,
         }
         self.at = Place {
             next: row.next,
             rows: self.at.rows + 1,
         };
+        Ok(())
     }
 }
 
-/// Writes a shard's object, if it has rows, then its journal entry.
+/// Writes a shard's objects, then its journal entry.
 async fn write(writer: &StageWriter, shard: Shard) -> Result<Tally> {
     let Shard {
         index,
@@ -198,18 +197,18 @@ async fn write(writer: &StageWriter, shard: Shard) -> Result<Tally> {
         mut tally,
         after,
     } = shard;
-    if lines.is_empty() {
-        return Ok(tally);
+    if !lines.is_empty() {
+        let compress =
+            move || zstd::bulk::compress(&lines, zstd::DEFAULT_COMPRESSION_LEVEL).map(Hashed::new);
+        let shard = tokio::task::spawn_blocking(compress)
+            .await
+            .map_err(Error::internal)?
+            .map_err(Error::internal)?;
+        let name = format!("shard-{index:05}-{}.jsonl.zst", &shard.sha256()[..16]);
+        let object = writer.put_hashed(&name, &shard).await?;
+        tally.objects.push(object.with_rows(tally.count("rows")));
     }
-    let compress =
-        move || zstd::bulk::compress(&lines, zstd::DEFAULT_COMPRESSION_LEVEL).map(Hashed::new);
-    let shard = tokio::task::spawn_blocking(compress)
-        .await
-        .map_err(Error::internal)?
-        .map_err(Error::internal)?;
-    let name = format!("shard-{index:05}-{}.jsonl.zst", &shard.sha256()[..16]);
-    let object = writer.put_hashed(&name, &shard).await?;
-    tally.objects.push(object.with_rows(tally.count("rows")));
+    tally.put_rejects(writer, index).await?;
     let cursor = serde_json::to_value(after).map_err(Error::internal)?;
     let entry: JournalEntry = writer
         .put_journal(index, &tally.into_journal(cursor))

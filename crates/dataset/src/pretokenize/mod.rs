@@ -271,6 +271,7 @@ impl Pretokenize<'_> {
             let object = self.writer.put_hashed(&name, &shard).await?;
             tally.objects.push(object.with_rows(num_rows));
         }
+        tally.put_rejects(&self.writer, index).await?;
         let entry = self
             .writer
             .put_journal(index, &tally.into_journal(Value::Null))
@@ -330,7 +331,7 @@ fn take(
             source: source.to_owned(),
             row,
             reason,
-        }),
+        })?,
         Err(Unfit::NoDate) => {
             return Err(Error::InvalidOption {
                 option: "date",

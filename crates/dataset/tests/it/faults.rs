@@ -1,13 +1,16 @@
 //! A store that fails, loses its answer or dies at every single call, and the run after it.
 
 use futures::TryStreamExt as _;
-use updraft_dataset::{PretokenizeOptions, Reader, ReaderOptions, Result};
+use serde_json::json;
+use updraft_dataset::{
+    ImportOptions, MemorySource, PretokenizeOptions, Reader, ReaderOptions, Result, rejects,
+};
 use updraft_store::conformance::s3::S3Server;
 use updraft_store::conformance::survives_every_fault;
 use updraft_store::faults::{self, Fault};
 use updraft_store::{FinishedStage, Store};
 
-use crate::world::{import_into, options, pretokenize_into, source};
+use crate::world::{import_into, options, pretokenize_into, row, source};
 
 const ROWS: usize = 45;
 
@@ -55,6 +58,7 @@ async fn listed(store: &Store, stage: &FinishedStage) -> Vec<(String, bytes::Byt
         manifest
             .objects
             .iter()
+            .chain(&manifest.more_rejects)
             .map(|object| stage.path(&object.path)),
     );
     let mut objects = Vec::new();
@@ -76,6 +80,41 @@ async fn an_import_killed_at_any_call_ends_the_same() {
         async |store| import_into(store, &source(ROWS), &options()).await,
     )
     .await;
+}
+
+/// A shard of both, a shard of rejects only, and a shard of rows.
+#[tokio::test(start_paused = true)]
+async fn an_import_with_rejects_killed_at_any_call_lists_each_once() {
+    let bad = |i: usize| i < 130 || (150..300).contains(&i);
+    let rows = (0..310).map(|i| {
+        if bad(i) {
+            json!({ "messages": [i] })
+        } else {
+            row(i)
+        }
+    });
+    let source = MemorySource::new("rows", rows).expect("objects");
+    let mut options = ImportOptions {
+        format: Some("sharegpt".to_owned()),
+        max_reject_rate: 1.0,
+        ..options()
+    };
+    options.shards.max_rows = 150;
+    let stage = async |store: &Store| import_into(store, &source, &options).await;
+    check(async |_| (), stage).await;
+
+    let finished = stage(&Store::memory()).await.expect("no fault");
+    let rejects = rejects(&finished).await.expect("rejects");
+    let mut rows: Vec<u64> = rejects
+        .map_ok(|reject| reject.row)
+        .try_collect()
+        .await
+        .expect("lists");
+    rows.sort_unstable();
+    let expected: Vec<u64> = (0..310).filter(|&i| bad(i)).map(|i| i as u64).collect();
+    assert_eq!(rows, expected);
+    let counts = finished.counts();
+    assert_eq!((counts["rejected"], counts["rows"]), (280, 30));
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,9 +1,10 @@
 //! Bad input to a stage: a clear error or a counted reject, and nothing taken for finished.
 
+use futures::TryStreamExt as _;
 use serde_json::{Value, json};
 use updraft_dataset::{
     Error, ImportOptions, MAX_LISTED_REJECTS, MemorySource, Overflow, PretokenizeOptions,
-    ShardPlan, import, pretokenize,
+    ShardPlan, import, pretokenize, rejects,
 };
 use updraft_store::{Area, CancelToken, Progress, ProgressSink, StageId, Store, current};
 
@@ -53,12 +54,13 @@ async fn rejects_are_counted_and_listed_in_order() {
 }
 
 #[tokio::test]
-async fn the_list_of_rejects_is_capped_but_not_the_count() {
+async fn a_manifest_of_many_rejects_stays_small_and_none_is_lost() {
+    let store = Store::memory();
     let lenient = ImportOptions {
         max_reject_rate: 1.0,
-        ..options()
+        ..ImportOptions::default()
     };
-    let imported = import_into(&Store::memory(), &some_bad(4000, 2), &lenient)
+    let imported = import_into(&store, &some_bad(4000, 2), &lenient)
         .await
         .expect("no limit");
     let manifest = imported.manifest().await.expect("manifest");
@@ -66,6 +68,43 @@ async fn the_list_of_rejects_is_capped_but_not_the_count() {
         (manifest.rejects.len(), manifest.counts["rejected"]),
         (MAX_LISTED_REJECTS, 2000)
     );
+    let all: Vec<_> = rejects(&imported)
+        .await
+        .expect("rejects")
+        .try_collect()
+        .await
+        .expect("lists");
+    assert!(
+        all.iter()
+            .map(|reject| reject.row)
+            .eq((0..2000).map(|i| 2 * i + 1))
+    );
+    assert_eq!(all[1999].source, "rows:4000");
+    let kept = updraft_store::garbage(&store, imported.id())
+        .await
+        .expect("garbage");
+    let is_list = |path: &str| path.contains("/rejects-");
+    assert!(!kept.iter().any(|object| is_list(&object.path)), "{kept:?}");
+}
+
+#[tokio::test]
+async fn a_reason_quotes_no_whole_row() {
+    let word = "né".repeat(10_000);
+    let row = json!({ "conversations": [{ "from": word, "value": "x" }] });
+    let source = MemorySource::new("rows", [row, crate::world::row(0)]).expect("objects");
+    let lenient = ImportOptions {
+        max_reject_rate: 1.0,
+        ..ImportOptions::default()
+    };
+    let imported = import_into(&Store::memory(), &source, &lenient)
+        .await
+        .expect("no limit");
+    let reason = &imported.manifest().await.expect("manifest").rejects[0].reason;
+    assert!(
+        reason.ends_with("né…") || reason.ends_with("n…"),
+        "{reason}"
+    );
+    assert!((400..600).contains(&reason.len()), "{}", reason.len());
 }
 
 #[tokio::test]

@@ -2,7 +2,9 @@
 
 use futures::TryStreamExt as _;
 use serde_json::{Value, json};
-use updraft_chat::{ByteTokenizer, Chat, ChatTemplate, Role, SpecialTokens, TokenizerExt as _, TrainOnEos};
+use updraft_chat::{
+    ByteTokenizer, Chat, ChatTemplate, Role, SpecialTokens, TokenizerExt as _, TrainOnEos,
+};
 use updraft_dataset::{
     Formats, ImportOptions, MemorySource, PretokenizeOptions, Reader, ReaderOptions, Record,
     import, pretokenize,

@@ -40,6 +40,7 @@ pub(crate) async fn toy_stage(store: Store) -> Result<FinishedStage> {
                         reason: "every eleventh".to_owned(),
                     }],
                     cursor: json!(index + 1),
+                    ..JournalEntry::default()
                 };
                 stage.put_journal(index, &entry).await?
             }
