@@ -1,19 +1,24 @@
 //! CSV and TSV with a header line; every column is a string.
 
-use std::io::Read;
+use std::collections::HashSet;
+use std::io::Read as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use csv::{ByteRecord, ReaderBuilder};
+use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
 use serde_json::{Map, Value};
 
 use super::bytes::{self, Forward};
 use super::files::{BatchReader, DataFile, Io};
+use super::json_lines::is_damage;
 use super::row::{Batch, Cursor, MAX_ROW_BYTES, Origin, Row, too_long};
 use crate::{Error, Result};
 
+/// Bytes asked of the file at a time.
+const BLOCK_BYTES: usize = 128 << 10;
 /// A batch is handed out when its records have this many bytes.
 const BATCH_BYTES: usize = 512 << 10;
+/// More fields than any table has columns: the rest of such a record is not kept.
+const MAX_FIELDS: usize = 1 << 20;
 
 pub(super) fn open(
     file: &DataFile,
@@ -21,145 +26,237 @@ pub(super) fn open(
     io: &Io,
     delimiter: u8,
 ) -> Result<Box<dyn BatchReader>> {
-    let mut reader = CsvReader::new(file, Cursor { byte: 0, ..start }, io, delimiter)?;
-    let mut record = ByteRecord::new();
-    if !reader.read(&mut record)? {
-        reader.columns = Arc::default();
-    } else {
-        reader.columns = header(&file.name, &record)?;
-    }
+    let mut records = Records::new(file, 0, io, delimiter)?;
+    let columns = match records.next()? {
+        Record::Fields => header(&file.name, records.fields())?,
+        Record::TooLong => {
+            let problem = format!("its header is {}", too_long());
+            return Err(Error::corrupt(&*file.name, problem));
+        }
+        Record::None => Arc::default(),
+    };
     if start.byte > 0 {
-        let columns = reader.columns;
-        reader = CsvReader {
-            columns,
-            ..CsvReader::new(file, start, io, delimiter)?
-        };
+        records = Records::new(file, start.byte, io, delimiter)?;
     }
-    Ok(Box::new(reader))
+    records.number = start.row;
+    Ok(Box::new(CsvReader {
+        file: start.file,
+        columns,
+        records,
+    }))
 }
 
-fn header(file: &str, record: &ByteRecord) -> Result<Arc<[String]>> {
-    let name = |field: &[u8]| {
+/// The columns' names. Of equal ones the later get a number.
+fn header<'a>(file: &str, fields: impl Iterator<Item = &'a [u8]>) -> Result<Arc<[String]>> {
+    let (mut names, mut taken) = (Vec::new(), HashSet::new());
+    for field in fields {
         let field = field.strip_prefix(b"\xef\xbb\xbf").unwrap_or(field);
-        String::from_utf8(field.to_vec())
-            .map_err(|err| Error::corrupt(file, format!("a column name is not UTF-8: {err}")))
-    };
-    record.iter().map(name).collect()
+        let name = std::str::from_utf8(field)
+            .map_err(|err| Error::corrupt(file, format!("a column name is not UTF-8: {err}")))?;
+        let numbered = (1..).map(|number| format!("{name}.{number}"));
+        let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
+        names.extend(candidates.find(|name| taken.insert(name.clone())));
+    }
+    Ok(names.into())
 }
 
 struct CsvReader {
-    name: Arc<str>,
-    inner: csv::Reader<Limited>,
+    file: u32,
     columns: Arc<[String]>,
-    start: Cursor,
-    /// Bytes that may still be read before the record at hand counts as endless.
-    budget: Arc<AtomicU64>,
-    records: u64,
+    records: Records,
+}
+
+impl BatchReader for CsvReader {
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let (mut rows, mut size) = (Vec::new(), 0);
+        while size < BATCH_BYTES {
+            let value = match self.records.next()? {
+                Record::None => break,
+                Record::TooLong => Err(too_long()),
+                Record::Fields => self.value(),
+            };
+            size += self.records.len;
+            rows.push(self.row(value));
+        }
+        Ok((!rows.is_empty()).then(|| Batch::new(rows)))
+    }
 }
 
 impl CsvReader {
-    fn new(file: &DataFile, start: Cursor, io: &Io, delimiter: u8) -> Result<Self> {
-        let budget = Arc::new(AtomicU64::new(0));
-        let bytes = Limited {
-            bytes: bytes::open(file, start.byte, io)?,
-            budget: Arc::clone(&budget),
-        };
-        let inner = ReaderBuilder::new()
-            .has_headers(false)
-            .flexible(true)
-            .delimiter(delimiter)
-            .from_reader(bytes);
-        Ok(Self {
-            name: file.name.clone(),
-            inner,
-            columns: Arc::default(),
-            start,
-            budget,
-            records: 0,
-        })
-    }
-
-    fn read(&mut self, record: &mut ByteRecord) -> Result<bool> {
-        // What csv has buffered already does not count, so twice the limit is surely too long.
-        self.budget
-            .store(2 * MAX_ROW_BYTES as u64, Ordering::Relaxed);
-        self.inner.read_byte_record(record).map_err(|err| {
-            let line = self.inner.position().line();
-            match err.into_kind() {
-                csv::ErrorKind::Io(err) if err.kind() == std::io::ErrorKind::FileTooLarge => {
-                    Error::corrupt(&*self.name, format!("the record after line {line} of this stretch has no end: look for an unclosed quote"))
-                }
-                csv::ErrorKind::Io(err) => Error::read(&*self.name, err),
-                kind => Error::corrupt(&*self.name, format!("{kind:?}")),
-            }
-        })
-    }
-
-    fn row(&mut self, record: &ByteRecord) -> Row {
-        self.records += 1;
-        // The header is not a row, but it was the first record of a reader that began at byte 0.
+    fn row(&self, value: Result<Map<String, Value>, String>) -> Row {
         let next = Cursor {
-            byte: self.start.byte + self.inner.position().byte(),
-            row: self.start.row + self.records,
-            ..self.start
+            file: self.file,
+            byte: self.records.byte,
+            row: self.records.number,
         };
         let origin = Origin {
-            file: self.name.clone(),
+            file: self.records.name.clone(),
             position: next.row,
         };
         Row {
             origin,
             next,
-            value: self.value(record),
+            value,
         }
     }
 
-    fn value(&self, record: &ByteRecord) -> Result<Map<String, Value>, String> {
-        if record.as_slice().len() > MAX_ROW_BYTES {
-            return Err(too_long());
-        }
-        if record.len() != self.columns.len() {
-            return Err(format!(
-                "{} fields where the header has {}",
-                record.len(),
-                self.columns.len()
-            ));
+    fn value(&self) -> Result<Map<String, Value>, String> {
+        let (fields, columns) = (self.records.num_fields, self.columns.len());
+        if fields != columns {
+            return Err(format!("{fields} fields where the header has {columns}"));
         }
         let field = |(name, field): (&String, &[u8])| {
             let text = std::str::from_utf8(field)
                 .map_err(|err| format!("column {name} is not UTF-8: {err}"))?;
             Ok((name.clone(), Value::from(text)))
         };
-        self.columns.iter().zip(record.iter()).map(field).collect()
+        self.columns
+            .iter()
+            .zip(self.records.fields())
+            .map(field)
+            .collect()
     }
 }
 
-impl BatchReader for CsvReader {
-    fn next_batch(&mut self) -> Result<Option<Batch>> {
-        let (mut rows, mut size) = (Vec::new(), 0);
-        let mut record = ByteRecord::new();
-        while size < BATCH_BYTES && self.read(&mut record)? {
-            size += record.as_slice().len();
-            rows.push(self.row(&record));
-        }
-        Ok((!rows.is_empty()).then(|| Batch::new(rows)))
-    }
-}
-
-/// Stops a record that never ends before it fills the memory.
-struct Limited {
+/// A file's records, one at a time.
+struct Records {
+    name: Arc<str>,
     bytes: Box<dyn Forward>,
-    budget: Arc<AtomicU64>,
+    core: Reader,
+    /// What was read and how much of it is parsed.
+    block: Vec<u8>,
+    parsed: usize,
+    ended: bool,
+    /// The place after the record at hand, and its number, from 1.
+    byte: u64,
+    number: u64,
+    /// The record's unquoted bytes, and where each field ends in them.
+    text: Vec<u8>,
+    len: usize,
+    ends: Vec<usize>,
+    num_fields: usize,
 }
 
-impl Read for Limited {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let budget = self.budget.load(Ordering::Relaxed);
-        let read = self.bytes.read(buffer)?;
-        match budget.checked_sub(read as u64) {
-            Some(left) => self.budget.store(left, Ordering::Relaxed),
-            None => return Err(std::io::ErrorKind::FileTooLarge.into()),
+enum Record {
+    Fields,
+    /// Over the limit; nothing of it is kept.
+    TooLong,
+    /// The file has ended.
+    None,
+}
+
+impl Records {
+    fn new(file: &DataFile, start: u64, io: &Io, delimiter: u8) -> Result<Self> {
+        Ok(Self {
+            name: file.name.clone(),
+            bytes: bytes::open(file, start, io)?,
+            core: ReaderBuilder::new().delimiter(delimiter).build(),
+            block: Vec::new(),
+            parsed: 0,
+            ended: false,
+            byte: start,
+            number: 0,
+            text: vec![0; BLOCK_BYTES],
+            len: 0,
+            ends: vec![0; 64],
+            num_fields: 0,
+        })
+    }
+
+    /// The fields of the record at hand.
+    fn fields(&self) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        self.ends[..self.num_fields].iter().map(move |&end| {
+            let field = &self.text[start..end];
+            start = end;
+            field
+        })
+    }
+
+    fn next(&mut self) -> Result<Record> {
+        (self.len, self.num_fields) = (0, 0);
+        let mut too_long = false;
+        loop {
+            if self.parsed == self.block.len() && !self.ended {
+                self.read_block()?;
+            }
+            if self.ended {
+                return Ok(match self.has_last()? {
+                    true => self.whole(too_long),
+                    false => Record::None,
+                });
+            }
+            let (result, read, written, fields) = self.core.read_record(
+                &self.block[self.parsed..],
+                &mut self.text[self.len..],
+                &mut self.ends[self.num_fields..],
+            );
+            self.parsed += read;
+            self.byte += read as u64;
+            self.len += written;
+            self.num_fields += fields;
+            // Room for one more byte and field at least, or none of the record is kept.
+            if self.len == self.text.len() {
+                match self.len > MAX_ROW_BYTES {
+                    true => (too_long, self.len) = (true, 0),
+                    false => self.text.resize(2 * self.len, 0),
+                }
+            }
+            if self.num_fields == self.ends.len() {
+                match self.num_fields > MAX_FIELDS {
+                    true => (too_long, self.num_fields) = (true, 0),
+                    false => self.ends.resize(2 * self.num_fields, 0),
+                }
+            }
+            if result == ReadRecordResult::Record {
+                return Ok(self.whole(too_long));
+            }
         }
-        Ok(read)
+    }
+
+    /// What a record is that has come to its end.
+    fn whole(&mut self, too_long: bool) -> Record {
+        self.number += 1;
+        if !too_long && self.len <= MAX_ROW_BYTES {
+            return Record::Fields;
+        }
+        self.text = vec![0; BLOCK_BYTES];
+        self.ends = vec![0; 64];
+        (self.len, self.num_fields) = (0, 0);
+        Record::TooLong
+    }
+
+    fn read_block(&mut self) -> Result<()> {
+        self.block.resize(BLOCK_BYTES, 0);
+        let read = self
+            .bytes
+            .read(&mut self.block)
+            .map_err(|err| match err.kind() {
+                kind if is_damage(kind) => Error::corrupt(&*self.name, err.to_string()),
+                _ => Error::read(&*self.name, err),
+            })?;
+        self.block.truncate(read);
+        self.parsed = 0;
+        self.ended = read == 0;
+        Ok(())
+    }
+
+    /// Whether the file ends in a record that lacks its line end, by giving it one. A quote that is
+    /// still open swallows that, as it has swallowed all rows since.
+    fn has_last(&mut self) -> Result<bool> {
+        let ends = &mut self.ends[self.num_fields..];
+        let (result, _, swallowed, fields) = self.core.read_record(b"\n", &mut [0; 8], ends);
+        self.num_fields += fields;
+        match result {
+            ReadRecordResult::Record => Ok(true),
+            _ if swallowed == 0 => Ok(false),
+            _ => {
+                let number = self.number + 1;
+                let problem = format!(
+                    "a quote in record {number} is never closed: close it, or double it if it is text"
+                );
+                Err(Error::corrupt(&*self.name, problem))
+            }
+        }
     }
 }

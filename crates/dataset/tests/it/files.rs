@@ -50,6 +50,18 @@ pub(crate) fn long_lines() -> Vec<u8> {
     lines
 }
 
+/// The same as records, the longest over several lines.
+pub(crate) fn long_records() -> Vec<u8> {
+    let mut records = b"i,text\r\n".to_vec();
+    for (i, len) in [10, 700_000, 3, 40 << 20, 5, 400_000, 400_000, 2]
+        .into_iter()
+        .enumerate()
+    {
+        write!(records, "{i},\"{}\"\r\n", "x,\n\"\"".repeat(len / 4)).expect("memory");
+    }
+    records
+}
+
 pub(crate) fn long_array() -> Vec<u8> {
     let lines = String::from_utf8(long_lines()).expect("ASCII");
     format!("[{}]", lines.trim_end().replace('\n', ",")).into_bytes()

@@ -15,8 +15,8 @@ use updraft_dataset::{
 use updraft_store::Store;
 
 use crate::files::{
-    ARRAY, CSV, LINES, OBJECTS, arrow_file, arrow_stream, gzip, long_array, long_lines, parquet,
-    zstd,
+    ARRAY, CSV, LINES, OBJECTS, arrow_file, arrow_stream, gzip, long_array, long_lines,
+    long_records, parquet, zstd,
 };
 
 /// A source over files of its own.
@@ -108,6 +108,7 @@ source_tests!(
     file("rows.json.gz", gzip(ARRAY.as_bytes())).await
 );
 source_tests!(json_array_long, file("rows.json", long_array()).await);
+source_tests!(csv_long, file("rows.csv", long_records()).await);
 source_tests!(json_array_object, object("rows.json", ARRAY).await);
 source_tests!(json_objects, file("rows.json", OBJECTS).await);
 source_tests!(csv, file("rows.csv", CSV).await);
@@ -211,8 +212,23 @@ async fn csv_fields_are_the_columns_of_the_header() {
 }
 
 #[tokio::test]
+async fn equal_columns_of_a_csv_get_numbers() {
+    let twice = "a,b,a,a.1,a\n1,2,3,4,5\n6,7,8,9,\"5\"\" long\"";
+    let expected = [
+        r#"1 {"a":"1","b":"2","a.1":"3","a.1.1":"4","a.2":"5"}"#,
+        r#"2 {"a":"6","b":"7","a.1":"8","a.1.1":"9","a.2":"5\" long"}"#,
+    ];
+    assert_eq!(shown(&file("rows.csv", twice).await).await, expected);
+    // A quote inside a field without quotes is text, in the last record too.
+    let inch = "a\n1\n5\" pipe";
+    let expected = [r#"1 {"a":"1"}"#, r#"2 {"a":"5\" pipe"}"#];
+    assert_eq!(shown(&file("rows.csv", inch).await).await, expected);
+}
+
+#[tokio::test]
 async fn a_row_over_the_limit_is_a_reject_and_the_next_ones_come() {
     for source in [
+        file("rows.csv", long_records()).await,
         file("rows.jsonl", long_lines()).await,
         file("rows.json", long_array()).await,
     ] {
@@ -224,7 +240,10 @@ async fn a_row_over_the_limit_is_a_reject_and_the_next_ones_come() {
         assert_eq!(values.len(), 8);
         for (i, value) in values.into_iter().enumerate() {
             match value {
-                Ok(row) => assert_eq!((i != 3, row["i"].as_u64()), (true, Some(i as u64))),
+                Ok(row) => assert_eq!(
+                    (i != 3, row["i"].to_string().trim_matches('"')),
+                    (true, &*i.to_string())
+                ),
                 Err(reason) => assert_eq!((i, reason.as_str()), (3, "longer than 16 MB")),
             }
         }
@@ -300,8 +319,10 @@ async fn damaged_files_are_errors_that_name_the_file() {
         "damaged",
     )
     .await;
+    let unclosed = "a,b\n1,2\n3,\"4\n5,6\n";
+    check_error("rows.csv", unclosed, "a quote in record 2 is never closed").await;
     let endless = format!("a,b\n\"{}", "x".repeat(40 << 20));
-    check_error("rows.csv", endless, "unclosed quote").await;
+    check_error("rows.csv", endless, "a quote in record 1 is never closed").await;
 }
 
 async fn check_unresolved(spec: &str, words: &str) {
