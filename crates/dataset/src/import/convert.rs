@@ -18,6 +18,9 @@ pub(super) struct Convert<'a> {
     pub(super) keep_columns: bool,
 }
 
+/// A part of the memory that all batches at hand may take.
+pub(super) type Share = tokio::sync::OwnedSemaphorePermit;
+
 /// A batch's rows after conversion.
 #[derive(Default)]
 pub(super) struct Converted {
@@ -25,6 +28,8 @@ pub(super) struct Converted {
     pub(super) columns: Vec<StringArray>,
     /// Every row, in order.
     pub(super) rows: Vec<Outcome>,
+    /// Given back with the memory of the rows.
+    pub(super) _share: Option<Share>,
 }
 
 /// What became of a row.
@@ -118,6 +123,7 @@ impl Collect {
         Converted {
             columns: self.columns.iter_mut().map(StringBuilder::finish).collect(),
             rows: self.rows,
+            _share: None,
         }
     }
 }

@@ -5,16 +5,22 @@ use std::sync::Arc;
 
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt as _, TryStreamExt as _};
+use tokio::sync::Semaphore;
 use updraft_store::{Progress, Reject};
 
-use super::convert::{Convert, Converted, Rejected};
+use super::convert::{Convert, Converted, Rejected, Share};
 use super::groups::{Encoding, Groups};
 use super::{Import, Place};
+use crate::source::Batch;
 use crate::tally::{RejectLimit, Tally};
 use crate::{Error, Format, Result};
 
 /// Batches converted at a time, on machines of many cores: each is in memory in two forms.
 const CONVERTING: usize = 8;
+
+/// Bytes of all batches between the source and their shards. Batches are small; but where rows are
+/// long, as many as there are cores would be much.
+const CONVERTING_BYTES: usize = 64 << 20;
 
 /// A shard gathered but not yet written. It may have rejects only.
 pub(super) struct Shard {
@@ -49,6 +55,13 @@ struct Waiting {
     taken: usize,
 }
 
+/// Waits until a batch has room beside those before it; one over the limit comes alone.
+async fn admit(batch: Batch, memory: Arc<Semaphore>) -> Result<(Batch, Share)> {
+    let bytes = batch.bytes().min(CONVERTING_BYTES) as u32;
+    let share = memory.acquire_many_owned(bytes).await;
+    Ok((batch, share.map_err(Error::internal)?))
+}
+
 impl<'a> Gather<'a> {
     pub(super) async fn start(
         import: &'a Import<'a>,
@@ -61,12 +74,15 @@ impl<'a> Gather<'a> {
         let plain_turns = import.formats.takes_plain_turns(format.name());
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let batches = import.source.open(at.next).await?;
-        let converted = batches.map(move |batch| {
+        let memory = Arc::new(Semaphore::new(CONVERTING_BYTES));
+        let admitted = batches.and_then(move |batch| admit(batch, Arc::clone(&memory)));
+        let converted = admitted.map(move |admitted| {
             let format = Arc::clone(&format);
             async move {
-                let batch = batch?;
-                let convert = move || {
-                    Convert {
+                let (batch, share) = admitted?;
+                let convert = move || Converted {
+                    _share: Some(share),
+                    ..Convert {
                         format: &*format,
                         plain_turns,
                         keep_columns,
@@ -140,6 +156,8 @@ impl<'a> Gather<'a> {
             return Ok(false);
         }
         while self.waiting.rows == self.waiting.batch.rows.len() {
+            // Gone before the next one comes, which may have to wait for its memory.
+            self.waiting = Waiting::default();
             let batch = tokio::select! {
                 biased;
                 () = self.import.cancel.cancelled() => return Err(updraft_store::Error::Cancelled.into()),
@@ -191,5 +209,31 @@ impl<'a> Gather<'a> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn batches_share_the_memory_until_their_rows_are_in_shards() {
+        let memory = Arc::new(Semaphore::new(CONVERTING_BYTES));
+        let batch = |bytes| {
+            admit(
+                Batch::new(Vec::new()).with_bytes(bytes),
+                Arc::clone(&memory),
+            )
+        };
+        let half = batch(CONVERTING_BYTES / 2).await.expect("room");
+        let quarter = batch(CONVERTING_BYTES / 4).await.expect("room");
+        let mut huge = Box::pin(batch(usize::MAX));
+        assert!(huge.as_mut().now_or_never().is_none(), "it comes alone");
+        drop(half);
+        assert!(huge.as_mut().now_or_never().is_none());
+        drop(quarter);
+        assert!(huge.as_mut().now_or_never().is_some());
     }
 }

@@ -22,7 +22,8 @@ const SHARDS_IN_FLIGHT: usize = 2;
 /// [`Files::in_stage`](crate::source::Files::in_stage) makes them a source again.
 ///
 /// A row that is no JSON object has nothing to copy but is listed with its reason. Columns that
-/// cannot become JSON (images in Parquet) are left out.
+/// cannot become JSON (images in Parquet) are left out, and a number of JSON is copied as 64 bits
+/// hold it: as an integer, or else as a float.
 ///
 /// # Errors
 /// Those of the source and the store, and of options that make no sense.

@@ -78,7 +78,7 @@ impl BatchReader for CsvReader {
             size += self.records.len;
             rows.push(self.row(value));
         }
-        Ok((!rows.is_empty()).then(|| Batch::new(rows)))
+        Ok((!rows.is_empty()).then(|| Batch::new(rows).with_bytes(size)))
     }
 }
 

@@ -83,12 +83,11 @@ impl BatchReader for ElementReader {
             return Ok(None);
         }
         let name = self.name.clone();
-        Ok(Some(Batch::deferred(move || {
-            elements
-                .into_iter()
-                .map(|element| element.row(&name))
-                .collect()
-        })))
+        let parse = move || {
+            let rows = elements.into_iter().map(|element| element.row(&name));
+            rows.collect()
+        };
+        Ok(Some(Batch::deferred(parse).with_bytes(size)))
     }
 }
 

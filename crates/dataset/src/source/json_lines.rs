@@ -97,7 +97,8 @@ impl LineReader {
         // A last line without line end counts as a line.
         self.at.row +=
             memchr_iter(b'\n', &block).count() as u64 + u64::from(!block.ends_with(b"\n"));
-        Batch::deferred(move || parse_lines(&name, start, &block, line))
+        let bytes = block.len();
+        Batch::deferred(move || parse_lines(&name, start, &block, line)).with_bytes(bytes)
     }
 
     /// Drops a line over the limit of which `seen` bytes were read, keeping nothing of it.

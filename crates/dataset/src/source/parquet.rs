@@ -155,3 +155,42 @@ impl BatchReader for ParquetReader {
         Ok(Some(Batch::arrow(ArrowRows { file, first, batch })))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use parquet::file::metadata::FileMetaData;
+    use parquet::schema::parser::parse_message_type;
+    use parquet::schema::types::SchemaDescriptor;
+
+    use super::*;
+
+    /// A file of one column, with row groups of these sizes.
+    fn metadata(groups: &[u64]) -> ParquetMetaData {
+        let schema = parse_message_type("message m { required int64 a; }").expect("a schema");
+        let schema = Arc::new(SchemaDescriptor::new(Arc::new(schema)));
+        let group = |&bytes: &u64| {
+            let column = ColumnChunkMetaData::builder(schema.column(0))
+                .set_total_compressed_size(bytes as i64)
+                .build()
+                .expect("a column");
+            RowGroupMetaData::builder(Arc::clone(&schema))
+                .add_column_metadata(column)
+                .build()
+                .expect("a row group")
+        };
+        let file = FileMetaData::new(1, 0, None, None, Arc::clone(&schema), None);
+        ParquetMetaData::new(file, groups.iter().map(group).collect())
+    }
+
+    #[test]
+    fn a_remote_row_group_that_memory_could_not_hold_is_refused() {
+        assert!(check_groups(&metadata(&[1, MAX_GROUP]), "a.parquet").is_ok());
+        let err = check_groups(&metadata(&[1, MAX_GROUP + 1]), "a.parquet").expect_err("too large");
+        let text = format!("{err}: {:?}", std::error::Error::source(&err));
+        assert!(
+            text.contains("a.parquet") && text.contains("256 MB"),
+            "{text}"
+        );
+        assert!(text.contains("smaller ones"), "{text}");
+    }
+}

@@ -52,7 +52,11 @@ pub struct Row {
 ///
 /// A source reads in one thread; parsing is the expensive part, so a source may hand out a batch
 /// whose parsing waits inside until [`rows`](Self::rows) is called, on whichever thread.
-pub struct Batch(Inner);
+pub struct Batch {
+    inner: Inner,
+    /// About how much memory it takes.
+    bytes: usize,
+}
 
 enum Inner {
     Ready(Vec<Row>),
@@ -63,21 +67,36 @@ enum Inner {
 impl Batch {
     /// A batch of rows at hand.
     pub fn new(rows: Vec<Row>) -> Self {
-        Self(Inner::Ready(rows))
+        Self::of(Inner::Ready(rows), 0)
     }
 
     /// A batch that is parsed when it is needed.
     pub fn deferred(parse: impl FnOnce() -> Vec<Row> + Send + 'static) -> Self {
-        Self(Inner::Deferred(Box::new(parse)))
+        Self::of(Inner::Deferred(Box::new(parse)), 0)
     }
 
     pub(crate) fn arrow(rows: ArrowRows) -> Self {
-        Self(Inner::Arrow(rows))
+        let bytes = rows.batch.get_array_memory_size();
+        Self::of(Inner::Arrow(rows), bytes)
+    }
+
+    fn of(inner: Inner, bytes: usize) -> Self {
+        Self { inner, bytes }
+    }
+
+    /// The same batch, known to take about this much memory.
+    pub(crate) fn with_bytes(self, bytes: usize) -> Self {
+        Self { bytes, ..self }
+    }
+
+    /// About how much memory the batch takes, as far as its source knows.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// The rows as Arrow columns, if they came so.
     pub(crate) fn as_arrow(&self) -> Option<&ArrowRows> {
-        match &self.0 {
+        match &self.inner {
             Inner::Arrow(rows) => Some(rows),
             _ => None,
         }
@@ -85,7 +104,7 @@ impl Batch {
 
     /// The rows, parsed now if they were not.
     pub fn rows(self) -> Vec<Row> {
-        match self.0 {
+        match self.inner {
             Inner::Ready(rows) => rows,
             Inner::Deferred(parse) => parse(),
             Inner::Arrow(rows) => rows.all(),
@@ -95,7 +114,7 @@ impl Batch {
 
 impl fmt::Debug for Batch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
+        match &self.inner {
             Inner::Ready(rows) => f.debug_tuple("Batch").field(rows).finish(),
             Inner::Deferred(_) => f.write_str("Batch(deferred)"),
             Inner::Arrow(rows) => f.debug_tuple("Batch").field(&rows.batch).finish(),

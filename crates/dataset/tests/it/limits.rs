@@ -4,7 +4,7 @@ use futures::TryStreamExt as _;
 use serde_json::{Value, json};
 use updraft_dataset::{
     Error, ImportOptions, MAX_LISTED_REJECTS, MemorySource, Overflow, PretokenizeOptions,
-    ShardPlan, import, pretokenize, rejects,
+    ShardPlan, SourceOptions, import, pretokenize, rejects, resolve_source,
 };
 use updraft_store::{Area, CancelToken, Progress, ProgressSink, StageId, Store, current};
 
@@ -410,5 +410,30 @@ async fn what_cannot_be_trained_is_rejected_with_the_chats_reason() {
     assert!(
         err.starts_with("1 of 2 rows rejected") && err.contains("nothing to train on"),
         "{err}"
+    );
+}
+
+/// Each of these is a quarter of the memory that batches share.
+#[tokio::test]
+async fn rows_of_almost_the_limit_come_one_after_the_other() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("long.jsonl.zst");
+    let mut lines = Vec::new();
+    for i in 0..9 {
+        let text = format!("{i} ").repeat(15 << 19);
+        let line = json!({ "text": text }).to_string() + "\n";
+        lines.extend(zstd::bulk::compress(line.as_bytes(), 1).expect("memory"));
+    }
+    std::fs::write(&path, lines).expect("written");
+    let spec = path.to_str().expect("UTF-8");
+    let source = resolve_source(spec, &SourceOptions::default())
+        .await
+        .expect("a file");
+    let imported = import_into(&Store::memory(), &*source, &ImportOptions::default())
+        .await
+        .expect("imported");
+    assert_eq!(
+        (imported.counts()["rows"], imported.counts().get("rejected")),
+        (9, None)
     );
 }
