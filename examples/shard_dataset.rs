@@ -12,11 +12,13 @@
 
 use std::io::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
 use serde_json::json;
+use updraft::dataset::source::default_name;
 use updraft::dataset::{
-    ImportOptions, MemorySource, Source, SourceOptions, import, resolve_source,
+    ImportOptions, MemorySource, Source, SourceOptions, import, resolve_source_with,
 };
 use updraft::store::{CancelToken, Progress, ProgressSink, Store};
 
@@ -31,17 +33,9 @@ struct Settings {
 #[tokio::main]
 async fn main() -> Result<()> {
     let settings = settings()?;
+    let lines = Lines::default();
 
-    // 1. What is named is found and pinned: to a commit, an ETag, a hash.
-    let (name, source) = match &settings.source {
-        Some(spec) => {
-            let source: Arc<dyn Source> = resolve_source(spec, &settings.from).await?;
-            (name_of(spec), source)
-        }
-        None => ("greetings".to_owned(), greetings()?),
-    };
-
-    // 2. Ctrl-C asks it to stop; what is written stays, and the next run goes on from there.
+    // 1. Ctrl-C asks it to stop; what is written stays, and the next run goes on from there.
     let cancel = CancelToken::new();
     tokio::spawn({
         let cancel = cancel.clone();
@@ -52,16 +46,31 @@ async fn main() -> Result<()> {
         }
     });
 
+    // 2. What is named is found and pinned: to a commit, an ETag, a hash.
+    let (name, source) = match &settings.source {
+        Some(spec) => {
+            let source: Arc<dyn Source> =
+                resolve_source_with(spec, &settings.from, &lines, &cancel).await?;
+            (default_name(spec, &settings.from), source)
+        }
+        None => ("greetings".to_owned(), greetings()?),
+    };
+
     // 3. Rows become shards, with bounded memory; the manifest comes last and makes it finished.
     let store = Store::open(settings.store.as_deref().unwrap_or("./store"))?;
-    let stage = import(&store, &name, &*source, &settings.import, &Lines, &cancel).await?;
+    let stage = import(&store, &name, &*source, &settings.import, &lines, &cancel).await?;
 
     let done = if stage.reused() {
         "was finished before"
     } else {
         "is finished"
     };
-    writeln!(std::io::stderr(), "{} {done}", store.url_of(&stage.dir()))?;
+    let end = lines.end();
+    writeln!(
+        std::io::stderr(),
+        "{end}{} {done}",
+        store.url_of(&stage.dir())
+    )?;
     serde_json::to_writer_pretty(std::io::stdout().lock(), &stage.manifest().await?)?;
     writeln!(std::io::stdout())?;
     Ok(())
@@ -76,30 +85,20 @@ fn greetings() -> Result<Arc<dyn Source>> {
     )?))
 }
 
-/// `owner/name` of the Hub stays; of a path or URL the last part, without its endings.
-fn name_of(spec: &str) -> String {
-    let is_hub =
-        spec.split('/').count() == 2 && !spec.contains('.') && !std::path::Path::new(spec).exists();
-    let last = spec
-        .trim_end_matches('/')
-        .rsplit('/')
-        .next()
-        .unwrap_or(spec);
-    let stem = last
-        .split('.')
-        .next()
-        .filter(|stem| !stem.is_empty())
-        .unwrap_or("dataset");
-    let name = if is_hub { spec } else { stem };
-    name.replace(
-        |c: char| !c.is_ascii_alphanumeric() && !"._-/".contains(c),
-        "_",
-    )
-}
-
 /// Progress as lines on standard error; standard output is the manifest's.
-#[derive(Debug)]
-struct Lines;
+#[derive(Debug, Default)]
+struct Lines(AtomicBool);
+
+impl Lines {
+    /// What ends the line, if there is one.
+    fn end(&self) -> &'static str {
+        if self.0.load(Ordering::Relaxed) {
+            "\n"
+        } else {
+            ""
+        }
+    }
+}
 
 impl ProgressSink for Lines {
     fn report(&self, progress: &Progress) {
@@ -107,6 +106,7 @@ impl ProgressSink for Lines {
             .total
             .map(|total| format!("/{total}"))
             .unwrap_or_default();
+        self.0.store(true, Ordering::Relaxed);
         let _ = write!(
             std::io::stderr(),
             "\r{} {}{total} {}  ",

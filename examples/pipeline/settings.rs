@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use lexopt::{Arg, Parser, ValueExt};
+use updraft::dataset::SourceOptions;
+use updraft::dataset::source::default_name;
 use updraft::model::LoraConfig;
 use updraft::train::TrainConfig;
 use updraft::train::metrics::Sink;
@@ -120,12 +122,17 @@ impl Settings {
 
     /// The model's name in the store: its Hub id, or the name of its folder.
     pub fn model_name(&self) -> String {
-        stored_name(&self.model)
+        let path = Path::new(&self.model);
+        let name = path.file_name().filter(|_| path.exists());
+        name.map_or_else(
+            || self.model.clone(),
+            |name| name.to_string_lossy().into_owned(),
+        )
     }
 
     /// The dataset's name in the store: its Hub id, or the name of its file without extensions.
     pub fn dataset_name(&self) -> String {
-        stored_name(&self.dataset)
+        default_name(&self.dataset, &SourceOptions::default())
     }
 
     /// Where the model comes from: the shipped folder for `tiny`, else as given.
@@ -211,15 +218,5 @@ fn parse_command(word: &str) -> Result<Command> {
         "train" => Ok(Command::Train),
         "serve" => Ok(Command::Serve),
         _ => bail!("unknown command `{word}`; it is `train`, `serve` or nothing, see --help"),
-    }
-}
-
-/// A path's last part up to its first dot; a Hub id as it is.
-fn stored_name(spec: &str) -> String {
-    let path = Path::new(spec);
-    let name = path.file_name().map(|name| name.to_string_lossy());
-    match name {
-        Some(name) if path.exists() => name.split('.').next().unwrap_or(&name).to_owned(),
-        _ => spec.to_owned(),
     }
 }

@@ -13,7 +13,7 @@ use updraft::DatasetSource;
 use updraft::chat::{Chat, ChatFiles, TemplateFiles};
 use updraft::dataset::{
     ImportOptions, PretokenizeOptions, Reader, ReaderOptions, SourceOptions, import, pretokenize,
-    resolve_source,
+    resolve_source_with,
 };
 use updraft::model::{Threads, import_model};
 use updraft::store::{CancelToken, FinishedStage, Store};
@@ -36,8 +36,13 @@ pub async fn run(settings: &Settings) -> Result<()> {
     // Neither import needs the other.
     let (standardized, base) = tokio::try_join!(
         stage("import", &events, async {
-            let source =
-                resolve_source(&dataset_source(settings)?, &SourceOptions::default()).await?;
+            let source = resolve_source_with(
+                &dataset_source(settings)?,
+                &SourceOptions::default(),
+                &events,
+                &cancel,
+            )
+            .await?;
             Ok(import(
                 &store,
                 &dataset,

@@ -102,5 +102,5 @@ pub use read::{Reader, ReaderOptions, Shuffle};
 pub use record::{Preference, Record};
 pub use shard::ShardPlan;
 pub use shuffle::Permutation;
-pub use source::{MemorySource, Source, SourceOptions, resolve_source};
+pub use source::{MemorySource, Source, SourceOptions, resolve_source, resolve_source_with};
 pub use tally::{MAX_LISTED_REJECTS, rejects};

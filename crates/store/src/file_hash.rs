@@ -77,6 +77,19 @@ impl FileHashes {
     /// # Errors
     /// Those of reading the file; a memory that cannot be read or written is no error.
     pub fn hash(&self, path: &Path) -> io::Result<FileHash> {
+        self.hash_with(path, |_| Ok(()))
+    }
+
+    /// [`hash`](Self::hash) that tells `on_bytes` of every piece, and stops with its error. A hash
+    /// that is remembered is one piece.
+    ///
+    /// # Errors
+    /// As [`hash`](Self::hash), and those of `on_bytes`.
+    pub fn hash_with(
+        &self,
+        path: &Path,
+        mut on_bytes: impl FnMut(u64) -> io::Result<()>,
+    ) -> io::Result<FileHash> {
         let mut file = File::open(path)?;
         let before = Stamp::of(&file.metadata()?);
         let place = self
@@ -86,13 +99,14 @@ impl FileHashes {
             .as_ref()
             .and_then(|(place, path)| recall(place, path, &before))
         {
+            on_bytes(before.bytes)?;
             return Ok(FileHash {
                 bytes: before.bytes,
                 sha256,
                 stamp: before,
             });
         }
-        let (bytes, sha256) = read(&mut file)?;
+        let (bytes, sha256) = read(&mut file, on_bytes)?;
         if let Some((place, path)) = place
             && before.is_settled()
             && before == Stamp::of(&file.metadata()?)
@@ -175,7 +189,10 @@ fn remember(place: &Path, what: &Remembered) {
     }
 }
 
-fn read(file: &mut File) -> io::Result<(u64, String)> {
+fn read(
+    file: &mut File,
+    mut on_bytes: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<(u64, String)> {
     let mut hasher = Sha256::new();
     let mut block = vec![0; 1 << 20];
     let mut bytes = 0;
@@ -185,6 +202,7 @@ fn read(file: &mut File) -> io::Result<(u64, String)> {
             read => {
                 hasher.update(&block[..read]);
                 bytes += read as u64;
+                on_bytes(read as u64)?;
             }
         }
     }

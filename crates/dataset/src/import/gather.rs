@@ -127,6 +127,7 @@ impl<'a> Gather<'a> {
         while !self.ended {
             if !self.has_row().await? {
                 self.ended = true;
+                self.report();
                 break;
             }
             self.take(&mut rows, &mut tally).await?;
@@ -149,6 +150,11 @@ impl<'a> Gather<'a> {
         }))
     }
 
+    fn report(&self) {
+        let event = Progress::new("import", self.at.rows, self.total, "rows");
+        self.import.progress.report(&event);
+    }
+
     /// Whether there is a row to take; waits for the next batch if need be.
     async fn has_row(&mut self) -> Result<bool> {
         let options = self.import.options;
@@ -165,9 +171,7 @@ impl<'a> Gather<'a> {
             };
             let limit = RejectLimit(options.max_reject_rate);
             limit.check_early(self.rejected, self.at.rows, &self.first_rejects)?;
-            self.import
-                .progress
-                .report(&Progress::new("import", self.at.rows, self.total, "rows"));
+            self.report();
             let Some(batch) = batch else {
                 return Ok(false);
             };

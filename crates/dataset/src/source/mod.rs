@@ -13,6 +13,7 @@ mod hub;
 mod json_elements;
 mod json_lines;
 mod memory;
+mod name;
 mod parquet;
 mod resolve;
 mod row;
@@ -28,8 +29,9 @@ use crate::Result;
 pub use files::Files;
 pub(crate) use files::hex;
 pub use memory::MemorySource;
+pub use name::default_name;
 pub(crate) use parquet::not_readable;
-pub use resolve::{SourceOptions, resolve_source};
+pub use resolve::{SourceOptions, resolve_source, resolve_source_with};
 pub(crate) use row::too_long;
 pub use row::{Batch, Cursor, MAX_ROW_BYTES, Origin, Row};
 

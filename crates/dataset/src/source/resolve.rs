@@ -8,7 +8,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use updraft_store::{FileHashes, FinishedStage, ObjectEntry, ObjectInfo, Store};
+use tokio::sync::mpsc;
+use updraft_store::{
+    CancelToken, FileHash, FileHashes, FinishedStage, NoProgress, ObjectEntry, ObjectInfo,
+    Progress, ProgressSink, Store,
+};
 
 use super::card::CARD;
 use super::choose::choose;
@@ -53,18 +57,54 @@ impl Default for SourceOptions {
 /// [`Error::NotFound`] if nothing is there, [`Error::UnknownFile`] if a file's name does not
 /// tell its format, [`Error::NoDataFiles`] if a folder or repository holds none of the split.
 pub async fn resolve_source(spec: &str, options: &SourceOptions) -> Result<Arc<Files>> {
+    resolve_source_with(spec, options, &NoProgress, &CancelToken::new()).await
+}
+
+/// [`resolve_source`] with progress, in bytes hashed, and a way to stop it.
+///
+/// # Errors
+/// As [`resolve_source`], and [`updraft_store::Error::Cancelled`].
+pub async fn resolve_source_with(
+    spec: &str,
+    options: &SourceOptions,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<Arc<Files>> {
+    tokio::select! {
+        biased;
+        () = cancel.cancelled() => Err(updraft_store::Error::Cancelled.into()),
+        found = find(spec, options, progress, cancel) => found.map(Arc::new),
+    }
+}
+
+async fn find(
+    spec: &str,
+    options: &SourceOptions,
+    progress: &dyn ProgressSink,
+    cancel: &CancelToken,
+) -> Result<Files> {
     let path = PathBuf::from(spec.strip_prefix("file://").unwrap_or(spec));
     match tokio::fs::metadata(&path).await {
         Ok(found) => {
             let (spec, options) = (spec.to_owned(), options.clone());
-            let resolve = move || {
-                if found.is_dir() {
-                    local_folder(&spec, &path, &options)
-                } else {
-                    local_file(&spec, &path)
-                }
+            let (hashed, mut events) = mpsc::unbounded_channel();
+            let mut hashing = Hashing {
+                cancel: cancel.clone(),
+                hashed,
+                done: 0,
+                total: 0,
             };
-            tokio::task::spawn_blocking(resolve)
+            let resolving = tokio::task::spawn_blocking(move || {
+                if found.is_dir() {
+                    local_folder(&spec, &path, &options, &mut hashing)
+                } else {
+                    local_file(&spec, &path, &mut hashing)
+                }
+            });
+            while let Some((done, total)) = events.recv().await {
+                progress.report(&Progress::new("hash", done, Some(total), "bytes"));
+            }
+            resolving
                 .await
                 .map_err(|err| Error::read("the source", err))?
         }
@@ -83,15 +123,48 @@ pub async fn resolve_source(spec: &str, options: &SourceOptions) -> Result<Arc<F
             spec: spec.to_owned(),
         }),
     }
-    .map(Arc::new)
 }
 
-fn local_file(spec: &str, path: &Path) -> Result<Files> {
+/// The hashing of local files, on a thread of its own.
+struct Hashing {
+    cancel: CancelToken,
+    /// Told of the bytes done and of all.
+    hashed: mpsc::UnboundedSender<(u64, u64)>,
+    done: u64,
+    total: u64,
+}
+
+/// Bytes between two events.
+const EVENT_BYTES: u64 = 64 << 20;
+
+impl Hashing {
+    /// Counts files that are to be hashed.
+    fn plan<'p>(&mut self, paths: impl IntoIterator<Item = &'p Path>) {
+        let sizes = paths.into_iter().filter_map(|path| fs::metadata(path).ok());
+        self.total = sizes.map(|metadata| metadata.len()).sum();
+    }
+
+    fn hash(&mut self, path: &Path) -> io::Result<FileHash> {
+        FileHashes::from_env().hash_with(path, |bytes| {
+            self.cancel.check().map_err(io::Error::other)?;
+            let before = self.done;
+            self.done += bytes;
+            if before / EVENT_BYTES < self.done / EVENT_BYTES {
+                // Nobody listens any more: the next look at `cancel` tells.
+                self.hashed.send((self.done, self.total)).ok();
+            }
+            Ok(())
+        })
+    }
+}
+
+fn local_file(spec: &str, path: &Path, hashing: &mut Hashing) -> Result<Files> {
+    hashing.plan([path]);
     let name = path
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
-    let (file, identity) = local(path, &name)?.ok_or_else(|| Error::UnknownFile {
+    let (file, identity) = local(path, &name, hashing)?.ok_or_else(|| Error::UnknownFile {
         file: spec.to_owned(),
     })?;
     Ok(Files {
@@ -101,7 +174,12 @@ fn local_file(spec: &str, path: &Path) -> Result<Files> {
     })
 }
 
-fn local_folder(spec: &str, folder: &Path, options: &SourceOptions) -> Result<Files> {
+fn local_folder(
+    spec: &str,
+    folder: &Path,
+    options: &SourceOptions,
+    hashing: &mut Hashing,
+) -> Result<Files> {
     let mut names = Vec::new();
     walk(folder, "", &mut names).map_err(|err| Error::read(spec, err))?;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -112,8 +190,10 @@ fn local_folder(spec: &str, folder: &Path, options: &SourceOptions) -> Result<Fi
     let chosen = choose(spec, &names, card.as_deref(), options)?;
     let mut files = Vec::new();
     let mut identities = Vec::new();
-    for name in chosen {
-        if let Some((file, identity)) = local(&folder.join(name), name)? {
+    let paths: Vec<PathBuf> = chosen.iter().map(|name| folder.join(name)).collect();
+    hashing.plan(paths.iter().map(PathBuf::as_path));
+    for (name, path) in chosen.into_iter().zip(&paths) {
+        if let Some((file, identity)) = local(path, name, hashing)? {
             files.push(file);
             identities.push(identity);
         }
@@ -148,13 +228,11 @@ fn walk(folder: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> 
 }
 
 /// A local file and what pins its content; `None` if its name tells no format.
-fn local(path: &Path, name: &str) -> Result<Option<(DataFile, Value)>> {
+fn local(path: &Path, name: &str, hashing: &mut Hashing) -> Result<Option<(DataFile, Value)>> {
     let Some((kind, compression)) = Kind::of(name) else {
         return Ok(None);
     };
-    let hash = FileHashes::from_env()
-        .hash(path)
-        .map_err(|err| Error::read(name, err))?;
+    let hash = hashing.hash(path).map_err(|err| Error::read(name, err))?;
     let identity = json!({ "name": name, "bytes": hash.bytes, "sha256": hash.sha256 });
     let file = DataFile {
         name: name.into(),

@@ -1,10 +1,12 @@
 //! Bad input to a stage: a clear error or a counted reject, and nothing taken for finished.
 
+use std::sync::Mutex;
+
 use futures::TryStreamExt as _;
 use serde_json::{Value, json};
 use updraft_dataset::{
     Error, ImportOptions, MAX_LISTED_REJECTS, MemorySource, Overflow, PretokenizeOptions,
-    ShardPlan, SourceOptions, import, pretokenize, rejects, resolve_source,
+    ShardPlan, SourceOptions, import, pretokenize, rejects, resolve_source, resolve_source_with,
 };
 use updraft_store::{Area, CancelToken, Progress, ProgressSink, StageId, Store, current};
 
@@ -435,5 +437,44 @@ async fn rows_of_almost_the_limit_come_one_after_the_other() {
     assert_eq!(
         (imported.counts()["rows"], imported.counts().get("rejected")),
         (9, None)
+    );
+}
+
+/// Keeps the events.
+#[derive(Debug, Default)]
+struct Kept(Mutex<Vec<Progress>>);
+
+impl ProgressSink for Kept {
+    fn report(&self, progress: &Progress) {
+        self.0.lock().expect("no panic").push(progress.clone());
+    }
+}
+
+#[tokio::test]
+async fn hashing_large_files_shows_progress_and_can_be_cancelled() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in ["a.jsonl", "b.jsonl"] {
+        let file = std::fs::File::create(folder.path().join(name)).expect("created");
+        file.set_len(100 << 20).expect("a file of zeros");
+    }
+    let spec = folder.path().to_str().expect("UTF-8");
+    let options = SourceOptions::default();
+    let (cancel, kept) = (CancelToken::new(), Kept::default());
+    resolve_source_with(spec, &options, &kept, &cancel)
+        .await
+        .expect("a folder");
+    let events = kept.0.into_inner().expect("no panic");
+    assert_eq!(events.len(), 3);
+    assert!(events.is_sorted_by_key(|event| event.done));
+    assert!(events.iter().all(|event| event.total == Some(200 << 20)));
+
+    // Hashed afresh: what was just written is not remembered.
+    let at_once = CancelAtOnce(cancel.clone());
+    let err = resolve_source_with(spec, &options, &at_once, &cancel)
+        .await
+        .expect_err("cancelled");
+    assert!(
+        matches!(err, Error::Store(updraft_store::Error::Cancelled)),
+        "{err:?}"
     );
 }
