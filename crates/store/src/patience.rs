@@ -21,6 +21,8 @@ pub(crate) struct Patience {
     pub(crate) request: Duration,
     /// The slowest link a body may go out by, in bytes per second.
     pub(crate) slowest_upload: u64,
+    /// A header for every request.
+    pub(crate) header: Option<(&'static str, &'static str)>,
 }
 
 impl Default for Patience {
@@ -29,6 +31,7 @@ impl Default for Patience {
             silence: Duration::from_secs(60),
             request: Duration::from_secs(300),
             slowest_upload: 64 << 10,
+            header: None,
         }
     }
 }
@@ -60,7 +63,12 @@ struct Patient {
 
 #[async_trait]
 impl HttpService for Patient {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+    async fn call(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        if let Some((name, value)) = self.patience.header
+            && let Ok(value) = value.parse()
+        {
+            request.headers_mut().insert(name, value);
+        }
         let bytes = request.body().content_length() as u64;
         if bytes == 0 {
             return self.reading.execute(request).await;
@@ -102,6 +110,12 @@ mod tests {
                     while !head.ends_with(b"\r\n\r\n") {
                         head.push(connection.read_u8().await.expect("a request"));
                     }
+                    if head.starts_with(b"HEAD") {
+                        let told = head.windows(6).any(|bytes| bytes == b"x-a: b");
+                        let answer = format!("HTTP/1.1 {}\r\n\r\n", if told { 200 } else { 400 });
+                        connection.write_all(answer.as_bytes()).await.expect("sent");
+                        return;
+                    }
                     if head.starts_with(b"GET") {
                         let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nsome";
                         connection.write_all(answer).await.expect("sent");
@@ -125,6 +139,15 @@ mod tests {
         method: &str,
         body: HttpRequestBody,
     ) -> Result<Bytes, HttpError> {
+        let answer = execute(patience, method, body).await?;
+        answer.into_body().bytes().await
+    }
+
+    async fn execute(
+        patience: Patience,
+        method: &str,
+        body: HttpRequestBody,
+    ) -> Result<HttpResponse, HttpError> {
         crate::tls::install();
         let client = patience
             .connect(&ClientOptions::new().with_allow_http(true))
@@ -132,7 +155,7 @@ mod tests {
         let mut request = HttpRequest::new(body);
         *request.method_mut() = method.parse().expect("a method");
         *request.uri_mut() = slow_server().await.parse().expect("an address");
-        client.execute(request).await?.into_body().bytes().await
+        client.execute(request).await
     }
 
     #[tokio::test]
@@ -141,6 +164,7 @@ mod tests {
             silence: SILENCE,
             request: 2 * SILENCE,
             slowest_upload: (BODY_BYTES / 4) as u64,
+            header: None,
         };
         let body = || HttpRequestBody::from(vec![7; BODY_BYTES]);
         let answer = ask(patience, "PUT", body()).await;
@@ -162,5 +186,19 @@ mod tests {
         };
         let silent = ask(patience, "GET", HttpRequestBody::empty()).await;
         assert_eq!(silent.expect_err("silent").kind(), HttpErrorKind::Timeout);
+    }
+
+    #[tokio::test]
+    async fn every_request_has_the_header() {
+        let status = async |header| {
+            let patience = Patience {
+                header,
+                ..Patience::default()
+            };
+            let answer = execute(patience, "HEAD", HttpRequestBody::empty()).await;
+            answer.expect("an answer").status().as_u16()
+        };
+        assert_eq!(status(Some(("x-a", "b"))).await, 200);
+        assert_eq!(status(None).await, 400);
     }
 }

@@ -13,39 +13,97 @@ pub(crate) fn open(
 ) -> Result<Store> {
     let place = Place::parse(url, rest, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")?;
     crate::tls::install();
-    let (builder, allow_http) = configure(AmazonS3Builder::new(), env);
+    let Configured {
+        builder,
+        allow_http,
+        is_tigris,
+    } = configure(AmazonS3Builder::new(), env);
+    let patience = Patience {
+        header: is_tigris.then_some(TIGRIS_CONSISTENT),
+        ..Patience::default()
+    };
     let built = builder
         .with_bucket_name(place.bucket)
         .with_client_options(client(allow_http))
-        .with_http_connector(Patience::default())
+        .with_http_connector(patience)
         .with_retry(retry())
         .build();
     place.open(built, "AWS_REGION, AWS_ENDPOINT_URL_S3 and the credentials")
 }
 
-/// Takes every `AWS_*` variable that names a setting; says whether plain HTTP is allowed.
+/// Makes Tigris answer from the region that takes an object's writes: a create-only write, and what
+/// another region has just written, are seen there alone.
+const TIGRIS_CONSISTENT: (&str, &str) = ("x-tigris-consistent", "true");
+
+struct Configured {
+    builder: AmazonS3Builder,
+    /// Whether plain HTTP is allowed.
+    allow_http: bool,
+    is_tigris: bool,
+}
+
+/// Takes every `AWS_*` variable that names a setting.
 fn configure(
-    mut builder: AmazonS3Builder,
+    builder: AmazonS3Builder,
     env: impl IntoIterator<Item = (String, String)>,
-) -> (AmazonS3Builder, bool) {
-    let mut allow_http = false;
+) -> Configured {
+    let mut configured = Configured {
+        builder,
+        allow_http: false,
+        is_tigris: false,
+    };
     for (key, value) in env {
         if !key.starts_with("AWS_") || value.is_empty() {
             continue;
         }
         if key == "AWS_ALLOW_HTTP" {
-            allow_http |= value.eq_ignore_ascii_case("true") || value == "1";
+            configured.allow_http |= value.eq_ignore_ascii_case("true") || value == "1";
         } else if let Ok(setting) = key.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
             if matches!(
                 setting,
                 AmazonS3ConfigKey::Endpoint | AmazonS3ConfigKey::S3Endpoint
             ) {
-                allow_http |= is_loopback(&value);
+                configured.allow_http |= is_loopback(&value);
+                configured.is_tigris |= is_tigris(&value);
             }
             if !matches!(setting, AmazonS3ConfigKey::Client(_)) {
-                builder = builder.with_config(setting, value);
+                configured.builder = configured.builder.with_config(setting, value);
             }
         }
     }
-    (builder, allow_http)
+    configured
+}
+
+fn is_tigris(endpoint: &str) -> bool {
+    let url = ::url::Url::parse(endpoint).ok();
+    let host = url
+        .as_ref()
+        .and_then(::url::Url::host_str)
+        .unwrap_or_default();
+    ["storage.dev", "storageapi.dev", "tigris.dev"]
+        .iter()
+        .any(|domain| {
+            host.strip_suffix(domain)
+                .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tigris_is_known_by_its_endpoint() {
+        for (endpoint, expected) in [
+            ("https://t3.storage.dev", true),
+            ("https://fly.storage.tigris.dev", true),
+            ("https://t3.storageapi.dev/", true),
+            ("https://notstorage.dev", false),
+            ("http://127.0.0.1:9000", false),
+        ] {
+            let env = [("AWS_ENDPOINT_URL_S3".to_owned(), endpoint.to_owned())];
+            let configured = configure(AmazonS3Builder::new(), env);
+            assert_eq!(configured.is_tigris, expected, "{endpoint}");
+        }
+    }
 }
