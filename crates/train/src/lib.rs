@@ -76,6 +76,7 @@ mod export;
 mod merged;
 pub mod metrics;
 mod stage;
+mod stop;
 mod swap;
 mod verify;
 
