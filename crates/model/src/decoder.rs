@@ -41,6 +41,15 @@ pub struct Decoder {
     gpu: Option<updraft_kernels::cuda::Gpu>,
 }
 
+/// What a process holds on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// What it can hold: what is free there, and what it holds already.
+    pub available_bytes: u64,
+    /// The most it has held at once, the driver's own not counted.
+    pub peak_bytes: u64,
+}
+
 impl Decoder {
     /// Loads a model's weights, converted to `dtype`: [`DType::F32`], or [`DType::F64`] to check
     /// gradients. With [`DType::BF16`] the matrices are kept in bf16, at half the memory, and
@@ -199,6 +208,35 @@ impl Decoder {
         None
     }
 
+    /// The bytes that this process can hold on the GPU it computes on, and the most it has held so far.
+    pub fn gpu_memory(&self) -> Option<GpuMemory> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = &self.gpu {
+            let figures = gpu.available_bytes().ok().zip(gpu.peak_bytes().ok());
+            return figures.map(|(available_bytes, peak_bytes)| GpuMemory {
+                available_bytes,
+                peak_bytes,
+            });
+        }
+        None
+    }
+
+    /// How many parts of a micro-batch it computes side by side: one for each thread, and on a GPU all rows as one.
+    pub fn num_parts(&self) -> usize {
+        match self.is_on_gpu() {
+            true => 1,
+            false => self.threads.num_threads(),
+        }
+    }
+
+    fn is_on_gpu(&self) -> bool {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if self.gpu.is_some() {
+            return true;
+        }
+        false
+    }
+
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
@@ -217,11 +255,10 @@ impl Decoder {
 
     /// The number type of the adapters that run on it.
     fn adapter_dtype(&self) -> DType {
-        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-        if self.gpu.is_some() {
-            return DType::F32;
+        match self.is_on_gpu() {
+            true => DType::F32,
+            false => self.dtype,
         }
-        self.dtype
     }
 
     /// The configuration it was loaded with.

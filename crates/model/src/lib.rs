@@ -73,7 +73,7 @@ pub mod tiny;
 
 pub use batch::{Batch, BlockTables, Part};
 pub use config::{Architecture, ModelConfig, Projection, RopeConfig, RopeScaling};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, GpuMemory};
 pub use error::{Error, Result};
 pub use import::import_model;
 pub use kv_pages::KvPages;

@@ -47,8 +47,42 @@ impl Gpu {
     #[cfg(feature = "cuda-emulator")]
     #[must_use]
     pub fn emulated() -> Self {
+        Self::emulated_with(u64::MAX)
+    }
+
+    /// An emulated device that has so many bytes of memory, and then none.
+    #[cfg(feature = "cuda-emulator")]
+    #[must_use]
+    pub fn emulated_with(bytes: u64) -> Self {
+        let emulator = super::emulator::Emulator::new(bytes);
         Self {
-            backend: Backend::Emulator(Arc::default()),
+            backend: Backend::Emulator(Arc::new(emulator)),
+        }
+    }
+
+    /// The bytes that this process can hold on the device: what is free there, and what it holds already.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn available_bytes(&self) -> Result<u64> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.available_bytes(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Ok(emulator.limit()),
+        }
+    }
+
+    /// The most bytes that this process has held on the device at once, the driver's own not counted.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn peak_bytes(&self) -> Result<u64> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.peak_bytes(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Ok(emulator.peak()),
         }
     }
 
@@ -75,7 +109,7 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.upload(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(bytes),
+            Backend::Emulator(emulator) => Memory::host(bytes, emulator.take(bytes.len())?),
         };
         Ok(Buffer::new(memory, values.len(), self.clone()))
     }
@@ -92,7 +126,10 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.alloc(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(&vec![0xff; bytes]),
+            Backend::Emulator(emulator) => {
+                let taken = emulator.take(bytes)?;
+                Memory::host(&vec![0xff; bytes], taken)
+            }
         };
         Ok(Buffer::new(memory, len, self.clone()))
     }
@@ -109,7 +146,10 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.zeros(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(&vec![0; bytes]),
+            Backend::Emulator(emulator) => {
+                let taken = emulator.take(bytes)?;
+                Memory::host(&vec![0; bytes], taken)
+            }
         };
         Ok(Buffer::new(memory, len, self.clone()))
     }

@@ -118,6 +118,45 @@ fn two_runs_and_recomputed_activations_have_the_same_bits() {
     }
 }
 
+/// Loaded and trained on, a GPU holds no more than was estimated, and not much less.
+#[cfg(feature = "cuda-emulator")] // which counts what is held
+#[test]
+fn a_step_takes_what_was_estimated() {
+    use updraft_model::memory::{MemoryEstimate, MicroBatch, Processor, Working};
+    for (architecture, dtype, activations) in [
+        (Architecture::Qwen2, DType::BF16, Activations::Stored),
+        (Architecture::Qwen2, DType::F32, Activations::Recomputed),
+        (Architecture::Qwen3, DType::BF16, Activations::Recomputed),
+    ] {
+        let world = World::new(architecture);
+        let adapter = world.adapter(&uneven_lora(), 4);
+        let part = one_part(&documents(&[30, 20, 14], 1));
+        let batch = MicroBatch {
+            tokens: part.batch.num_tokens() as u64,
+            trained_tokens: part.num_labels() as u64,
+        };
+        let gpu = Gpu::emulated();
+        let decoder = on_gpu(&world, dtype, &gpu);
+        backward(&decoder, &adapter, std::slice::from_ref(&part), activations);
+        let work = Working {
+            weights: dtype,
+            activations,
+            processor: Processor::Gpu,
+            optimizer_moments: 2,
+            kept_adapters: 0,
+        };
+        let lora = adapter.config();
+        let estimate = MemoryEstimate::new(&world.config, lora, batch, work);
+        let held = decoder.gpu_memory().expect("on a GPU").peak_bytes;
+        let share = held as f64 / estimate.total() as f64;
+        let what = format!("{architecture:?} {dtype:?} {activations:?}");
+        assert!(
+            (0.75..=1.0).contains(&share),
+            "{what}: {share:.3} of {estimate:?}"
+        );
+    }
+}
+
 #[test]
 fn logits_are_those_of_the_cpu() {
     for gpu in tiny::gpus() {
