@@ -148,8 +148,11 @@ impl<'a> Trainer<'a> {
     /// Shares the run with other workers: each is given the same model, data and settings, takes
     /// its part of every step's micro-batches, and ends with the same bits. A step stays what the
     /// settings say, so `gradient_accumulation_steps` counts the micro-batches of all workers
-    /// together. The first worker alone evaluates and writes checkpoints, and the others wait for it:
-    /// no longer than the timeout that [`TcpCollective::join`](crate::TcpCollective::join) was given.
+    /// together. The first worker alone evaluates and writes checkpoints, and the others wait for it.
+    ///
+    /// Every worker reads all examples of a step, not only those it takes: any of them can go on from any checkpoint
+    /// with any other number of workers, packing and noise are the same for all, and how many tokens a step trains
+    /// needs no message. It costs four bytes a token: at a million tokens a second, what one disk gives many times over.
     pub fn with_workers(mut self, workers: impl Collective + 'a) -> Self {
         let (micro_batches, num_workers) = (
             self.config.gradient_accumulation_steps as usize,
