@@ -10,6 +10,7 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
+use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{KvPages, Places};
 use crate::layers::{
     AdapterRows, Block, Embedding, Loader, Matrices, Pass, Place, RmsNorm, SavedBlock, Stream,
@@ -244,10 +245,10 @@ impl Decoder {
     }
 
     /// An adapter where this decoder's weights lie; `None` where that is where it lies already.
-    pub(crate) fn placed(&self, adapter: &Adapter) -> Result<Option<Views>> {
+    pub(crate) fn placed(&self, adapter: &Adapter) -> Result<Option<Arc<Views>>> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if let Some(gpu) = &self.gpu {
-            return adapter.on_gpu(gpu).map(Some);
+            return adapter.on_gpu(gpu, self.dtype).map(Some);
         }
         let _ = adapter;
         Ok(None)
@@ -312,10 +313,11 @@ impl Decoder {
             let placed = placed.collect::<Result<Vec<_>>>()?;
             let views = adapters.iter().zip(&placed);
             let views: Vec<&Views> = views
-                .map(|(adapter, placed)| placed.as_ref().unwrap_or(adapter.views()))
+                .map(|(adapter, placed)| placed.as_deref().unwrap_or(adapter.views()))
                 .collect();
-            let stream = self.run(&ops, batch, &adapter_rows(batch, &views), kv, |_| {})?;
-            let mut stream = stream.rows(&ops, &batch.logit_rows)?;
+            let pass = self.pass(&ops, batch)?;
+            let stream = self.run(&pass, &adapter_rows(batch, &views), kv, |_| {})?;
+            let mut stream = stream.rows(&ops, &pass.logit_rows)?;
             self.norm.forward(&ops, &mut stream)?.0.into_host()
         })
     }
@@ -342,28 +344,25 @@ impl Decoder {
     /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
     pub(crate) fn run(
         &self,
-        ops: &Ops,
-        batch: &Batch,
+        pass: &Pass<'_>,
         adapters: &[AdapterRows<'_>],
         kv: Option<&mut KvPages>,
         save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
-        let embedded = self.embedding.forward(&self.pass(ops, batch))?;
-        self.run_embedded(ops, batch, embedded, adapters, kv, save)
+        let embedded = self.embedding.forward(pass)?;
+        self.run_embedded(pass, embedded, adapters, kv, save)
     }
 
     /// [`run`](Self::run) from the embeddings on, `[T, C]`.
     pub(crate) fn run_embedded(
         &self,
-        ops: &Ops,
-        batch: &Batch,
+        pass: &Pass<'_>,
         embedded: Tensor,
         adapters: &[AdapterRows<'_>],
         mut kv: Option<&mut KvPages>,
         mut save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
-        let places = self.places(batch, kv.as_deref())?;
-        let pass = self.pass(ops, batch);
+        let places = self.places(pass.batch, kv.as_deref())?;
         let mut stream = Stream {
             sum: embedded,
             delta: None,
@@ -372,18 +371,24 @@ impl Decoder {
             let pages = places
                 .as_ref()
                 .zip(kv.as_deref_mut().map(|kv| &mut kv.layers[layer]));
-            save(block.forward(&pass, &mut stream, adapters, pages)?);
+            save(block.forward(pass, &mut stream, adapters, pages)?);
         }
         Ok(stream)
     }
 
-    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Pass<'a> {
-        Pass {
+    /// What a pass of this batch looks things up by goes to where the weights are, once.
+    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Result<Pass<'a>> {
+        let indices = |host: &'a [u32]| Indices::beside(&self.head, host);
+        Ok(Pass {
             ops,
             config: &self.config,
             rope: &self.rope,
             batch,
-        }
+            ids: indices(&batch.ids)?,
+            positions: indices(&batch.positions)?,
+            seq_starts: SeqStarts::beside(&self.head, &batch.seq_starts)?,
+            logit_rows: indices(&batch.logit_rows)?,
+        })
     }
 
     pub(crate) fn blocks(&self) -> &[Block] {

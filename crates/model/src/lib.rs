@@ -46,6 +46,7 @@ mod error;
 
 mod config;
 mod huge_pages;
+mod indices;
 mod quantized;
 mod weights;
 

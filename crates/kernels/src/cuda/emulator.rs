@@ -3,6 +3,7 @@
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::device::Traffic;
 use super::launch::Kernel;
 use super::linear::Product;
 use super::memory::{Mat, MatMut, Number};
@@ -16,11 +17,12 @@ pub(super) struct Emulator {
     held: Mutex<Held>,
 }
 
-/// Bytes held, now and at most so far.
+/// Bytes held, now and at most so far, and bytes copied.
 #[derive(Debug, Default)]
 struct Held {
     now: u64,
     most: u64,
+    traffic: Traffic,
 }
 
 impl Emulator {
@@ -37,6 +39,14 @@ impl Emulator {
         self.with(|held| held.most)
     }
 
+    pub(super) fn traffic(&self) -> Traffic {
+        self.with(|held| held.traffic)
+    }
+
+    pub(super) fn count(&self, copied: impl FnOnce(&mut Traffic)) {
+        self.with(|held| copied(&mut held.traffic));
+    }
+
     fn with<R>(&self, look: impl FnOnce(&mut Held) -> R) -> R {
         look(&mut self.held.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -48,10 +58,7 @@ impl Emulator {
             if now > self.limit {
                 return Err(Error::OutOfMemory { bytes });
             }
-            *held = Held {
-                now,
-                most: held.most.max(now),
-            };
+            (held.now, held.most) = (now, held.most.max(now));
             Ok(Taken {
                 emulator: Arc::clone(self),
                 bytes: bytes as u64,

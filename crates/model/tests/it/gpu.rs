@@ -157,6 +157,47 @@ fn a_step_takes_what_was_estimated() {
     }
 }
 
+/// The adapter goes to the GPU once for each change, its gradients come back once for each step; of a micro-batch go its
+/// ids, positions, rows and labels, and the borders of its sequences, once, and back come its losses.
+#[cfg(feature = "cuda-emulator")] // which counts what is copied
+#[test]
+fn nothing_is_copied_twice() {
+    let world = World::new(Architecture::Qwen2);
+    let mut adapter = world.adapter(&uneven_lora(), 4);
+    let parts = [
+        one_part(&documents(&[10, 7], 1)),
+        one_part(&documents(&[12], 2)),
+    ];
+    let gpu = Gpu::emulated();
+    let decoder = on_gpu(&world, DType::BF16, &gpu);
+    let step = |adapter: &Adapter, micro_batches: usize| {
+        let before = gpu.emulated_traffic();
+        let mut gradients = Gradients::zeros(adapter).expect("zeros");
+        for _ in 0..micro_batches {
+            decoder
+                .loss_and_backward(&parts, adapter, 1.0, &mut gradients, Activations::Stored)
+                .expect("sound parts");
+        }
+        gradients.with(|_| ()).expect("readable");
+        let after = gpu.emulated_traffic();
+        let up = after.uploaded - before.uploaded;
+        (up as usize, (after.downloaded - before.downloaded) as usize)
+    };
+    let sum = |of: fn(&Part) -> usize| parts.iter().map(of).sum::<usize>();
+    let (tokens, labels) = (sum(|part| part.batch.num_tokens()), sum(Part::num_labels));
+    let tiles = 3; // a sequence of up to 64 tokens is one
+    let batch_up = 4 * (2 * tokens + 2 * labels + 3 * tiles);
+    let bytes = 4 * adapter.num_parameters();
+    for _ in 0..2 {
+        assert_eq!(
+            step(&adapter, 3),
+            (bytes + 3 * batch_up, bytes + 3 * 4 * labels)
+        );
+        assert_eq!(step(&adapter, 1), (batch_up, bytes + 4 * labels));
+        adapter.update(|values| values[0] += 1.0).expect("f32");
+    }
+}
+
 #[test]
 fn logits_are_those_of_the_cpu() {
     for gpu in tiny::gpus() {
