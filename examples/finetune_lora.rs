@@ -9,8 +9,7 @@
 //! `question` and `answer`, or of `prompt` and `completion`. `--out` gets the adapter
 //! (`lora_model/`, for PEFT), the merged model (`fused/`), `metrics.jsonl`, TensorBoard's files
 //! (`runs/`) and checkpoints, from which the same command goes on after an interruption. On SIGTERM
-//! and Ctrl-C it writes one more and exits with 143; on a second one, and after training, it exits at
-//! once. Data, base and settings must be the same then, or be given another `--out`.
+//! and Ctrl-C it writes one more and exits with 143; on a second one it exits at once. Data, base and settings must be the same then, or be given another `--out`.
 //!
 //! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
 //! option by its own name. Besides:
@@ -31,8 +30,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
@@ -178,8 +175,8 @@ fn main() -> Result<ExitCode> {
 
     // A spot notice, or Ctrl-C: the trainer writes a checkpoint.
     let runtime = Runtime::new()?;
-    let (cancel, training) = (CancelToken::new(), Arc::new(AtomicBool::new(true)));
-    watch_signals(&runtime, cancel.clone(), Arc::clone(&training))?;
+    let cancel = CancelToken::new();
+    watch_signals(&runtime, cancel.clone())?;
 
     // Train, from the newest checkpoint if there is one.
     let store = Store::open(&out)?;
@@ -223,17 +220,12 @@ fn main() -> Result<ExitCode> {
         }
         trainer.run()
     });
-    training.store(false, Ordering::Relaxed);
     match trained {
         Err(Error::Cancelled { step }) => {
             println!("stopped after step {step}; the same command goes on from there");
             return Ok(ExitCode::from(STOPPED));
         }
         Err(error) => return Err(error.into()),
-        Ok(_) if cancel.is_cancelled() => {
-            println!("stopped after the last step; the same command writes the result");
-            return Ok(ExitCode::from(STOPPED));
-        }
         Ok(_) => {} // Its last line is the report.
     }
     let (adapter, log) = trainer.into_parts();
@@ -247,7 +239,14 @@ fn main() -> Result<ExitCode> {
         }
     };
     let card = model_card(&data, &lora, &config, &log);
-    export(path, &files, decoder, &adapter, &card, &probe)?;
+    let tokens = std::slice::from_ref(&cancel);
+    match export(path, &files, decoder, &adapter, &card, &probe, tokens) {
+        Err(Error::Cancelled { .. }) => {
+            println!("stopped after the last step; the same command writes the result");
+            return Ok(ExitCode::from(STOPPED));
+        }
+        exported => exported?,
+    }
     let result = if adapter.is_whole() {
         FUSED
     } else {
@@ -255,7 +254,7 @@ fn main() -> Result<ExitCode> {
     };
     println!("{result} is in {out}; what other programs load is {out}/{FUSED}");
     if !push_to_hub.is_empty() {
-        runtime.block_on(push(&push_to_hub, &path.join(result)))?;
+        runtime.block_on(push(&push_to_hub, &path.join(result), &cancel))?;
         println!("{result} is at https://huggingface.co/{push_to_hub}");
     }
     Ok(ExitCode::SUCCESS)
@@ -299,9 +298,9 @@ fn load_on_gpu(device: &str, _: &ModelFiles, _: DType, _: &Threads) -> Result<De
     anyhow::bail!("--device {device} needs a build with --features cuda (or say cpu)")
 }
 
-/// SIGTERM and Ctrl-C end the training with a checkpoint. The second time, and when there is no
-/// training to end, they end the program: an export that is cut short begins anew.
-fn watch_signals(runtime: &Runtime, cancel: CancelToken, training: Arc<AtomicBool>) -> Result<()> {
+/// SIGTERM and Ctrl-C end the training with a checkpoint, and an export, which begins anew the next time. The second time
+/// they end the program.
+fn watch_signals(runtime: &Runtime, cancel: CancelToken) -> Result<()> {
     let _inside = runtime.enter();
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
@@ -311,7 +310,7 @@ fn watch_signals(runtime: &Runtime, cancel: CancelToken, training: Arc<AtomicBoo
                 _ = terminated.recv() => {}
                 _ = interrupted.recv() => {}
             }
-            if cancel.is_cancelled() || !training.load(Ordering::Relaxed) {
+            if cancel.is_cancelled() {
                 std::process::exit(STOPPED.into());
             }
             cancel.cancel();
@@ -322,20 +321,19 @@ fn watch_signals(runtime: &Runtime, cancel: CancelToken, training: Arc<AtomicBoo
 
 /// Uploads a folder to a repository of the Hub, which is made, private, if it is not there.
 #[cfg(feature = "push")]
-async fn push(repo: &str, folder: &Path) -> Result<()> {
+async fn push(repo: &str, folder: &Path, cancel: &CancelToken) -> Result<()> {
     use updraft::store::NoProgress;
     use updraft::store::hub::{HubClient, PushOptions, RepoRef};
     let (client, repo) = (HubClient::from_env()?, RepoRef::model(repo)?);
     let options = PushOptions::default();
-    let (progress, cancel) = (&NoProgress, &CancelToken::new());
     client
-        .push_folder(&repo, folder, &options, progress, cancel)
+        .push_folder(&repo, folder, &options, &NoProgress, cancel)
         .await?;
     Ok(())
 }
 
 #[cfg(not(feature = "push"))]
-async fn push(_: &str, _: &Path) -> Result<()> {
+async fn push(_: &str, _: &Path, _: &CancelToken) -> Result<()> {
     anyhow::bail!("this build is without the feature push")
 }
 

@@ -10,6 +10,7 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
+use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{KvPages, Places};
 use crate::layers::{
     AdapterRows, Block, Embedding, Loader, Matrices, Pass, Place, RmsNorm, SavedBlock, Stream,
@@ -39,6 +40,15 @@ pub struct Decoder {
     saved_of: Option<TensorId>,
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     gpu: Option<updraft_kernels::cuda::Gpu>,
+}
+
+/// What a process holds on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// What it can hold: what is free there, and what it holds already.
+    pub available_bytes: u64,
+    /// The most it has held at once, the driver's own not counted.
+    pub peak_bytes: u64,
 }
 
 impl Decoder {
@@ -199,6 +209,35 @@ impl Decoder {
         None
     }
 
+    /// The bytes that this process can hold on the GPU it computes on, and the most it has held so far.
+    pub fn gpu_memory(&self) -> Option<GpuMemory> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = &self.gpu {
+            let figures = gpu.available_bytes().ok().zip(gpu.peak_bytes().ok());
+            return figures.map(|(available_bytes, peak_bytes)| GpuMemory {
+                available_bytes,
+                peak_bytes,
+            });
+        }
+        None
+    }
+
+    /// How many parts of a micro-batch it computes side by side: one for each thread, and on a GPU all rows as one.
+    pub fn num_parts(&self) -> usize {
+        match self.is_on_gpu() {
+            true => 1,
+            false => self.threads.num_threads(),
+        }
+    }
+
+    fn is_on_gpu(&self) -> bool {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if self.gpu.is_some() {
+            return true;
+        }
+        false
+    }
+
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
@@ -206,10 +245,10 @@ impl Decoder {
     }
 
     /// An adapter where this decoder's weights lie; `None` where that is where it lies already.
-    pub(crate) fn placed(&self, adapter: &Adapter) -> Result<Option<Views>> {
+    pub(crate) fn placed(&self, adapter: &Adapter) -> Result<Option<Arc<Views>>> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if let Some(gpu) = &self.gpu {
-            return adapter.on_gpu(gpu).map(Some);
+            return adapter.on_gpu(gpu, self.dtype).map(Some);
         }
         let _ = adapter;
         Ok(None)
@@ -217,11 +256,10 @@ impl Decoder {
 
     /// The number type of the adapters that run on it.
     fn adapter_dtype(&self) -> DType {
-        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-        if self.gpu.is_some() {
-            return DType::F32;
+        match self.is_on_gpu() {
+            true => DType::F32,
+            false => self.dtype,
         }
-        self.dtype
     }
 
     /// The configuration it was loaded with.
@@ -275,10 +313,11 @@ impl Decoder {
             let placed = placed.collect::<Result<Vec<_>>>()?;
             let views = adapters.iter().zip(&placed);
             let views: Vec<&Views> = views
-                .map(|(adapter, placed)| placed.as_ref().unwrap_or(adapter.views()))
+                .map(|(adapter, placed)| placed.as_deref().unwrap_or(adapter.views()))
                 .collect();
-            let stream = self.run(&ops, batch, &adapter_rows(batch, &views), kv, |_| {})?;
-            let mut stream = stream.rows(&ops, &batch.logit_rows)?;
+            let pass = self.pass(&ops, batch)?;
+            let stream = self.run(&pass, &adapter_rows(batch, &views), kv, |_| {})?;
+            let mut stream = stream.rows(&ops, &pass.logit_rows)?;
             self.norm.forward(&ops, &mut stream)?.0.into_host()
         })
     }
@@ -305,28 +344,25 @@ impl Decoder {
     /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
     pub(crate) fn run(
         &self,
-        ops: &Ops,
-        batch: &Batch,
+        pass: &Pass<'_>,
         adapters: &[AdapterRows<'_>],
         kv: Option<&mut KvPages>,
         save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
-        let embedded = self.embedding.forward(&self.pass(ops, batch))?;
-        self.run_embedded(ops, batch, embedded, adapters, kv, save)
+        let embedded = self.embedding.forward(pass)?;
+        self.run_embedded(pass, embedded, adapters, kv, save)
     }
 
     /// [`run`](Self::run) from the embeddings on, `[T, C]`.
     pub(crate) fn run_embedded(
         &self,
-        ops: &Ops,
-        batch: &Batch,
+        pass: &Pass<'_>,
         embedded: Tensor,
         adapters: &[AdapterRows<'_>],
         mut kv: Option<&mut KvPages>,
         mut save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
-        let places = self.places(batch, kv.as_deref())?;
-        let pass = self.pass(ops, batch);
+        let places = self.places(pass.batch, kv.as_deref())?;
         let mut stream = Stream {
             sum: embedded,
             delta: None,
@@ -335,18 +371,24 @@ impl Decoder {
             let pages = places
                 .as_ref()
                 .zip(kv.as_deref_mut().map(|kv| &mut kv.layers[layer]));
-            save(block.forward(&pass, &mut stream, adapters, pages)?);
+            save(block.forward(pass, &mut stream, adapters, pages)?);
         }
         Ok(stream)
     }
 
-    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Pass<'a> {
-        Pass {
+    /// What a pass of this batch looks things up by goes to where the weights are, once.
+    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Result<Pass<'a>> {
+        let indices = |host: &'a [u32]| Indices::beside(&self.head, host);
+        Ok(Pass {
             ops,
             config: &self.config,
             rope: &self.rope,
             batch,
-        }
+            ids: indices(&batch.ids)?,
+            positions: indices(&batch.positions)?,
+            seq_starts: SeqStarts::beside(&self.head, &batch.seq_starts)?,
+            logit_rows: indices(&batch.logit_rows)?,
+        })
     }
 
     pub(crate) fn blocks(&self) -> &[Block] {

@@ -142,6 +142,15 @@ impl Error {
         }
     }
 
+    /// The bytes that were asked for when a GPU's memory was out, if that is what this is.
+    pub fn out_of_gpu_memory(&self) -> Option<usize> {
+        match self {
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            Self::Gpu(updraft_kernels::cuda::Error::OutOfMemory { bytes }) => Some(*bytes),
+            _ => None,
+        }
+    }
+
     pub(crate) fn batch(reason: impl Into<String>) -> Self {
         Self::Batch {
             reason: reason.into(),

@@ -46,6 +46,7 @@ mod error;
 
 mod config;
 mod huge_pages;
+mod indices;
 mod quantized;
 mod weights;
 
@@ -73,7 +74,7 @@ pub mod tiny;
 
 pub use batch::{Batch, BlockTables, Part};
 pub use config::{Architecture, ModelConfig, Projection, RopeConfig, RopeScaling};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, GpuMemory};
 pub use error::{Error, Result};
 pub use import::import_model;
 pub use kv_pages::KvPages;

@@ -11,6 +11,8 @@ const F32_BYTES: u64 = 4;
 const MOST_LOGIT_ROWS: u64 = 512;
 const MOST_LOGITS: u64 = 16 << 20;
 const LEAST_LOGIT_ROWS: u64 = 64;
+/// Logits that exist at once on a GPU, at most but for one row; as in `kernels::cuda::linear_cross_entropy`.
+const MOST_GPU_LOGITS: u64 = 1 << 28;
 
 /// A micro-batch, by its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,17 +30,29 @@ pub struct Working {
     pub weights: DType,
     /// What is kept of the forward pass.
     pub activations: Activations,
-    /// Threads that share a micro-batch; each has its own gradients and logits.
-    pub num_threads: usize,
+    /// Where it computes.
+    pub processor: Processor,
     /// Numbers the optimizer keeps for each parameter: two for AdamW.
     pub optimizer_moments: u64,
     /// Adapters that are kept beside the one in training: the best so far.
     pub kept_adapters: u64,
 }
 
-/// The bytes a training step takes on the CPU, by what takes them.
+/// Where a step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processor {
+    /// On the CPU, in f32.
+    Cpu {
+        /// Threads that share a micro-batch; each has its own gradients and logits.
+        num_threads: usize,
+    },
+    /// On a GPU, in [`Working::weights`].
+    Gpu,
+}
+
+/// The bytes a training step takes, by what takes them.
 ///
-/// With `T` tokens in the micro-batch, `N` of them trained, `L` layers, `P` numbers in the adapter,
+/// On the CPU, with `T` tokens in the micro-batch, `N` of them trained, `L` layers, `P` numbers in the adapter,
 /// `j` threads, and `q = H·D`, `kv = H_kv·D`:
 ///
 /// ```text
@@ -61,8 +75,19 @@ pub struct Working {
 /// The export comes when training has let go: a decoder in f32, however it was trained, reads back
 /// what was written, adapter and merged model one after the other. Merging holds one file.
 ///
+/// On a GPU, with `e` bytes for a number of the type that it computes in, its memory is counted and the host's is not:
+///
+/// ```text
+/// weights      e · numbers of the model, and 4 · D · positions for the rotary table
+/// adapter      e · P
+/// gradients    4 · P
+/// activations  e · T · (kept + working) + e · 4·N·C + e · logits, with 4 bytes for a log-sum-exp or root, label or loss;
+///              at least 4 · P, while the adapter is on its way
+///   logits     V · min(2²⁸ / V rows, N)
+/// ```
+///
 /// The file the weights come from is mapped: its pages are the system's to take back and are not
-/// counted. Nor is what the process takes besides: code, data, allocator slack.
+/// counted. Nor is what the process takes besides: code, data, allocator slack, a GPU's driver and cuBLAS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// The frozen weights.
@@ -85,15 +110,34 @@ impl MemoryEstimate {
     /// Estimates one training step.
     pub fn new(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: Working) -> Self {
         let parameters = adapter_parameters(model, lora);
-        let threads = work.num_threads as u64;
+        let number = work.weights.size_in_bytes() as u64;
+        let num_threads = match work.processor {
+            Processor::Gpu => return Self::on_gpu(model, lora, batch, work),
+            Processor::Cpu { num_threads } => num_threads as u64,
+        };
         Self {
-            weights: work.weights.size_in_bytes() as u64 * model.num_parameters(),
+            weights: number * model.num_parameters(),
             adapter: F32_BYTES * parameters * (1 + work.kept_adapters),
-            gradients: F32_BYTES * parameters * threads,
+            gradients: F32_BYTES * parameters * num_threads,
             optimizer: F32_BYTES * parameters * work.optimizer_moments,
-            activations: F32_BYTES * activations(model, lora, batch, work),
+            activations: activations(model, lora, batch, work),
             checkpoint: F32_BYTES * parameters * (1 + work.optimizer_moments.max(2)),
             export: F32_BYTES * (model.num_parameters() + parameters),
+        }
+    }
+
+    fn on_gpu(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: Working) -> Self {
+        let parameters = adapter_parameters(model, lora);
+        let number = work.weights.size_in_bytes() as u64;
+        let table = F32_BYTES * (model.head_dim * model.max_len()) as u64;
+        Self {
+            weights: number * model.num_parameters() + table,
+            adapter: number * parameters,
+            gradients: F32_BYTES * parameters,
+            optimizer: 0,
+            activations: activations(model, lora, batch, work).max(F32_BYTES * parameters),
+            checkpoint: 0,
+            export: 0,
         }
     }
 
@@ -117,29 +161,80 @@ pub fn adapter_parameters(model: &ModelConfig, lora: &LoraConfig) -> u64 {
     pairs + saved.num_parameters()
 }
 
+/// The most tokens that a micro-batch can have, all of them trained, for training to take no more than `bytes`; `None`
+/// where one is too many.
+pub fn largest_micro_batch(
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    work: Working,
+    bytes: u64,
+) -> Option<u64> {
+    let fits = |tokens: u64| {
+        let batch = MicroBatch {
+            tokens,
+            trained_tokens: tokens,
+        };
+        MemoryEstimate::new(model, lora, batch, work).total() <= bytes
+    };
+    // The estimate grows with the tokens: find a range in which the last fitting number lies, then halve it.
+    let mut too_many = 1;
+    while fits(too_many) && too_many < 1 << 40 {
+        too_many *= 2;
+    }
+    let mut fitting = too_many / 2;
+    while too_many - fitting > 1 {
+        let middle = fitting + (too_many - fitting) / 2;
+        if fits(middle) {
+            fitting = middle;
+        } else {
+            too_many = middle;
+        }
+    }
+    (fitting > 0).then_some(fitting)
+}
+
+/// Bytes that a micro-batch leaves and works with.
 fn activations(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: Working) -> u64 {
     let (hidden, inner) = (model.hidden_size as u64, model.intermediate_size as u64);
     let (q, kv) = (model.q_dim() as u64, model.kv_dim() as u64);
     let heads = model.num_attention_heads as u64;
     let layers = model.num_hidden_layers as u64;
-    let head_norms = if model.qk_norm {
-        q + kv + heads + model.num_key_value_heads as u64
+    let (head_norms, head_roots) = if model.qk_norm {
+        (q + kv, heads + model.num_key_value_heads as u64)
     } else {
-        0
+        (0, 0)
     };
     let ranks: u64 = adapted(model, lora)
         .map(|(projection, layer)| lora.rank(projection, layer) as u64)
         .sum();
-    let layer = 4 * hidden + 2 * q + 2 * kv + 2 * inner + heads + 2 + head_norms;
+    // In the type of the activations, and in f32 wherever it runs: log-sum-exps and roots of norms.
+    let layer = 4 * hidden + 2 * q + 2 * kv + 2 * inner + head_norms;
+    let layer_wide = heads + 2 + head_roots;
     let working = 3 * hidden + 2 * inner + q;
-    let per_token = match work.activations {
-        Activations::Stored => layers * layer + ranks + working,
-        Activations::Recomputed => layers * hidden + layer + ranks / layers.max(1) + working,
+    let (per_token, wide_per_token) = match work.activations {
+        Activations::Stored => (layers * layer + ranks + working, layers * layer_wide),
+        Activations::Recomputed => (
+            layers * hidden + layer + ranks / layers.max(1) + working,
+            layer_wide,
+        ),
     };
-    let vocab = model.vocab_size as u64;
-    let rows = (MOST_LOGITS / vocab.max(1)).clamp(LEAST_LOGIT_ROWS, MOST_LOGIT_ROWS);
-    let logits = vocab * rows.min(batch.trained_tokens) * work.num_threads as u64;
-    batch.tokens * per_token + batch.trained_tokens * 3 * hidden + logits
+    let vocab = (model.vocab_size as u64).max(1);
+    let trained = batch.trained_tokens;
+    match work.processor {
+        Processor::Cpu { num_threads } => {
+            let rows = (MOST_LOGITS / vocab).clamp(LEAST_LOGIT_ROWS, MOST_LOGIT_ROWS);
+            let logits = vocab * rows.min(trained) * num_threads as u64;
+            let per_token = per_token + wide_per_token;
+            F32_BYTES * (batch.tokens * per_token + trained * 3 * hidden + logits)
+        }
+        Processor::Gpu => {
+            let logits = vocab * (MOST_GPU_LOGITS / vocab).max(1).min(trained);
+            let numbers = batch.tokens * per_token + trained * 4 * hidden + logits;
+            // Positions, ids and rows; the delta of attention's backward pass; labels and losses.
+            let wide = batch.tokens * (wide_per_token + heads + 2) + trained * 4;
+            work.weights.size_in_bytes() as u64 * numbers + F32_BYTES * wide
+        }
+    }
 }
 
 fn adapted<'a>(
@@ -162,7 +257,7 @@ mod tests {
         Working {
             weights: DType::F32,
             activations,
-            num_threads: 2,
+            processor: Processor::Cpu { num_threads: 2 },
             optimizer_moments: 2,
             kept_adapters: 0,
         }
@@ -202,7 +297,7 @@ mod tests {
             trained_tokens: 1,
         };
         let kept = |kept_adapters| Working {
-            num_threads: 1,
+            processor: Processor::Cpu { num_threads: 1 },
             kept_adapters,
             ..working(Activations::Recomputed)
         };
@@ -219,14 +314,81 @@ mod tests {
     }
 
     /// Qwen2.5-0.5B: 494,032,768 numbers, 8,798,208 in a rank-16 adapter of all projections.
+    fn half_a_billion() -> ModelConfig {
+        let config = br#"{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+            "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+            "vocab_size": 151936, "tie_word_embeddings": true, "max_position_embeddings": 32768}"#;
+        ModelConfig::from_json(config).expect("a configuration")
+    }
+
+    #[test]
+    fn the_largest_micro_batch_fits_and_one_token_more_does_not() {
+        let (model, lora) = (half_a_billion(), LoraConfig::default());
+        let gpu = Working {
+            weights: DType::BF16,
+            processor: Processor::Gpu,
+            ..working(Activations::Stored)
+        };
+        let recomputed = Working {
+            activations: Activations::Recomputed,
+            ..gpu
+        };
+        let total = |tokens, work| {
+            let batch = MicroBatch {
+                tokens,
+                trained_tokens: tokens,
+            };
+            MemoryEstimate::new(&model, &lora, batch, work).total()
+        };
+        let mut found = Vec::new();
+        for work in [working(Activations::Stored), gpu, recomputed] {
+            let bytes = 16_000_000_000;
+            let tokens = largest_micro_batch(&model, &lora, work, bytes).expect("many");
+            assert!(total(tokens, work) <= bytes && total(tokens + 1, work) > bytes);
+            let all_but = total(1, work) - 1;
+            assert_eq!(largest_micro_batch(&model, &lora, work, all_but), None);
+            found.push(tokens);
+        }
+        // Half the bytes for a number are twice the tokens; what is not kept is many more.
+        assert!(
+            2 * found[0] < found[1] && 5 * found[1] < found[2],
+            "{found:?}"
+        );
+    }
+
+    /// The articles' settings: `training-with-big-data-on-skypilot.txt` names model and sequence length, the demo that it
+    /// shows the rest: rank 16 on all projections, two rows of up to 4,096 tokens, f16 on a T4.
+    #[test]
+    fn the_articles_settings_take_less_than_15_gb_of_a_gpu() {
+        let (model, lora) = (half_a_billion(), LoraConfig::default());
+        assert_eq!(adapter_parameters(&model, &lora), 8_798_208);
+        let batch = MicroBatch {
+            tokens: 2 * 4096,
+            trained_tokens: 2 * 4096,
+        };
+        let estimate = |activations| {
+            let work = Working {
+                weights: DType::F16,
+                processor: Processor::Gpu,
+                ..working(activations)
+            };
+            MemoryEstimate::new(&model, &lora, batch, work).total()
+        };
+        let stored = estimate(Activations::Stored);
+        let recomputed = estimate(Activations::Recomputed);
+        assert!(stored < 15_000_000_000, "{stored}");
+        assert!(recomputed < 4_000_000_000, "{recomputed}");
+        // By hand: weights, activations of 24 blocks, and the logits of 1,766 rows.
+        let by_hand = 2 * 494_032_768 + 2 * 8192 * 24 * 15_472 + 2 * 151_936 * 1_766;
+        assert!(
+            stored > by_hand && stored < by_hand + by_hand / 20,
+            "{stored}"
+        );
+    }
+
     #[test]
     fn a_real_model_takes_what_its_arithmetic_says() {
-        let model = ModelConfig::from_json(
-            br#"{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
-            "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-            "vocab_size": 151936, "tie_word_embeddings": true}"#,
-        )
-        .expect("a configuration");
+        let model = half_a_billion();
         let lora = LoraConfig::default();
         let batch = MicroBatch {
             tokens: 4096,
@@ -250,7 +412,7 @@ mod tests {
         };
         let bf16 = Working {
             weights: DType::BF16,
-            num_threads: 1,
+            processor: Processor::Cpu { num_threads: 1 },
             ..working(Activations::Recomputed)
         };
         let short = MemoryEstimate::new(&model, &lora, short, bf16);

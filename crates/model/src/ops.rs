@@ -13,6 +13,7 @@ use updraft_kernels::{
 use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsupported_dtype};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::indices::Indices;
 use crate::quantized;
 use crate::tensor::Tensor;
 
@@ -61,8 +62,9 @@ impl Normed {
 
 impl Ops {
     /// Rows of a table: `table: [V, C]`, `ids: [T]` → `[T, C]`, in f32 if the table is kept in bf16 or quantized.
-    pub(crate) fn gather(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-        on_gpu!(table, table => Ok(Tensor::Gpu(crate::gpu::gather(table, ids)?)));
+    pub(crate) fn gather(&self, table: &Tensor, ids: &Indices<'_>) -> Result<Tensor> {
+        on_gpu!(table, table => Ok(Tensor::Gpu(crate::gpu::gather(table, ids.gpu()?)?)));
+        let ids = ids.host;
         if table.dtype() == DType::U8 {
             let table = read::<u8>(table)?;
             let table = quantized::blocks(&table)?;
@@ -85,8 +87,14 @@ impl Ops {
     }
 
     /// The gradient of [`gather`](Self::gather): `dout: [N, C]`, `ids: [N]` → `[num_rows, C]`.
-    pub(crate) fn scatter(&self, dout: &Tensor, ids: &[u32], num_rows: usize) -> Result<Tensor> {
-        on_gpu!(dout, dout => Ok(Tensor::Gpu(crate::gpu::scatter(dout, ids, num_rows)?)));
+    pub(crate) fn scatter(
+        &self,
+        dout: &Tensor,
+        ids: &Indices<'_>,
+        num_rows: usize,
+    ) -> Result<Tensor> {
+        on_gpu!(dout, dout => Ok(Tensor::Gpu(crate::gpu::scatter(dout, ids.gpu()?, num_rows)?)));
+        let ids = ids.host;
         typed!(dout, F => {
             let cols = dout.cols();
             let mut out = vec![F::ZERO; num_rows * cols];
@@ -96,8 +104,9 @@ impl Ops {
     }
 
     /// `dtable[ids_t] += dout_t`: `dout: [T, C]`, `ids: [T]`, `dtable: [V, C]`.
-    pub(crate) fn add_rows(&self, dout: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
-        on_gpu!(dout, dout => crate::gpu::add_rows(dout, ids, dtable.gpu()?));
+    pub(crate) fn add_rows(&self, dout: &Tensor, ids: &Indices<'_>, dtable: &Tensor) -> Result<()> {
+        on_gpu!(dout, dout => crate::gpu::add_rows(dout, ids.gpu()?, dtable.gpu()?));
+        let ids = ids.host;
         typed!(dout, F => {
             let dout = read::<F>(dout)?;
             edit(dtable, |dtable: MatMut<'_, F>| embedding::backward(ids, dout.mat(), dtable))
@@ -356,8 +365,14 @@ impl Ops {
     }
 
     /// Turns the heads in `x: [T, n·D]` by their positions, in place.
-    pub(crate) fn rope(&self, table: &RopeTable, positions: &[u32], x: &Tensor) -> Result<()> {
-        on_gpu!(x, x => crate::gpu::rope(table.gpu()?, positions, false, x));
+    pub(crate) fn rope(
+        &self,
+        table: &RopeTable,
+        positions: &Indices<'_>,
+        x: &Tensor,
+    ) -> Result<()> {
+        on_gpu!(x, x => crate::gpu::rope(table.gpu()?, positions.gpu()?, false, x));
+        let positions = positions.host;
         typed!(x, F => {
             let table = rope_table::<F>(table)?;
             edit(x, |x: MatMut<'_, F>| rope::forward(&self.threads, table, positions, x))
@@ -368,10 +383,11 @@ impl Ops {
     pub(crate) fn rope_backward(
         &self,
         table: &RopeTable,
-        positions: &[u32],
+        positions: &Indices<'_>,
         dx: &Tensor,
     ) -> Result<()> {
-        on_gpu!(dx, dx => crate::gpu::rope(table.gpu()?, positions, true, dx));
+        on_gpu!(dx, dx => crate::gpu::rope(table.gpu()?, positions.gpu()?, true, dx));
+        let positions = positions.host;
         typed!(dx, F => {
             let table = rope_table::<F>(table)?;
             edit(dx, |dx: MatMut<'_, F>| rope::backward(&self.threads, table, positions, dx))

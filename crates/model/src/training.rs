@@ -33,17 +33,16 @@ impl Decoder {
         self.check_parts(parts, adapter)?;
         let placed = adapter.map(|adapter| self.placed(adapter)).transpose()?;
         let placed = placed.flatten();
-        let views = placed.as_ref().or(adapter.map(Adapter::views));
+        let views = placed.as_deref().or(adapter.map(Adapter::views));
         let losses = self.each_job(
             parts,
             |_| Ok(()),
             |ops, part, ()| {
                 let adapters = views.map(|adapter| whole(adapter, part));
-                let stream = self.run(ops, &part.batch, adapters.as_slice(), None, |_| {})?;
-                let hidden = self
-                    .norm
-                    .forward(ops, &mut stream.rows(ops, &part.batch.logit_rows)?)?
-                    .0;
+                let pass = self.pass(ops, &part.batch)?;
+                let stream = self.run(&pass, adapters.as_slice(), None, |_| {})?;
+                let mut rows = stream.rows(ops, &pass.logit_rows)?;
+                let hidden = self.norm.forward(ops, &mut rows)?.0;
                 ops.cross_entropy(&hidden, &self.head, &part.labels)
             },
         )?;
@@ -135,18 +134,19 @@ impl Decoder {
             dropout: trained.dropout,
             ..whole(trained.adapter, part)
         }];
-        let embedded = self.embedding.forward(&self.pass(ops, &part.batch))?;
+        let pass = self.pass(ops, &part.batch)?;
+        let embedded = self.embedding.forward(&pass)?;
         if part.neftune_noise_alpha > 0.0 {
             ops.add_uniform(row_keys, &self.neftune_magnitudes(part), &embedded)?;
         }
         let mut saved = Vec::with_capacity(self.config.num_hidden_layers);
-        let stream = self.run_embedded(ops, &part.batch, embedded, &adapters, None, |block| {
+        let stream = self.run_embedded(&pass, embedded, &adapters, None, |block| {
             saved.push(match activations {
                 Activations::Stored => Saved::All(Box::new(block)),
                 Activations::Recomputed => Saved::Input(block.into_input()),
             });
         })?;
-        let rows = &part.batch.logit_rows;
+        let rows = &pass.logit_rows;
         let (hidden, saved_norm) = self.norm.forward(ops, &mut stream.rows(ops, rows)?)?;
         drop(stream);
         let (loss, dhidden) = ops.cross_entropy_backward(
@@ -160,7 +160,6 @@ impl Decoder {
         self.norm
             .backward(ops, &saved_norm, &dhidden, &drows, trained)?;
         let dstream = ops.scatter(&drows, rows, part.batch.num_tokens())?;
-        let pass = self.pass(ops, &part.batch);
         for (block, saved) in self.blocks().iter().zip(saved).rev() {
             let saved = match saved {
                 Saved::All(saved) => *saved,

@@ -58,6 +58,20 @@ pub fn inject(store: &Store, fault: Fault, at: u64) -> (Store, Injected) {
     (faulty, injected)
 }
 
+/// The same store, which calls `before` ahead of each call with its number, from 1.
+pub fn watch(store: &Store, before: impl Fn(u64) + Send + Sync + 'static) -> Store {
+    let watched = Watched {
+        before: Arc::new(before),
+        seen: Arc::default(),
+    };
+    store.map_object_store(|inner| {
+        Arc::new(Gated {
+            inner,
+            gate: watched,
+        })
+    })
+}
+
 /// What happens at the chosen call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -168,6 +182,25 @@ impl Pass {
 impl Gate for Calls {
     fn enter(&self, call: Call) -> Pass {
         self.0[call as usize].fetch_add(1, Ordering::Relaxed);
+        Pass::Go
+    }
+}
+
+#[derive(Clone)]
+struct Watched {
+    before: Arc<dyn Fn(u64) + Send + Sync>,
+    seen: Arc<AtomicU64>,
+}
+
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").finish_non_exhaustive()
+    }
+}
+
+impl Gate for Watched {
+    fn enter(&self, _call: Call) -> Pass {
+        (self.before)(self.seen.fetch_add(1, Ordering::Relaxed) + 1);
         Pass::Go
     }
 }

@@ -4,6 +4,7 @@
 //! worker `r` of `W` takes those with `i % W == r`, and gradients and losses are added up in the order of ranks.
 //! So every worker holds the same bits, and any number of workers can continue what another number began.
 
+mod inbox;
 mod launch;
 mod local;
 mod mesh;

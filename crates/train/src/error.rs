@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::memory::LargestMicroBatch;
+
 /// The error a foreign part (a source, a store) failed with.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -203,21 +205,36 @@ pub enum Error {
     /// a place for checkpoints was given.
     #[error("cancelled after step {step}")]
     Cancelled {
-        /// Optimizer steps done.
+        /// Optimizer steps done; 0 where it was no run, such as an evaluation or export by itself.
         step: u64,
     },
     /// The run would not fit into memory.
     #[error(
-        "training takes about {} MiB and {} MiB are free: {}, or set ignore_memory_estimate",
-        estimate_bytes >> 20, free_bytes >> 20, fits(*largest_batch_size)
+        "training takes about {} MiB and {} MiB are free: {fits}, or set ignore_memory_estimate",
+        estimate_bytes >> 20, free_bytes >> 20
     )]
     OutOfMemory {
         /// What the run takes.
         estimate_bytes: u64,
-        /// What the system has left.
+        /// What the system, or the GPU, has left.
         free_bytes: u64,
-        /// The largest `per_device_train_batch_size` that fits, if one does.
-        largest_batch_size: Option<u32>,
+        /// What would fit.
+        fits: LargestMicroBatch,
+    },
+    /// A GPU's memory ran out in the middle of a run; the last checkpoint is intact.
+    #[error(
+        "out of GPU memory at {} MiB more: training takes about {} MiB and this process can have {} MiB: {fits}",
+        asked_bytes >> 20, estimate_bytes >> 20, available_bytes >> 20
+    )]
+    GpuOutOfMemory {
+        /// What the failed allocation asked for.
+        asked_bytes: usize,
+        /// What the run takes.
+        estimate_bytes: u64,
+        /// What this process can have on the GPU, all in all.
+        available_bytes: u64,
+        /// What would fit.
+        fits: LargestMicroBatch,
     },
     /// A file that metrics are written to cannot be used.
     #[error("cannot keep metrics in {}: check its folder and disk", path.display())]
@@ -262,12 +279,5 @@ impl Error {
             Self::Cancelled { .. } | Self::Worker { .. } | Self::Rendezvous { .. } => true,
             _ => false,
         }
-    }
-}
-
-fn fits(largest_batch_size: Option<u32>) -> String {
-    match largest_batch_size {
-        Some(size) => format!("per_device_train_batch_size {size} fits"),
-        None => "not even one row fits, try gradient_checkpointing or bf16".to_owned(),
     }
 }

@@ -54,8 +54,7 @@ pub fn evaluate(
         if batch.is_empty() {
             break;
         }
-        let num_parts = decoder.threads().num_threads();
-        let parts = parts(&batch, num_parts, decoder.config().vocab_size)?;
+        let parts = parts(&batch, decoder.num_parts(), decoder.config().vocab_size)?;
         if !parts.is_empty() {
             sum += decoder
                 .threads()

@@ -9,9 +9,11 @@ use bytes::Bytes;
 use candle_core::{DType, Device};
 use updraft_chat::Example;
 use updraft_model::{Adapter, Decoder, LoraConfig, ModelFiles, merge, peft};
+use updraft_store::CancelToken;
 
 use crate::merged::check_merged;
-use crate::swap::{recover, swap, write_synced};
+use crate::stop::Stop;
+use crate::swap::{discard, recover, swap, write_synced};
 use crate::verify::{Probe, compare, tolerance};
 use crate::{Error, Result, StepRecord, TrainConfig};
 
@@ -32,6 +34,7 @@ const MODEL_FILES: [&str; 2] = ["config.json", "generation_config.json"];
 /// what it finds aside.
 ///
 /// # Errors
+/// [`Error::Cancelled`] within a tensor's work of one of `cancels` being cancelled, with all as it was before;
 /// [`Error::Verification`] if a folder does not give the trained model's logits,
 /// [`Error::WrongMerge`] if a merged weight is not what base and adapter give;
 /// [`Error::Model`] if a file cannot be written or read.
@@ -42,33 +45,60 @@ pub fn export(
     adapter: &Adapter,
     card: &str,
     probe: &Example,
+    cancels: &[CancelToken],
 ) -> Result<()> {
+    let stop = Stop::new(cancels, 0);
     let new = recover(folder)?;
-    let write = |name: &str, bytes: &[u8]| write_synced(&new.join(name), bytes);
+    match write_new(&new, base, decoder, adapter, card, probe, &stop) {
+        Ok(()) => swap(folder),
+        Err(error) => {
+            discard(&new)?; // On a full disk it takes the space.
+            Err(error)
+        }
+    }
+}
+
+/// Writes and verifies both folders below `new`.
+fn write_new(
+    new: &Path,
+    base: &ModelFiles,
+    decoder: Decoder,
+    adapter: &Adapter,
+    card: &str,
+    probe: &Example,
+    stop: &Stop,
+) -> Result<()> {
+    let write = |name: &str, bytes: &[u8]| {
+        stop.check()?;
+        write_synced(&new.join(name), bytes)
+    };
     let probe = Probe::new(probe);
     let expected = probe.logits(&decoder, Some(adapter))?;
     if !adapter.is_whole() {
         for (name, bytes) in adapter_folder(adapter, card, &base.files)? {
             write(&name, &bytes)?;
         }
-        verify_adapter(&new, &decoder, &expected, &probe)?;
+        verify_adapter(new, &decoder, &expected, &probe)?;
     }
     let threads = decoder.threads().clone();
     drop(decoder); // A second one is loaded to verify the merged model.
     for (name, bytes) in fused_folder(adapter, card, base)? {
         write(&name, &bytes)?;
     }
-    for file in merge::merge(&base.weights, &base.config, adapter)? {
+    let merged = merge::merge(&base.weights, &base.config, adapter)?;
+    for file in merged.with_cancels(stop.switches()) {
+        stop.check()?;
         let (name, bytes) = file?;
         write(&format!("{FUSED}/{name}"), &bytes)?;
     }
     let merged = ModelFiles::from_dir(&new.join(FUSED))?;
-    check_merged(base, adapter, &merged.config, &merged.weights)?;
+    check_merged(base, adapter, &merged.config, &merged.weights, stop)?;
     let tolerance = tolerance(&merged.weights)?;
     let (config, weights) = (&merged.config, &merged.weights);
     let merged = Decoder::load(config, weights, DType::F32, &Device::Cpu, &threads)?;
+    stop.check()?;
     compare(FUSED, &expected, &probe.logits(&merged, None)?, tolerance)?;
-    swap(folder)
+    stop.check()
 }
 
 pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {

@@ -76,6 +76,7 @@ mod export;
 mod merged;
 pub mod metrics;
 mod stage;
+mod stop;
 mod swap;
 mod verify;
 
@@ -96,7 +97,11 @@ pub use evaluation::{EvalRecord, best, evaluate};
 pub use export::{FUSED, LORA_MODEL, export, model_card};
 pub use flops::{Work, gemm_ceiling};
 pub use identity::RunIdentity;
-pub use memory::{check_memory, estimate_memory, free_memory, peak_memory};
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub use memory::check_gpu_memory;
+pub use memory::{
+    LargestMicroBatch, check_memory, estimate_gpu_memory, estimate_memory, free_memory, peak_memory,
+};
 pub use observer::{Observer, ProgressObserver, StepRecord, StepStats};
 pub use optim::Optimizer;
 pub use packing::{best_fit_decreasing, fill_rate};

@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use updraft_kernels::Threads;
-use updraft_model::memory::{MemoryEstimate, MicroBatch, Working};
-use updraft_model::{LoraConfig, ModelConfig};
+use updraft_model::memory::{MemoryEstimate, MicroBatch, Processor, Working, largest_micro_batch};
+use updraft_model::{Decoder, LoraConfig, ModelConfig};
 
 use crate::config::OptimizerKind;
 use crate::plan::Batching;
 use crate::source::ExamplePlan;
 use crate::{Error, Result, TrainConfig};
 
-/// What a run takes at its largest micro-batch: see [`MemoryEstimate`] for the formula.
+/// What a run takes at its largest micro-batch on the CPU: see [`MemoryEstimate`] for the formula.
 ///
 /// The largest micro-batch is taken to hold the longest examples all together, or full rows, which
 /// no order of the data exceeds.
@@ -22,22 +22,17 @@ pub fn estimate_memory(
     config: &TrainConfig,
     threads: &Threads,
 ) -> MemoryEstimate {
-    let work = Working {
-        weights: config.dtype(),
-        activations: config.activations(),
-        num_threads: threads.num_threads(),
-        optimizer_moments: match config.optim {
-            OptimizerKind::Sgd => 0,
-            OptimizerKind::AdamwTorch | OptimizerKind::Adamw8bit => 2,
-        },
-        kept_adapters: u64::from(config.load_best_model_at_end),
-    };
-    MemoryEstimate::new(
-        model,
-        lora,
-        largest_micro_batch(data, config.batching()),
-        work,
-    )
+    Run::on_cpu(model, lora, data, threads).estimate(config)
+}
+
+/// [`estimate_memory`] on a GPU: what the run takes of its memory.
+pub fn estimate_gpu_memory(
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    data: &ExamplePlan,
+    config: &TrainConfig,
+) -> MemoryEstimate {
+    Run::on_gpu(model, lora, data).estimate(config)
 }
 
 /// Refuses a run that takes more memory than is free, unless
@@ -53,47 +48,168 @@ pub fn check_memory(
     config: &TrainConfig,
     threads: &Threads,
 ) -> Result<MemoryEstimate> {
-    let estimate = |config: &TrainConfig| estimate_memory(model, lora, data, config, threads);
-    match free_memory() {
-        Some(free) if !config.ignore_memory_estimate => compare(estimate, config, free),
-        _ => Ok(estimate(config)),
+    Run::on_cpu(model, lora, data, threads).check(config, free_memory())
+}
+
+/// [`check_memory`] on a GPU, before the model is loaded there; the host's memory is not looked at.
+///
+/// # Errors
+/// As [`check_memory`]; [`Error::Model`] when the driver fails.
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub fn check_gpu_memory(
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    data: &ExamplePlan,
+    config: &TrainConfig,
+    gpu: &updraft_model::Gpu,
+) -> Result<MemoryEstimate> {
+    let available = gpu.available_bytes().map_err(updraft_model::Error::from)?;
+    Run::on_gpu(model, lora, data).check(config, Some(available))
+}
+
+/// What an allocation that failed on a GPU in the middle of a run says to whoever started it.
+pub(crate) fn out_of_gpu_memory(
+    decoder: &Decoder,
+    lora: &LoraConfig,
+    data: &ExamplePlan,
+    config: &TrainConfig,
+    asked_bytes: usize,
+) -> Error {
+    let run = Run::on_gpu(decoder.config(), lora, data);
+    let estimate_bytes = run.estimate(config).total();
+    let available_bytes = decoder
+        .gpu_memory()
+        .map_or(estimate_bytes, |memory| memory.available_bytes);
+    // Where the estimate said that it fits, something else took what is missing: a tenth less may do.
+    let fitting = available_bytes.min(estimate_bytes / 10 * 9);
+    Error::GpuOutOfMemory {
+        asked_bytes,
+        estimate_bytes,
+        available_bytes,
+        fits: run.largest(config, fitting),
     }
 }
 
-fn compare(
-    estimate: impl Fn(&TrainConfig) -> MemoryEstimate,
-    config: &TrainConfig,
-    free_bytes: u64,
-) -> Result<MemoryEstimate> {
-    let whole = estimate(config);
-    if whole.total() <= free_bytes {
-        return Ok(whole);
-    }
-    let fits = |rows: u32| {
-        let config = TrainConfig {
-            per_device_train_batch_size: rows,
-            ..config.clone()
-        };
-        estimate(&config).total() <= free_bytes
-    };
-    // The estimate grows with the rows: halve the range in which the last fitting one lies.
-    let (mut fitting, mut too_many) = (0, config.per_device_train_batch_size);
-    while too_many - fitting > 1 {
-        let middle = fitting + (too_many - fitting) / 2;
-        if fits(middle) {
-            fitting = middle;
-        } else {
-            too_many = middle;
+/// What decides how much memory a run takes, but for its settings.
+#[derive(Debug, Clone, Copy)]
+struct Run<'a> {
+    model: &'a ModelConfig,
+    lora: &'a LoraConfig,
+    data: &'a ExamplePlan,
+    processor: Processor,
+}
+
+impl<'a> Run<'a> {
+    fn on_cpu(
+        model: &'a ModelConfig,
+        lora: &'a LoraConfig,
+        data: &'a ExamplePlan,
+        threads: &Threads,
+    ) -> Self {
+        let num_threads = threads.num_threads();
+        Self {
+            model,
+            lora,
+            data,
+            processor: Processor::Cpu { num_threads },
         }
     }
-    Err(Error::OutOfMemory {
-        estimate_bytes: whole.total(),
-        free_bytes,
-        largest_batch_size: (fitting > 0).then_some(fitting),
-    })
+
+    fn on_gpu(model: &'a ModelConfig, lora: &'a LoraConfig, data: &'a ExamplePlan) -> Self {
+        Self {
+            model,
+            lora,
+            data,
+            processor: Processor::Gpu,
+        }
+    }
+
+    fn working(&self, config: &TrainConfig) -> Working {
+        Working {
+            weights: config.dtype(),
+            activations: config.activations(),
+            processor: self.processor,
+            optimizer_moments: match config.optim {
+                OptimizerKind::Sgd => 0,
+                OptimizerKind::AdamwTorch | OptimizerKind::Adamw8bit => 2,
+            },
+            kept_adapters: u64::from(config.load_best_model_at_end),
+        }
+    }
+
+    fn estimate(&self, config: &TrainConfig) -> MemoryEstimate {
+        let batch = largest_of(self.data, config.batching());
+        MemoryEstimate::new(self.model, self.lora, batch, self.working(config))
+    }
+
+    fn check(&self, config: &TrainConfig, free: Option<u64>) -> Result<MemoryEstimate> {
+        let whole = self.estimate(config);
+        match free {
+            Some(free_bytes) if whole.total() > free_bytes && !config.ignore_memory_estimate => {
+                Err(Error::OutOfMemory {
+                    estimate_bytes: whole.total(),
+                    free_bytes,
+                    fits: self.largest(config, free_bytes),
+                })
+            }
+            _ => Ok(whole),
+        }
+    }
+
+    /// The largest micro-batch with which the run takes no more than `bytes`.
+    fn largest(&self, config: &TrainConfig, bytes: u64) -> LargestMicroBatch {
+        let fits = |rows: u32| {
+            let config = TrainConfig {
+                per_device_train_batch_size: rows,
+                ..config.clone()
+            };
+            self.estimate(&config).total() <= bytes
+        };
+        // The estimate grows with the rows: halve the range in which the last fitting one lies.
+        let (mut fitting, mut too_many) = (0, config.per_device_train_batch_size);
+        while too_many - fitting > 1 {
+            let middle = fitting + (too_many - fitting) / 2;
+            if fits(middle) {
+                fitting = middle;
+            } else {
+                too_many = middle;
+            }
+        }
+        LargestMicroBatch {
+            batch_size: (fitting > 0).then_some(fitting),
+            tokens: largest_micro_batch(self.model, self.lora, self.working(config), bytes),
+        }
+    }
 }
 
-fn largest_micro_batch(data: &ExamplePlan, batching: Batching) -> MicroBatch {
+/// The largest micro-batch that fits into what there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LargestMicroBatch {
+    /// The largest `per_device_train_batch_size`, if one row of this data fits.
+    pub batch_size: Option<u32>,
+    /// The most tokens, whatever they are divided into and all of them trained; `None` where one is too many.
+    pub tokens: Option<u64>,
+}
+
+impl std::fmt::Display for LargestMicroBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const OTHERWISE: &str = "try gradient_checkpointing or bf16";
+        match (self.batch_size, self.tokens) {
+            (Some(size), None) => write!(f, "per_device_train_batch_size {size} fits"),
+            (Some(size), Some(tokens)) => write!(
+                f,
+                "per_device_train_batch_size {size} fits, and any micro-batch of {tokens} tokens"
+            ),
+            (None, Some(tokens)) => write!(
+                f,
+                "not even one row fits, only micro-batches of {tokens} tokens: lower max_seq_len, {OTHERWISE}"
+            ),
+            (None, None) => write!(f, "not even one token fits, {OTHERWISE}"),
+        }
+    }
+}
+
+fn largest_of(data: &ExamplePlan, batching: Batching) -> MicroBatch {
     let all = |counts: &[u32]| counts.iter().map(|&count| u64::from(count)).sum::<u64>();
     let largest = |counts: &[u32], rows| {
         let mut counts = counts.to_vec();
@@ -202,7 +318,7 @@ mod tests {
             lengths: vec![10, 50, 30, 40],
             trained_tokens: vec![1, 20, 5, 30],
         };
-        let largest = |config: TrainConfig| largest_micro_batch(&plan, config.batching());
+        let largest = |config: TrainConfig| largest_of(&plan, config.batching());
         let batch = |tokens, trained_tokens| MicroBatch {
             tokens,
             trained_tokens,
@@ -218,27 +334,48 @@ mod tests {
         assert_eq!(largest(packed(3)), batch(130, 56));
     }
 
+    /// What a run over this data says with so much free.
+    fn checked(rows: u32, free_bytes: u64) -> Result<MemoryEstimate> {
+        let source = MemorySource::new("memory", (20..60).map(example).collect());
+        let model = tiny::config(Architecture::Qwen2);
+        let (lora, threads) = (LoraConfig::default(), Threads::single());
+        let run = Run::on_cpu(&model, &lora, source.plan(), &threads);
+        run.check(&config(rows), Some(free_bytes))
+    }
+
     #[test]
     fn what_does_not_fit_says_what_would() {
         let whole = estimate(&config(16)).total();
         for rows in [1, 7, 15] {
             let free = estimate(&config(rows)).total();
-            let error = compare(estimate, &config(16), free).expect_err("too much");
+            let error = checked(16, free).expect_err("too much");
             let Error::OutOfMemory {
                 estimate_bytes,
                 free_bytes,
-                largest_batch_size,
+                fits,
             } = error
             else {
                 panic!("{error}");
             };
             assert_eq!((estimate_bytes, free_bytes), (whole, free));
-            assert_eq!(largest_batch_size, Some(rows));
+            assert_eq!(fits.batch_size, Some(rows));
+            // Half of its tokens are trained, so fewer fit where all are.
+            let tokens = u64::from((60 - rows..60).sum::<u32>());
+            assert!(
+                fits.tokens
+                    .is_some_and(|fit| fit < tokens && fit > tokens / 2),
+                "{fits}"
+            );
         }
-        let error = compare(estimate, &config(16), 1 << 10).expect_err("too much");
-        let message = error.to_string();
-        assert!(message.contains("not even one row fits"), "{message}");
-        assert!(compare(estimate, &config(16), whole).is_ok());
+        let less = estimate(&config(1)).total() - 1;
+        let error = checked(16, less).expect_err("too much").to_string();
+        assert!(
+            error.contains("not even one row fits, only micro-batches of "),
+            "{error}"
+        );
+        let error = checked(16, 1 << 10).expect_err("too much").to_string();
+        assert!(error.contains("not even one token fits"), "{error}");
+        assert!(checked(16, whole).is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use updraft_model::{Adapter, ModelConfig, ModelFiles, Projection, Role, Weights};
 
+use crate::stop::Stop;
 use crate::{Error, Result};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -17,12 +18,13 @@ const HEAD: &str = "lm_head.weight";
 /// exists at a time.
 ///
 /// # Errors
-/// [`Error::WrongMerge`] names the first that is wrong.
+/// [`Error::WrongMerge`] names the first that is wrong; [`Error::Cancelled`].
 pub(crate) fn check_merged(
     base: &ModelFiles,
     adapter: &Adapter,
     config: &ModelConfig,
     merged: &Weights,
+    stop: &Stop,
 ) -> Result<()> {
     let wrong = |name: &str| Error::WrongMerge {
         name: name.to_owned(),
@@ -48,6 +50,7 @@ pub(crate) fn check_merged(
     }
     let changes = changes(adapter);
     for (name, source) in sources {
+        stop.check()?;
         if !merged.contains(name)
             || merged.dtype(name)? != base.weights.dtype(source)?
             || merged.shape(name)? != base.weights.shape(source)?
@@ -216,7 +219,7 @@ mod tests {
     ) -> Result<()> {
         let file = (SINGLE_FILE.to_owned(), file.to_vec().into());
         let weights = Weights::from_files(vec![file]).expect("a sound file");
-        check_merged(base, adapter, config, &weights)
+        check_merged(base, adapter, config, &weights, &Stop::new(&[], 0))
     }
 
     fn wrong(outcome: Result<()>) -> String {
@@ -255,11 +258,24 @@ mod tests {
     }
 
     #[test]
+    fn cancelled_it_looks_no_further() {
+        let (base, adapter) = world(&LoraConfig::default());
+        let (config, _) = merged(&base, &adapter);
+        let cancel = updraft_store::CancelToken::new();
+        cancel.cancel();
+        let stop = Stop::new(&[cancel], 3);
+        // It would be wrong.
+        let outcome = check_merged(&base, &adapter, &config, &base.weights, &stop);
+        let error = outcome.expect_err("cancelled");
+        assert!(matches!(error, Error::Cancelled { step: 3 }), "{error}");
+    }
+
+    #[test]
     fn a_merge_that_did_nothing_or_something_else_does_not() {
         let (base, adapter) = world(&LoraConfig::default());
         let (config, _) = merged(&base, &adapter);
         // Nothing: the base's file as it is.
-        let outcome = check_merged(&base, &adapter, &config, &base.weights);
+        let outcome = check_merged(&base, &adapter, &config, &base.weights, &Stop::new(&[], 0));
         assert_eq!(wrong(outcome), "model.layers.0.mlp.down_proj.weight");
         // Half of it.
         let half = LoraConfig {

@@ -27,6 +27,7 @@ use crate::merged::check_merged;
 use crate::metrics::{RunInfo, Sink, loss_curve_svg, write_log};
 use crate::observer::ProgressObserver;
 use crate::source::ExampleSource;
+use crate::stop::Stop;
 use crate::trainer::{TrainReport, Trainer};
 use crate::verify::{Probe, compare, tolerance};
 use crate::{Error, Result, StepRecord, TrainConfig};
@@ -36,6 +37,8 @@ const VERSION: u32 = 1;
 /// Folder of the checkpoints within the stage; in no manifest, gone when the
 /// stage is finished.
 const CHECKPOINTS: &str = "checkpoints";
+/// What is written between two looks at whether to stop.
+const PIECE_BYTES: usize = 16 << 20;
 /// Operations that take longer than measuring what the processor could do.
 const WORTH_A_CEILING: f64 = 1e10;
 
@@ -116,7 +119,8 @@ struct Inputs<'a> {
 /// each merged weight must be `round(W + s·B·A)`, byte for byte.
 ///
 /// # Errors
-/// [`Error::Cancelled`] once `cancel` is, with a checkpoint written; else as
+/// [`Error::Cancelled`] once `cancel` is, with a checkpoint written: after a step, or, when the training is over, within a
+/// tensor's work or a request to the store, with no manifest written; else as
 /// [`Trainer::run`], [`Error::Verification`], [`Error::Model`] and
 /// [`Error::Store`].
 pub async fn train_stage(
@@ -155,10 +159,11 @@ pub async fn train_stage(
 
     // What does not fit is said before the weights are fetched.
     let model = load_model_config(&stage.base, "").await?;
-    let sources = sources.await?;
+    let stop = Stop::new(std::slice::from_ref(cancel), 0);
+    let sources = stop.race(sources).await?;
     let (data, threads) = (sources.train.plan(), &stage.threads);
     check_memory(&model, &stage.lora, data, &stage.config, threads)?;
-    let base = load_model_files(&stage.base, "").await?;
+    let base = stop.race(load_model_files(&stage.base, "")).await?;
     let checkpoints = Checkpoints::new(
         store,
         writer.path(CHECKPOINTS),
@@ -180,6 +185,7 @@ pub async fn train_stage(
         progress.report(&event);
     }
     let (draft, report) = work.await.map_err(|error| Error::Thread(error.into()))??;
+    Stop::new(std::slice::from_ref(cancel), report.steps).check()?;
     let stage = writer.commit(draft).await?;
     // The result stands. What is left, here or by a kill, `updraft_store::garbage` lists.
     if let Err(error) = checkpoints.delete_all().await {
@@ -244,6 +250,8 @@ impl Work {
             log,
             evals,
         } = self.train(&decoder, adapter, events)?;
+        let stop = Stop::new(&self.cancel, report.steps);
+        stop.check()?;
 
         let decoder = match self.stage.config.dtype() {
             DType::F32 => decoder,
@@ -253,20 +261,21 @@ impl Work {
             }
         };
         let probe = self.probe()?;
+        stop.check()?;
         let expected = probe.logits(&decoder, Some(&adapter))?;
         let card = model_card(&self.stage.dataset, lora, settings, &log);
         let mut objects = Vec::new();
         if !adapter.is_whole() {
-            objects = self.put_all(adapter_folder(&adapter, &card, &self.base.files)?)?;
-            self.verify_adapter(&probe, &decoder, &expected)?;
+            objects = self.put_all(&stop, adapter_folder(&adapter, &card, &self.base.files)?)?;
+            self.verify_adapter(&stop, &probe, &decoder, &expected)?;
         }
         drop(decoder); // A second one is loaded to verify the merged model.
-        objects.extend(self.write_fused(&adapter, &card)?);
-        self.verify_fused(&objects, &adapter, &probe, &expected)?;
-        objects.extend(self.write_curve(&log)?);
+        objects.extend(self.write_fused(&stop, &adapter, &card)?);
+        self.verify_fused(&stop, &objects, &adapter, &probe, &expected)?;
+        objects.extend(self.put_all(&stop, self.curve(&log))?);
         if !evals.is_empty() {
-            objects
-                .extend(self.put_all(vec![("eval.jsonl".to_owned(), write_log(&evals).into())])?);
+            let evals = ("eval.jsonl".to_owned(), write_log(&evals).into());
+            objects.extend(self.put_all(&stop, vec![evals])?);
         }
 
         let counts = [
@@ -345,11 +354,13 @@ impl Work {
         })
     }
 
-    fn write_fused(&self, adapter: &Adapter, card: &str) -> Result<Vec<ObjectEntry>> {
-        let mut objects = self.put_all(fused_folder(adapter, card, &self.base)?)?;
-        for file in merge::merge(&self.base.weights, &self.base.config, adapter)? {
+    fn write_fused(&self, stop: &Stop, adapter: &Adapter, card: &str) -> Result<Vec<ObjectEntry>> {
+        let mut objects = self.put_all(stop, fused_folder(adapter, card, &self.base)?)?;
+        let merged = merge::merge(&self.base.weights, &self.base.config, adapter)?;
+        for file in merged.with_cancels(stop.switches()) {
+            stop.check()?;
             let (name, bytes) = file?;
-            objects.push(self.put_large(&format!("{FUSED}/{name}"), bytes.into())?);
+            objects.push(self.put_large(stop, &format!("{FUSED}/{name}"), bytes.into())?);
         }
         Ok(objects)
     }
@@ -362,33 +373,30 @@ impl Work {
             .with_params(&self.stage.config)
     }
 
-    fn write_curve(&self, log: &[StepRecord]) -> Result<Vec<ObjectEntry>> {
+    fn curve(&self, log: &[StepRecord]) -> Vec<(String, Bytes)> {
         let title = format!("{} on {}", self.stage.model, self.stage.dataset);
-        self.put_all(vec![
+        let picture = loss_curve_svg(&title, log).into_bytes();
+        vec![
             ("loss.jsonl".to_owned(), write_log(log).into()),
-            (
-                "loss.svg".to_owned(),
-                loss_curve_svg(&title, log).into_bytes().into(),
-            ),
-        ])
+            ("loss.svg".to_owned(), picture.into()),
+        ]
     }
 
-    fn put_all(&self, files: Vec<(String, Bytes)>) -> Result<Vec<ObjectEntry>> {
+    fn put_all(&self, stop: &Stop, files: Vec<(String, Bytes)>) -> Result<Vec<ObjectEntry>> {
         let put = |(name, bytes): (String, Bytes)| {
-            Ok(self
-                .runtime
-                .block_on(self.writer.put_object(&name, bytes))?)
+            stop.wait(&self.runtime, self.writer.put_object(&name, bytes))
         };
         files.into_iter().map(put).collect()
     }
 
     /// Writes a file that may be too large for one request.
-    fn put_large(&self, name: &str, bytes: Bytes) -> Result<ObjectEntry> {
-        self.runtime.block_on(async {
-            let mut writer = self.writer.object_writer(name)?;
-            writer.write(bytes).await?;
-            Ok(writer.finish().await?)
-        })
+    fn put_large(&self, stop: &Stop, name: &str, mut bytes: Bytes) -> Result<ObjectEntry> {
+        let mut writer = self.writer.object_writer(name)?;
+        while !bytes.is_empty() {
+            let piece = bytes.split_to(bytes.len().min(PIECE_BYTES));
+            stop.wait(&self.runtime, writer.write(piece))?;
+        }
+        stop.wait(&self.runtime, writer.finish())
     }
 
     fn probe(&self) -> Result<Probe> {
@@ -400,9 +408,15 @@ impl Work {
         Ok(Probe::new(&first))
     }
 
-    fn verify_adapter(&self, probe: &Probe, decoder: &Decoder, expected: &[f32]) -> Result<()> {
-        let config = self.read(&format!("{LORA_MODEL}/{}", peft::CONFIG_FILE))?;
-        let weights = self.read(&format!("{LORA_MODEL}/{}", peft::WEIGHTS_FILE))?;
+    fn verify_adapter(
+        &self,
+        stop: &Stop,
+        probe: &Probe,
+        decoder: &Decoder,
+        expected: &[f32],
+    ) -> Result<()> {
+        let config = self.read(stop, &format!("{LORA_MODEL}/{}", peft::CONFIG_FILE))?;
+        let weights = self.read(stop, &format!("{LORA_MODEL}/{}", peft::WEIGHTS_FILE))?;
         let adapter = peft::read_adapter(&config, &weights, decoder.config())?;
         compare(
             LORA_MODEL,
@@ -414,22 +428,24 @@ impl Work {
 
     fn verify_fused(
         &self,
+        stop: &Stop,
         written: &[ObjectEntry],
         adapter: &Adapter,
         probe: &Probe,
         expected: &[f32],
     ) -> Result<()> {
-        let config = ModelConfig::from_json(&self.read(&format!("{FUSED}/config.json"))?)?;
-        let weights = self.fused_weights(written)?;
-        check_merged(&self.base, adapter, &config, &weights)?;
+        let config = ModelConfig::from_json(&self.read(stop, &format!("{FUSED}/config.json"))?)?;
+        let weights = self.fused_weights(stop, written)?;
+        check_merged(&self.base, adapter, &config, &weights, stop)?;
         let threads = &self.stage.threads;
         let decoder = Decoder::load(&config, &weights, DType::F32, &Device::Cpu, threads)?;
+        stop.check()?;
         let merged = probe.logits(&decoder, None)?;
         compare(FUSED, expected, &merged, tolerance(&weights)?)
     }
 
     /// The merged weights as they lie in the store, mapped where that is possible.
-    fn fused_weights(&self, written: &[ObjectEntry]) -> Result<Weights> {
+    fn fused_weights(&self, stop: &Stop, written: &[ObjectEntry]) -> Result<Weights> {
         let folder = self.writer.path(FUSED);
         if let Some(path) = self.writer.store().local_path(&folder) {
             return Ok(Weights::from_dir(&path)?);
@@ -439,14 +455,19 @@ impl Work {
             .iter()
             .filter_map(|object| object.path.strip_prefix(FUSED)?.strip_prefix('/'))
             .filter(weights)
-            .map(|name| Ok((name.to_owned(), self.read(&format!("{FUSED}/{name}"))?)))
+            .map(|name| {
+                Ok((
+                    name.to_owned(),
+                    self.read(stop, &format!("{FUSED}/{name}"))?,
+                ))
+            })
             .collect::<Result<_>>()?;
         Ok(Weights::from_files(files)?)
     }
 
-    fn read(&self, name: &str) -> Result<Bytes> {
+    fn read(&self, stop: &Stop, name: &str) -> Result<Bytes> {
         let path = self.writer.path(name);
-        let found = self.runtime.block_on(self.writer.store().get(&path))?;
+        let found = stop.wait(&self.runtime, self.writer.store().get(&path))?;
         found.ok_or_else(|| {
             let url = self.writer.store().url_of(&path);
             Error::Store(updraft_store::Error::Missing {

@@ -41,6 +41,11 @@ pub(crate) fn recover(folder: &Path) -> Result<PathBuf> {
     Ok(new)
 }
 
+/// Takes back what an export wrote that will not be.
+pub(crate) fn discard(new: &Path) -> Result<()> {
+    run(&Step::Remove(new.to_owned()))
+}
+
 /// Puts the folders of an export in the place of earlier ones.
 pub(crate) fn swap(folder: &Path) -> Result<()> {
     steps(folder).iter().try_for_each(run)

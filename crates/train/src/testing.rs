@@ -58,6 +58,7 @@ pub(crate) fn report(steps: u64) -> TrainReport {
         packing_fill_rate: None,
         mfu: Some(0.5),
         peak_memory_bytes: Some(1 << 30),
+        peak_gpu_memory_bytes: None,
         resumed_from: 0,
     }
 }

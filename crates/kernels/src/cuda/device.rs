@@ -13,6 +13,22 @@ pub struct Gpu {
     pub(super) backend: Backend,
 }
 
+impl PartialEq for Gpu {
+    fn eq(&self, other: &Self) -> bool {
+        self.id() == other.id()
+    }
+}
+
+/// What an emulated device has copied, in bytes.
+#[cfg(feature = "cuda-emulator")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From the host to the device.
+    pub uploaded: u64,
+    /// From the device to the host.
+    pub downloaded: u64,
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum Backend {
     #[cfg(feature = "cuda")]
@@ -47,8 +63,53 @@ impl Gpu {
     #[cfg(feature = "cuda-emulator")]
     #[must_use]
     pub fn emulated() -> Self {
+        Self::emulated_with(u64::MAX)
+    }
+
+    /// An emulated device that has so many bytes of memory, and then none.
+    #[cfg(feature = "cuda-emulator")]
+    #[must_use]
+    pub fn emulated_with(bytes: u64) -> Self {
+        let emulator = super::emulator::Emulator::new(bytes);
         Self {
-            backend: Backend::Emulator(Arc::default()),
+            backend: Backend::Emulator(Arc::new(emulator)),
+        }
+    }
+
+    /// What an emulated device has copied so far.
+    #[cfg(feature = "cuda-emulator")]
+    #[must_use]
+    pub fn emulated_traffic(&self) -> Traffic {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(_) => Traffic::default(),
+            Backend::Emulator(emulator) => emulator.traffic(),
+        }
+    }
+
+    /// The bytes that this process can hold on the device: what is free there, and what it holds already.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn available_bytes(&self) -> Result<u64> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.available_bytes(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Ok(emulator.limit()),
+        }
+    }
+
+    /// The most bytes that this process has held on the device at once, the driver's own not counted.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn peak_bytes(&self) -> Result<u64> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.peak_bytes(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Ok(emulator.peak()),
         }
     }
 
@@ -75,7 +136,10 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.upload(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(bytes),
+            Backend::Emulator(emulator) => {
+                emulator.count(|traffic| traffic.uploaded += bytes.len() as u64);
+                Memory::host(bytes, emulator.take(bytes.len())?)
+            }
         };
         Ok(Buffer::new(memory, values.len(), self.clone()))
     }
@@ -92,7 +156,10 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.alloc(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(&vec![0xff; bytes]),
+            Backend::Emulator(emulator) => {
+                let taken = emulator.take(bytes)?;
+                Memory::host(&vec![0xff; bytes], taken)
+            }
         };
         Ok(Buffer::new(memory, len, self.clone()))
     }
@@ -109,7 +176,10 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => Memory::Driver(driver.zeros(bytes)?),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => Memory::host(&vec![0; bytes]),
+            Backend::Emulator(emulator) => {
+                let taken = emulator.take(bytes)?;
+                Memory::host(&vec![0; bytes], taken)
+            }
         };
         Ok(Buffer::new(memory, len, self.clone()))
     }
@@ -129,14 +199,17 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => driver.download(view.address(), bytes)?,
             #[cfg(feature = "cuda-emulator")]
-            // SAFETY: the view is of this emulator's memory, which is the host's, and as long as `bytes`.
-            Backend::Emulator(_) => unsafe {
-                std::ptr::copy_nonoverlapping(
-                    view.address() as *const u8,
-                    bytes.as_mut_ptr(),
-                    bytes.len(),
-                );
-            },
+            Backend::Emulator(emulator) => {
+                emulator.count(|traffic| traffic.downloaded += bytes.len() as u64);
+                // SAFETY: the view is of this emulator's memory, which is the host's, and as long as `bytes`.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        view.address() as *const u8,
+                        bytes.as_mut_ptr(),
+                        bytes.len(),
+                    );
+                }
+            }
         }
         Ok(values)
     }

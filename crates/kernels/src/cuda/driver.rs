@@ -111,6 +111,32 @@ impl Driver {
         self.context.name().map_err(|error| Error::of(error, 0))
     }
 
+    pub(super) fn available_bytes(&self) -> Result<u64> {
+        self.bind()?;
+        let (free, _) = result::mem_get_info().map_err(|error| Error::of(error, 0))?;
+        // What was freed stays in the pool, where other processes cannot take it.
+        let held = self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        Ok(free as u64 + held)
+    }
+
+    pub(super) fn peak_bytes(&self) -> Result<u64> {
+        self.bind()?;
+        self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)
+    }
+
+    /// A figure of the pool that all memory comes from.
+    fn pool(&self, attribute: sys::CUmemPool_attribute) -> Result<u64> {
+        let mut bytes = 0_u64;
+        // SAFETY: the device is open, and the attribute is a 64-bit number.
+        let status = unsafe {
+            result::device::get_default_mem_pool(self.context.cu_device()).and_then(|pool| {
+                sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()).result()
+            })
+        };
+        status.map_err(|error| Error::of(error, 0))?;
+        Ok(bytes)
+    }
+
     pub(super) fn capability(&self) -> u32 {
         self.capability
     }

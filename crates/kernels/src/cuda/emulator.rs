@@ -1,16 +1,83 @@
-//! The kernels compiled for the CPU.
+//! The kernels compiled for the CPU, and memory that runs out where a test wants it to.
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use super::device::Traffic;
 use super::launch::Kernel;
 use super::linear::Product;
 use super::memory::{Mat, MatMut, Number};
 use super::{Error, Result};
 
 /// A device of its own, so that memory of one is not taken for another's.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Emulator {
-    _identity: u8,
+    /// Bytes that can be held at once.
+    limit: u64,
+    held: Mutex<Held>,
+}
+
+/// Bytes held, now and at most so far, and bytes copied.
+#[derive(Debug, Default)]
+struct Held {
+    now: u64,
+    most: u64,
+    traffic: Traffic,
+}
+
+impl Emulator {
+    pub(super) fn new(limit: u64) -> Self {
+        let held = Mutex::default();
+        Self { limit, held }
+    }
+
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    pub(super) fn peak(&self) -> u64 {
+        self.with(|held| held.most)
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        self.with(|held| held.traffic)
+    }
+
+    pub(super) fn count(&self, copied: impl FnOnce(&mut Traffic)) {
+        self.with(|held| copied(&mut held.traffic));
+    }
+
+    fn with<R>(&self, look: impl FnOnce(&mut Held) -> R) -> R {
+        look(&mut self.held.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes memory, if there is so much.
+    pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Taken> {
+        self.with(|held| {
+            let now = held.now + bytes as u64;
+            if now > self.limit {
+                return Err(Error::OutOfMemory { bytes });
+            }
+            (held.now, held.most) = (now, held.most.max(now));
+            Ok(Taken {
+                emulator: Arc::clone(self),
+                bytes: bytes as u64,
+            })
+        })
+    }
+}
+
+/// Memory that is given back when this is dropped.
+#[derive(Debug)]
+pub(super) struct Taken {
+    emulator: Arc<Emulator>,
+    bytes: u64,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.emulator.with(|held| held.now -= self.bytes);
+    }
 }
 
 // SAFETY: as declared in emulator.cpp.

@@ -86,18 +86,21 @@ pub(super) enum Memory {
     Driver(super::driver::Allocation),
     /// Sixteen bytes at a time, so that it is aligned as a device's memory is.
     #[cfg(feature = "cuda-emulator")]
-    Host(Box<[u128]>),
+    Host(
+        Box<[u128]>,
+        #[expect(dead_code, reason = "dropped")] super::emulator::Taken,
+    ),
 }
 
 impl Memory {
     #[cfg(feature = "cuda-emulator")]
-    pub(super) fn host(bytes: &[u8]) -> Self {
+    pub(super) fn host(bytes: &[u8], taken: super::emulator::Taken) -> Self {
         let words = bytes.chunks(16).map(|chunk| {
             let mut word = [0; 16];
             word[..chunk.len()].copy_from_slice(chunk);
             u128::from_ne_bytes(word)
         });
-        Self::Host(words.collect())
+        Self::Host(words.collect(), taken)
     }
 
     fn address(&self) -> u64 {
@@ -105,7 +108,7 @@ impl Memory {
             #[cfg(feature = "cuda")]
             Self::Driver(allocation) => allocation.address(),
             #[cfg(feature = "cuda-emulator")]
-            Self::Host(words) => words.as_ptr() as u64,
+            Self::Host(words, _) => words.as_ptr() as u64,
         }
     }
 
@@ -114,7 +117,7 @@ impl Memory {
             #[cfg(feature = "cuda")]
             Self::Driver(allocation) => allocation.address(),
             #[cfg(feature = "cuda-emulator")]
-            Self::Host(words) => words.as_mut_ptr() as u64,
+            Self::Host(words, _) => words.as_mut_ptr() as u64,
         }
     }
 }

@@ -51,6 +51,8 @@ pub mod rope;
 pub mod swiglu;
 
 pub use device::Gpu;
+#[cfg(feature = "cuda-emulator")]
+pub use device::Traffic;
 pub use error::Error;
 pub use memory::{Buffer, Element, Mat, MatMut, Number, View, ViewMut};
 

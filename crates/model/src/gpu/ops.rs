@@ -1,45 +1,41 @@
 //! The kernels as operations on tensors; what each computes is said where `Ops` says it for the CPU.
 //!
-//! Where an operand's type is not that of the activations, as an adapter's f32 beside bf16, it is cast first; gradients of
-//! parameters add up in f32.
+//! Weights have the type of the activations; gradients of parameters add up in f32.
 
 use updraft_kernels::attention::Heads;
 use updraft_kernels::cuda::attention::{Qkv, QkvGrads, Saved, Sequences};
-use updraft_kernels::cuda::{self as kernels, Gpu, rope::Table};
+use updraft_kernels::cuda::{self as kernels, Gpu, View, rope::Table};
 
 use super::tensor::{Element, Tensor, typed};
 use crate::config::ModelConfig;
 use crate::error::Result;
 
-pub(crate) fn gather(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+pub(crate) fn gather(table: &Tensor, ids: View<'_, u32>) -> Result<Tensor> {
     typed!(table, T => {
         let (gpu, cols) = (table.gpu(), table.cols());
         let mut out = gpu.alloc::<T>(ids.len() * cols)?;
-        let ids_there = gpu.upload(ids)?;
         let out_mat = out.mat_mut(ids.len(), cols);
-        kernels::embedding::forward(gpu, table.read::<T>().mat(), ids_there.view(), &out_mat)?;
+        kernels::embedding::forward(gpu, table.read::<T>().mat(), ids, &out_mat)?;
         Ok(Tensor::of_buffer(gpu, out, &[ids.len(), cols]))
     })
 }
 
-pub(crate) fn scatter(dout: &Tensor, ids: &[u32], num_rows: usize) -> Result<Tensor> {
+pub(crate) fn scatter(dout: &Tensor, ids: View<'_, u32>, num_rows: usize) -> Result<Tensor> {
     typed!(dout, T => {
         let (gpu, cols) = (dout.gpu(), dout.cols());
         let mut out = gpu.zeros::<T>(num_rows * cols)?;
-        let ids = gpu.upload(ids)?;
         let out_mat = out.mat_mut(num_rows, cols);
-        kernels::embedding::scatter(gpu, dout.read::<T>().mat(), ids.view(), &out_mat)?;
+        kernels::embedding::scatter(gpu, dout.read::<T>().mat(), ids, &out_mat)?;
         Ok(Tensor::of_buffer(gpu, out, &[num_rows, cols]))
     })
 }
 
-pub(crate) fn add_rows(dout: &Tensor, ids: &[u32], dtable: &Tensor) -> Result<()> {
+pub(crate) fn add_rows(dout: &Tensor, ids: View<'_, u32>, dtable: &Tensor) -> Result<()> {
     let dout = dout.cast(dtable.dtype())?;
     typed!(dtable, T => {
         let gpu = dout.gpu();
-        let ids = gpu.upload(ids)?;
         let (dout, mut dtable) = (dout.read::<T>(), dtable.write::<T>());
-        Ok(kernels::embedding::backward(gpu, ids.view(), dout.mat(), &dtable.mat())?)
+        Ok(kernels::embedding::backward(gpu, ids, dout.mat(), &dtable.mat())?)
     })
 }
 
@@ -57,7 +53,6 @@ pub(crate) fn rms_norm(
     weight: &Tensor,
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
-    let weight = weight.cast(x.dtype())?;
     typed!(x, T => {
         let (gpu, rows, cols) = (x.gpu(), x.rows(), x.cols());
         let (mut y, mut inv_rms) = (gpu.alloc::<T>(rows * cols)?, gpu.alloc::<f32>(rows)?);
@@ -83,7 +78,6 @@ pub(crate) fn rms_norm_backward(
     dy: &Tensor,
     dx: &Tensor,
 ) -> Result<()> {
-    let weight = weight.cast(x.dtype())?;
     typed!(x, T => {
         let gpu = x.gpu();
         let (x, weight, inv_rms) = (x.read::<T>(), weight.read::<T>(), inv_rms.read::<f32>());
@@ -109,14 +103,12 @@ pub(crate) fn rms_norm_backward_weight(
 }
 
 pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let w = w.cast(x.dtype())?;
     typed!(x, T => {
         let (gpu, rows, cols) = (x.gpu(), x.rows(), w.rows());
         let mut y = gpu.alloc::<T>(rows * cols)?;
         let y_mat = y.mat_mut(rows, cols);
         kernels::linear::forward(gpu, 1.0, x.read::<T>().mat(), w.read::<T>().mat(), 0.0, &y_mat)?;
         if let Some(bias) = bias {
-            let bias = bias.cast(x.dtype())?;
             kernels::linear::add_bias(gpu, bias.read::<T>().view(), &y_mat)?;
         }
         Ok(Tensor::of_buffer(gpu, y, &[rows, cols]))
@@ -124,7 +116,6 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
 }
 
 pub(crate) fn add_linear(alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
-    let w = w.cast(x.dtype())?;
     typed!(x, T => {
         let (x_read, w, mut y) = (x.read::<T>(), w.read::<T>(), y.write::<T>());
         let (x_mat, y) = (x_read.mat(), y.mat());
@@ -145,7 +136,6 @@ pub(crate) fn linear_backward_into(
     beta: f64,
     dx: &Tensor,
 ) -> Result<()> {
-    let w = w.cast(dy.dtype())?;
     typed!(dy, T => {
         let (gpu, alpha, beta) = (dy.gpu(), alpha as f32, beta as f32);
         let (dy, w, mut dx) = (dy.read::<T>(), w.read::<T>(), dx.write::<T>());
@@ -202,11 +192,10 @@ pub(crate) fn add_uniform(keys: &[u64], magnitudes: &[f64], x: &Tensor) -> Resul
 }
 
 /// Turns, or turns back.
-pub(crate) fn rope(table: &Table, positions: &[u32], back: bool, x: &Tensor) -> Result<()> {
-    let positions = x.gpu().upload(positions)?;
+pub(crate) fn rope(table: &Table, positions: View<'_, u32>, back: bool, x: &Tensor) -> Result<()> {
     typed!(x, T => {
         let turn = if back { kernels::rope::backward } else { kernels::rope::forward };
-        Ok(turn(x.gpu(), table, positions.view(), &x.write::<T>().mat())?)
+        Ok(turn(x.gpu(), table, positions, &x.write::<T>().mat())?)
     })
 }
 
@@ -229,17 +218,16 @@ pub(crate) fn swiglu_backward(gate_up: &Tensor, dh: &Tensor) -> Result<()> {
 
 pub(crate) fn attention(
     model: &ModelConfig,
-    seq_starts: &[u32],
+    sequences: &Sequences,
     qkv: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let (gpu, rows) = (qkv.gpu(), qkv.rows());
-    let sequences = Sequences::new(gpu, seq_starts)?;
     typed!(qkv, T => {
         let mut out = gpu.alloc::<T>(rows * model.q_dim())?;
         let mut lse = gpu.alloc::<f32>(rows * model.num_attention_heads)?;
         let read = qkv.read::<T>();
         let (out_mat, lse_view) = (out.mat_mut(rows, model.q_dim()), lse.view_mut());
-        kernels::attention::forward(gpu, &heads(model), &sequences, split(model, read.mat()), &out_mat, &lse_view)?;
+        kernels::attention::forward(gpu, &heads(model), sequences, split(model, read.mat()), &out_mat, &lse_view)?;
         let out = Tensor::of_buffer(gpu, out, &[rows, model.q_dim()]);
         Ok((out, Tensor::of_buffer(gpu, lse, &[rows, model.num_attention_heads])))
     })
@@ -247,13 +235,12 @@ pub(crate) fn attention(
 
 pub(crate) fn attention_backward(
     model: &ModelConfig,
-    seq_starts: &[u32],
+    sequences: &Sequences,
     qkv: &Tensor,
     (out, lse): (&Tensor, &Tensor),
     dout: &Tensor,
 ) -> Result<Tensor> {
     let gpu = qkv.gpu();
-    let sequences = Sequences::new(gpu, seq_starts)?;
     let dqkv = qkv.alloc(&[qkv.rows(), qkv.cols()])?;
     typed!(qkv, T => {
         let (qkv, out, lse, dout) = (qkv.read::<T>(), out.read::<T>(), lse.read::<f32>(), dout.read::<T>());
@@ -263,7 +250,7 @@ pub(crate) fn attention_backward(
         let saved = Saved { out: out.mat(), lse: lse.view() };
         let grads = QkvGrads { dq, dk, dv };
         let inputs = split(model, qkv.mat());
-        kernels::attention::backward(gpu, &heads(model), &sequences, inputs, saved, dout.mat(), &grads)?;
+        kernels::attention::backward(gpu, &heads(model), sequences, inputs, saved, dout.mat(), &grads)?;
     });
     Ok(dqkv)
 }

@@ -1,8 +1,7 @@
-//! Loss and gradients on a GPU: the adapter goes there, its gradients come back.
+//! Loss and gradients on a GPU: the adapter goes there once for each change, its gradients add up there.
 
 use updraft_kernels::cuda::Gpu;
 
-use super::Tensor;
 use crate::batch::Part;
 use crate::decoder::Decoder;
 use crate::error::Result;
@@ -22,10 +21,8 @@ impl Decoder {
         gradients: &mut Gradients,
         activations: Activations,
     ) -> Result<f64> {
-        let views = adapter.on_gpu(gpu)?;
-        let len = adapter.num_parameters();
-        let sums = Tensor::of_buffer(gpu, gpu.zeros::<f32>(len)?, &[len]);
-        let sum_views = adapter.plan().views(&sums.clone().into())?;
+        let views = adapter.on_gpu(gpu, self.dtype())?;
+        let sums = gradients.on_gpu(gpu)?;
         let ops = Ops {
             threads: self.threads().clone(),
             rows: Rows::Together,
@@ -36,17 +33,11 @@ impl Decoder {
             let rows = &part.row_keys()[..];
             let trained = Trained {
                 adapter: &views,
-                gradients: &sum_views,
+                gradients: &sums,
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };
             total += self.backward(&ops, part, rows, denom, trained, activations)?;
         }
-        let sums = sums.to_host()?;
-        gradients.update(|values| {
-            for (value, sum) in values.iter_mut().zip(&sums) {
-                *value += sum;
-            }
-        })?;
         Ok(total)
     }
 }

@@ -75,10 +75,10 @@ impl Attention {
                 k.forward_heads(ops, &k_of(pass, &qkv)?)?,
             )),
         };
-        ops.rope(pass.rope, &pass.batch.positions, &qk_of(pass, &qkv)?)?;
+        ops.rope(pass.rope, &pass.positions, &qk_of(pass, &qkv)?)?;
         let (out, lse) = match pages {
             None => ops
-                .attention(config, &pass.batch.seq_starts, &qkv)
+                .attention(config, &pass.seq_starts, &qkv)
                 .map(|(out, lse)| (out, Some(lse)))?,
             Some((places, pages)) => (
                 ops.paged_attention(config, pass.batch, places, pages, &qkv)?,
@@ -118,10 +118,10 @@ impl Attention {
             trained,
         )?;
         let lse = saved.lse.as_ref().expect("training reads no pages");
-        let starts = &pass.batch.seq_starts;
+        let starts = &pass.seq_starts;
         let dqkv =
             ops.attention_backward(pass.config, starts, &saved.qkv, (&saved.out, lse), &dout)?;
-        ops.rope_backward(pass.rope, &pass.batch.positions, &qk_of(pass, &dqkv)?)?;
+        ops.rope_backward(pass.rope, &pass.positions, &qk_of(pass, &dqkv)?)?;
         if let (Some((q, k)), Some((saved_q, saved_k))) = (&self.head_norms, &saved.head_norms) {
             q.backward_heads(ops, saved_q, &q_of(pass, &dqkv)?, trained)?;
             k.backward_heads(ops, saved_k, &k_of(pass, &dqkv)?, trained)?;

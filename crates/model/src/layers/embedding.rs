@@ -28,7 +28,7 @@ impl Embedding {
 
     /// → `[T, C]`
     pub(crate) fn forward(&self, pass: &Pass<'_>) -> Result<Tensor> {
-        pass.ops.gather(&self.weight, &pass.batch.ids)
+        pass.ops.gather(&self.weight, &pass.ids)
     }
 
     /// Adds the gradient of the table, if that is trained.
@@ -39,7 +39,7 @@ impl Embedding {
         trained: Trained<'_>,
     ) -> Result<()> {
         match trained.gradients.saved.get(EMBEDDING) {
-            Some(dtable) => pass.ops.add_rows(dembedded, &pass.batch.ids, dtable),
+            Some(dtable) => pass.ops.add_rows(dembedded, &pass.ids, dtable),
             None => Ok(()),
         }
     }

@@ -18,6 +18,7 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{LayerPages, Places};
 use crate::lora::{GroupAdapter, Saved};
 use crate::ops::Ops;
@@ -96,10 +97,13 @@ impl Loader<'_> {
 }
 
 /// What every layer sees of one pass.
-#[derive(Clone, Copy)]
 pub(crate) struct Pass<'a> {
     pub(crate) ops: &'a Ops,
     pub(crate) config: &'a ModelConfig,
     pub(crate) rope: &'a RopeTable,
     pub(crate) batch: &'a Batch,
+    pub(crate) ids: Indices<'a>,
+    pub(crate) positions: Indices<'a>,
+    pub(crate) seq_starts: SeqStarts<'a>,
+    pub(crate) logit_rows: Indices<'a>,
 }

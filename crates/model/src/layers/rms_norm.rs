@@ -2,6 +2,7 @@
 
 use super::{Loader, Saved, Trained};
 use crate::error::Result;
+use crate::indices::Indices;
 use crate::ops::{Normed, Ops};
 use crate::tensor::Tensor;
 
@@ -17,7 +18,7 @@ pub(crate) struct Stream {
 
 impl Stream {
     /// Some rows of it, in the order asked for.
-    pub(crate) fn rows(&self, ops: &Ops, rows: &[u32]) -> Result<Self> {
+    pub(crate) fn rows(&self, ops: &Ops, rows: &Indices<'_>) -> Result<Self> {
         let delta = self
             .delta
             .as_ref()

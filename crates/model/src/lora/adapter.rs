@@ -31,6 +31,18 @@ pub struct Adapter {
     plan: Plan,
     values: Tensor,
     views: Views,
+    /// A copy on a GPU, until the values change.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    there: std::sync::Mutex<Option<There>>,
+}
+
+/// A copy of an adapter on a GPU, in the type that the decoder there computes in.
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+#[derive(Debug)]
+struct There {
+    gpu: updraft_kernels::cuda::Gpu,
+    dtype: DType,
+    views: std::sync::Arc<Views>,
 }
 
 impl Adapter {
@@ -139,6 +151,8 @@ impl Adapter {
             plan,
             values,
             views,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            there: std::sync::Mutex::default(),
         })
     }
 
@@ -193,6 +207,10 @@ impl Adapter {
     /// # Errors
     /// [`Error::Device`] off the CPU, [`Error::Candle`] if the adapter is not F32.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        {
+            self.there = std::sync::Mutex::default();
+        }
         edit_slice(&self.values, change)
     }
 
@@ -246,11 +264,29 @@ impl Adapter {
         &self.views
     }
 
-    /// A copy of it on a GPU.
+    /// A copy of it on a GPU in some type, made once for each change of its values.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    pub(crate) fn on_gpu(&self, gpu: &updraft_kernels::cuda::Gpu) -> Result<Views> {
+    pub(crate) fn on_gpu(
+        &self,
+        gpu: &updraft_kernels::cuda::Gpu,
+        dtype: DType,
+    ) -> Result<std::sync::Arc<Views>> {
+        let there = self.there.lock();
+        let mut there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(there) = there.as_ref()
+            && (&there.gpu, there.dtype) == (gpu, dtype)
+        {
+            return Ok(there.views.clone());
+        }
         let values = crate::gpu::Tensor::upload(gpu, self.values.host()?, DType::F32)?;
-        self.plan.views(&Tensor::Gpu(values))
+        let views = self.plan.views(&Tensor::Gpu(values.cast(dtype)?))?;
+        let views = std::sync::Arc::new(views);
+        *there = Some(There {
+            gpu: gpu.clone(),
+            dtype,
+            views: views.clone(),
+        });
+        Ok(views)
     }
 
     /// Which flat buffer it is a view of.

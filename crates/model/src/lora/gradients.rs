@@ -16,6 +16,17 @@ pub struct Gradients {
     plan: Plan,
     values: Tensor,
     views: Views,
+    /// What has added up on a GPU and is not in `values` yet.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    there: std::sync::Mutex<Option<There>>,
+}
+
+/// Sums on a GPU.
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+#[derive(Debug)]
+struct There {
+    sums: crate::gpu::Tensor,
+    views: std::sync::Arc<Views>,
 }
 
 impl Gradients {
@@ -37,7 +48,50 @@ impl Gradients {
             plan: plan.clone(),
             views: plan.views(&values)?,
             values,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            there: std::sync::Mutex::default(),
         })
+    }
+
+    /// Where gradients add up on a GPU until somebody looks at them: as many times as the steps have micro-batches.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn on_gpu(
+        &mut self,
+        gpu: &updraft_kernels::cuda::Gpu,
+    ) -> Result<std::sync::Arc<Views>> {
+        let there = self.there.get_mut();
+        let there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(there) = there.as_ref().filter(|there| there.sums.gpu() == gpu) {
+            return Ok(there.views.clone());
+        }
+        self.settle()?;
+        let len = self.plan.len();
+        let sums = crate::gpu::Tensor::of_buffer(gpu, gpu.zeros::<f32>(len)?, &[len]);
+        let views = std::sync::Arc::new(self.plan.views(&sums.clone().into())?);
+        let there = There {
+            sums,
+            views: views.clone(),
+        };
+        self.there = std::sync::Mutex::new(Some(there));
+        Ok(views)
+    }
+
+    /// Adds what is on a GPU, if anything is.
+    fn settle(&self) -> Result<()> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        {
+            let there = self.there.lock();
+            let mut there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some(There { sums, .. }) = there.take() {
+                let sums = sums.to_host()?;
+                edit_slice(&self.values, |values: &mut [f32]| {
+                    for (value, sum) in values.iter_mut().zip(&sums) {
+                        *value += sum;
+                    }
+                })?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn views(&self) -> &Views {
@@ -54,6 +108,10 @@ impl Gradients {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) off the CPU.
     pub fn zero(&mut self) -> Result<()> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        {
+            self.there = std::sync::Mutex::default();
+        }
         typed!(self.values, F => edit_slice(&self.values, |values: &mut [F]| values.fill(0.0)))
     }
 
@@ -65,6 +123,8 @@ impl Gradients {
         if self.values.dims() != other.values.dims() {
             return Err(crate::Error::adapter("gradients of another adapter"));
         }
+        self.settle()?;
+        other.settle()?;
         typed!(self.values, F => {
             let other = read::<F>(&other.values)?;
             edit_slice(&self.values, |values: &mut [F]| {
@@ -80,6 +140,7 @@ impl Gradients {
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) if they are not F32.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.settle()?;
         edit_slice(&self.values, change)
     }
 
@@ -88,6 +149,7 @@ impl Gradients {
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) if they are not F32.
     pub fn with<R>(&self, look: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        self.settle()?;
         Ok(look(read::<f32>(&self.values)?.slice()))
     }
 
@@ -96,6 +158,7 @@ impl Gradients {
     /// # Errors
     /// [`Error::Candle`](crate::Error::Candle) if the device fails.
     pub fn to_vec(&self) -> Result<Vec<f64>> {
+        self.settle()?;
         Ok(self.values.host()?.to_dtype(DType::F64)?.to_vec1()?)
     }
 }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Map, Value, json};
+use updraft_store::CancelToken;
 
 use super::adapter::Adapter;
 use super::plan::Role;
@@ -69,6 +70,7 @@ pub fn merge<'a>(
         adapted,
         tied: model.tie_word_embeddings,
         unties: adapter.unties_head(model),
+        cancels: Vec::new(),
         next: 0,
     })
 }
@@ -112,7 +114,18 @@ pub struct Merged<'a> {
     tied: bool,
     /// Whether the merged model's head is one of its own, though the base's is not.
     unties: bool,
+    cancels: Vec<CancelToken>,
     next: usize,
+}
+
+impl Merged<'_> {
+    /// Stops when one of these tokens is cancelled, within a tensor's work: the file under way is
+    /// [`Error::Cancelled`].
+    #[must_use]
+    pub fn with_cancels(mut self, cancels: &[CancelToken]) -> Self {
+        self.cancels.extend_from_slice(cancels);
+        self
+    }
 }
 
 impl Iterator for Merged<'_> {
@@ -168,6 +181,9 @@ impl Merged<'_> {
 
     /// A tensor's new bytes, if it changes.
     fn merge_tensor(&self, name: &str, dtype: Dtype, base: &[u8]) -> Result<Option<Vec<u8>>> {
+        if self.cancels.iter().any(CancelToken::is_cancelled) {
+            return Err(Error::Cancelled);
+        }
         let values = match self.adapted.get(name) {
             None => return Ok(None),
             Some(&Change::Update(projection, layer)) => {
@@ -323,7 +339,7 @@ impl View for Stored<'_> {
             Ok(Some(bytes)) => Cow::Owned(bytes),
             Err(error) => {
                 self.failed.borrow_mut().get_or_insert(error);
-                Cow::Borrowed(&self.base)
+                Cow::Borrowed(&[]) // The file is thrown away.
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::batch::Batch;
 use crate::bridge::{Real, View, edit_slice, read, tensor, typed};
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::indices::SeqStarts;
 use crate::kv_pages::{LayerPages, Places};
 use crate::tensor::Tensor;
 
@@ -17,11 +18,11 @@ impl Ops {
     pub(crate) fn attention(
         &self,
         model: &ModelConfig,
-        seq_starts: &[u32],
+        seq_starts: &SeqStarts<'_>,
         qkv: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
         on_gpu!(qkv, qkv => {
-            let (out, lse) = crate::gpu::attention(model, seq_starts, qkv)?;
+            let (out, lse) = crate::gpu::attention(model, seq_starts.gpu()?, qkv)?;
             Ok((Tensor::Gpu(out), Tensor::Gpu(lse)))
         });
         typed!(qkv, F => {
@@ -29,7 +30,7 @@ impl Ops {
             let (rows, width) = (view.mat().num_rows(), model.q_dim());
             let (mut out, mut lse) = (vec![F::ZERO; rows * width], vec![F::ZERO; rows * model.num_attention_heads]);
             let out_mat = MatMut::new(&mut out, rows, width);
-            attention::forward(&self.threads, &heads(model), seq_starts, split(model, &view), out_mat, &mut lse);
+            attention::forward(&self.threads, &heads(model), seq_starts.host, split(model, &view), out_mat, &mut lse);
             Ok((tensor(out, (rows, width))?, tensor(lse, (rows, model.num_attention_heads))?))
         })
     }
@@ -38,14 +39,14 @@ impl Ops {
     pub(crate) fn attention_backward(
         &self,
         model: &ModelConfig,
-        seq_starts: &[u32],
+        seq_starts: &SeqStarts<'_>,
         qkv: &Tensor,
         (out, lse): (&Tensor, &Tensor),
         dout: &Tensor,
     ) -> Result<Tensor> {
         on_gpu!(qkv, qkv => {
             let saved = (out.gpu()?, lse.gpu()?);
-            let dqkv = crate::gpu::attention_backward(model, seq_starts, qkv, saved, dout.gpu()?)?;
+            let dqkv = crate::gpu::attention_backward(model, seq_starts.gpu()?, qkv, saved, dout.gpu()?)?;
             Ok(Tensor::Gpu(dqkv))
         });
         typed!(qkv, F => {
@@ -56,7 +57,7 @@ impl Ops {
             let (dk, dv) = rest.split_cols(model.kv_dim());
             let saved = attention::Saved { out: out.mat(), lse: lse.slice() };
             let (inputs, grads) = (split(model, &qkv_view), QkvGrads { dq, dk, dv });
-            attention::backward(&self.threads, &heads(model), seq_starts, inputs, saved, dout.mat(), grads);
+            attention::backward(&self.threads, &heads(model), seq_starts.host, inputs, saved, dout.mat(), grads);
             tensor(dqkv, (rows, cols))
         })
     }

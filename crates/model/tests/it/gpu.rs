@@ -118,6 +118,86 @@ fn two_runs_and_recomputed_activations_have_the_same_bits() {
     }
 }
 
+/// Loaded and trained on, a GPU holds no more than was estimated, and not much less.
+#[cfg(feature = "cuda-emulator")] // which counts what is held
+#[test]
+fn a_step_takes_what_was_estimated() {
+    use updraft_model::memory::{MemoryEstimate, MicroBatch, Processor, Working};
+    for (architecture, dtype, activations) in [
+        (Architecture::Qwen2, DType::BF16, Activations::Stored),
+        (Architecture::Qwen2, DType::F32, Activations::Recomputed),
+        (Architecture::Qwen3, DType::BF16, Activations::Recomputed),
+    ] {
+        let world = World::new(architecture);
+        let adapter = world.adapter(&uneven_lora(), 4);
+        let part = one_part(&documents(&[30, 20, 14], 1));
+        let batch = MicroBatch {
+            tokens: part.batch.num_tokens() as u64,
+            trained_tokens: part.num_labels() as u64,
+        };
+        let gpu = Gpu::emulated();
+        let decoder = on_gpu(&world, dtype, &gpu);
+        backward(&decoder, &adapter, std::slice::from_ref(&part), activations);
+        let work = Working {
+            weights: dtype,
+            activations,
+            processor: Processor::Gpu,
+            optimizer_moments: 2,
+            kept_adapters: 0,
+        };
+        let lora = adapter.config();
+        let estimate = MemoryEstimate::new(&world.config, lora, batch, work);
+        let held = decoder.gpu_memory().expect("on a GPU").peak_bytes;
+        let share = held as f64 / estimate.total() as f64;
+        let what = format!("{architecture:?} {dtype:?} {activations:?}");
+        assert!(
+            (0.75..=1.0).contains(&share),
+            "{what}: {share:.3} of {estimate:?}"
+        );
+    }
+}
+
+/// The adapter goes to the GPU once for each change, its gradients come back once for each step; of a micro-batch go its
+/// ids, positions, rows and labels, and the borders of its sequences, once, and back come its losses.
+#[cfg(feature = "cuda-emulator")] // which counts what is copied
+#[test]
+fn nothing_is_copied_twice() {
+    let world = World::new(Architecture::Qwen2);
+    let mut adapter = world.adapter(&uneven_lora(), 4);
+    let parts = [
+        one_part(&documents(&[10, 7], 1)),
+        one_part(&documents(&[12], 2)),
+    ];
+    let gpu = Gpu::emulated();
+    let decoder = on_gpu(&world, DType::BF16, &gpu);
+    let step = |adapter: &Adapter, micro_batches: usize| {
+        let before = gpu.emulated_traffic();
+        let mut gradients = Gradients::zeros(adapter).expect("zeros");
+        for _ in 0..micro_batches {
+            decoder
+                .loss_and_backward(&parts, adapter, 1.0, &mut gradients, Activations::Stored)
+                .expect("sound parts");
+        }
+        gradients.with(|_| ()).expect("readable");
+        let after = gpu.emulated_traffic();
+        let up = after.uploaded - before.uploaded;
+        (up as usize, (after.downloaded - before.downloaded) as usize)
+    };
+    let sum = |of: fn(&Part) -> usize| parts.iter().map(of).sum::<usize>();
+    let (tokens, labels) = (sum(|part| part.batch.num_tokens()), sum(Part::num_labels));
+    let tiles = 3; // a sequence of up to 64 tokens is one
+    let batch_up = 4 * (2 * tokens + 2 * labels + 3 * tiles);
+    let bytes = 4 * adapter.num_parameters();
+    for _ in 0..2 {
+        assert_eq!(
+            step(&adapter, 3),
+            (bytes + 3 * batch_up, bytes + 3 * 4 * labels)
+        );
+        assert_eq!(step(&adapter, 1), (batch_up, bytes + 4 * labels));
+        adapter.update(|values| values[0] += 1.0).expect("f32");
+    }
+}
+
 #[test]
 fn logits_are_those_of_the_cpu() {
     for gpu in tiny::gpus() {

@@ -1,10 +1,10 @@
 //! Workers that are threads of one process.
 
 use std::io;
-use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 
 use super::Collective;
+use super::inbox::{Inbox, gone};
 use super::mesh::{Link, Mesh};
 use crate::Result;
 
@@ -25,8 +25,12 @@ pub fn local_group(num_workers: usize) -> Vec<LocalCollective> {
     for (a, b) in pairs {
         let (to_b, from_a) = channel();
         let (to_a, from_b) = channel();
-        links[a][b] = Some(Pipe::new(to_b, from_b));
-        links[b][a] = Some(Pipe::new(to_a, from_a));
+        let pipe = |to, from| {
+            let inbox = Inbox::new(from);
+            Some(Pipe { to, inbox })
+        };
+        links[a][b] = pipe(to_b, from_b);
+        links[b][a] = pipe(to_a, from_a);
     }
     let workers = links.into_iter().enumerate();
     workers
@@ -52,48 +56,20 @@ impl Collective for LocalCollective {
 /// One end of two channels.
 #[derive(Debug)]
 struct Pipe {
-    to: Sender<Vec<u8>>,
-    from: Mutex<Incoming>,
-}
-
-#[derive(Debug)]
-struct Incoming {
-    receiver: Receiver<Vec<u8>>,
-    /// What was sent but not asked for yet.
-    left: Vec<u8>,
-}
-
-impl Pipe {
-    fn new(to: Sender<Vec<u8>>, receiver: Receiver<Vec<u8>>) -> Self {
-        let left = Vec::new();
-        Self {
-            to,
-            from: Mutex::new(Incoming { receiver, left }),
-        }
-    }
+    to: Sender<io::Result<Vec<u8>>>,
+    inbox: Inbox,
 }
 
 impl Link for Pipe {
     fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        self.to.send(bytes.to_vec()).map_err(|_| gone())
+        self.to.send(Ok(bytes.to_vec())).map_err(|_| gone())
     }
 
     fn receive(&self, bytes: &mut [u8]) -> io::Result<()> {
-        let mut from = self.from.lock().map_err(|_| gone())?;
-        while from.left.len() < bytes.len() {
-            let more = from.receiver.recv().map_err(|_| gone())?;
-            from.left.extend(more);
-        }
-        bytes.copy_from_slice(&from.left[..bytes.len()]);
-        from.left.drain(..bytes.len());
-        Ok(())
+        self.inbox.take(bytes)
     }
 
     fn close(&self) {} // Sending never waits, and dropping one end tells the other.
-}
-
-fn gone() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "the worker has ended")
 }
 
 #[cfg(test)]

@@ -51,6 +51,11 @@ impl<L: Link> Mesh<L> {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn link(&self, rank: usize) -> &L {
+        self.links[rank].as_ref().expect("another worker's")
+    }
+
     fn slice(&self, of: usize, len: usize) -> Range<usize> {
         let workers = self.links.len();
         len * of / workers..len * (of + 1) / workers

@@ -3,6 +3,8 @@
 //! They meet at the first one: each tells it where it listens, hears where the others do, and connects to those of
 //! lower rank. Nothing is encrypted or authenticated, as with torch's own: keep it within a private network.
 
+mod link;
+
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread;
@@ -10,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::mesh::{Link, Mesh};
+use self::link::TcpLink;
+use super::mesh::Mesh;
 use super::{Collective, Launch, MAX_MESSAGE};
 use crate::{Error, Result};
 
@@ -18,11 +21,14 @@ use crate::{Error, Result};
 const POLL: Duration = Duration::from_millis(20);
 
 /// What tells a worker of ours from whoever else knocks.
-const GREETING: &str = "updraft collective 1";
+const GREETING: &str = "updraft collective 2";
+
+/// A worker from which nothing comes for so long is dead, or as good as.
+const SILENCE: Duration = Duration::from_secs(120);
 
 /// A worker among processes.
 #[derive(Debug)]
-pub struct TcpCollective(Mesh<TcpStream>);
+pub struct TcpCollective(Mesh<TcpLink>);
 
 /// A worker's first words.
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,13 +48,19 @@ enum Welcome {
 }
 
 impl TcpCollective {
-    /// Meets the other workers. `timeout` bounds the meeting, and later each wait for another worker: it must be
-    /// longer than a step takes, and than the first worker needs to evaluate or to write a checkpoint, for the others
-    /// wait then. An hour is not too much: a worker that is gone closes its connection, which is noticed at once.
+    /// Meets the other workers; `timeout` bounds the meeting.
+    ///
+    /// Later a worker waits for another as long as that one lives, be it evaluating or writing a checkpoint: each says a
+    /// word every 20 seconds on a thread of its own, whatever else it does. One that has ended closes its connection,
+    /// which is noticed at once; one that stands still, or whose machine or network is gone, after two minutes of silence.
     ///
     /// # Errors
     /// [`Error::Rendezvous`] names the workers that did not come, or says what they do not agree on.
     pub fn join(launch: &Launch, timeout: Duration) -> Result<Self> {
+        Self::join_with(launch, timeout, SILENCE)
+    }
+
+    fn join_with(launch: &Launch, timeout: Duration, silence: Duration) -> Result<Self> {
         let Launch {
             rank,
             num_workers,
@@ -63,21 +75,15 @@ impl TcpCollective {
             0 => meeting.host(master),
             _ => meeting.attend(master),
         };
+        let linked = |stream: Option<TcpStream>| {
+            let link = |stream| TcpLink::new(stream, silence);
+            stream.map(link).transpose()
+        };
+        let links = links.and_then(|streams| streams.into_iter().map(linked).collect());
         let links = links.map_err(|source| Error::Rendezvous {
             master: master.clone(),
             source,
         })?;
-        for link in links.iter().flatten() {
-            let set = || {
-                link.set_nodelay(true)?;
-                link.set_read_timeout(Some(timeout))?;
-                link.set_write_timeout(Some(timeout))
-            };
-            set().map_err(|source| Error::Rendezvous {
-                master: master.clone(),
-                source,
-            })?;
-        }
         Ok(Self(Mesh::new(meeting.rank, links)))
     }
 }
@@ -94,32 +100,6 @@ impl Collective for TcpCollective {
     }
     fn sum(&mut self, values: &mut [f32]) -> Result<()> {
         self.0.sum(values)
-    }
-}
-
-impl Link for TcpStream {
-    fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut stream = self;
-        stream.write_all(bytes)
-    }
-
-    fn receive(&self, bytes: &mut [u8]) -> io::Result<()> {
-        let mut stream = self;
-        stream.read_exact(bytes).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                let timeout = self.read_timeout().ok().flatten().unwrap_or_default();
-                let what = format!(
-                    "no word for {timeout:?}: if it evaluates or writes checkpoints that long, join with a longer timeout"
-                );
-                io::Error::new(io::ErrorKind::TimedOut, what)
-            }
-            _ => error,
-        })
-    }
-
-    fn close(&self) {
-        // It fails only where the other side has closed it already.
-        let _ = self.shutdown(std::net::Shutdown::Both);
     }
 }
 
@@ -330,13 +310,14 @@ mod tests {
         patient_group(num_workers, TIMEOUT)
     }
 
-    fn patient_group(num_workers: usize, timeout: Duration) -> Vec<TcpCollective> {
+    /// Workers that wait so long for a word.
+    fn patient_group(num_workers: usize, silence: Duration) -> Vec<TcpCollective> {
         let master = meeting_point();
         thread::scope(|scope| {
             let joining: Vec<_> = (0..num_workers)
                 .map(|rank| {
                     let launch = launch(rank, num_workers, &master);
-                    scope.spawn(move || TcpCollective::join(&launch, timeout))
+                    scope.spawn(move || TcpCollective::join_with(&launch, TIMEOUT, silence))
                 })
                 .collect();
             let joined = joining
@@ -360,19 +341,57 @@ mod tests {
         assert!(error.is_retryable());
     }
 
-    /// As while it evaluates or writes a checkpoint for longer than the others are told to wait.
+    /// The first worker evaluates, or writes a checkpoint, for more than twice as long as a silence may last.
     #[test]
-    fn a_first_worker_that_is_busy_for_too_long_is_told_of_with_what_to_do() {
-        let mut workers = patient_group(2, Duration::from_millis(300));
-        let error = workers[1].exchange(b"ready").expect_err("no answer");
-        let Error::Worker { rank: 0, source } = &error else {
-            panic!("{error}");
-        };
-        let source = source.to_string();
-        assert!(
-            source.contains("no word for 300ms") && source.contains("longer timeout"),
-            "{source}"
-        );
+    fn a_worker_that_is_busy_is_waited_for() {
+        let mut workers = patient_group(2, Duration::from_secs(1));
+        let (mut second, mut first) = (workers.remove(1), workers.remove(0));
+        let words = first.0.link(1).words();
+        let began = Instant::now();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(move || second.exchange(b"done?"));
+            while words() < 13 {
+                thread::yield_now();
+            }
+            assert!(
+                began.elapsed() > Duration::from_secs(2),
+                "six words a second"
+            );
+            first.exchange(b"done").expect("the other one waits");
+            let heard = waiting.join().expect("no panic").expect("it waited");
+            assert_eq!(heard, [b"done".to_vec(), b"done?".to_vec()]);
+        });
+    }
+
+    /// Its connections are open, but nobody reads them or says a word, as on a machine that is gone.
+    #[test]
+    fn a_worker_that_stands_still_is_noticed() {
+        let master = meeting_point();
+        let silence = Duration::from_millis(300);
+        thread::scope(|scope| {
+            let (first, second) = (launch(0, 2, &master), launch(1, 2, &master));
+            let still = scope.spawn(move || {
+                let meeting = Meeting {
+                    rank: 0,
+                    num_workers: 2,
+                    deadline: Instant::now() + TIMEOUT,
+                };
+                meeting.host(&first.master)
+            });
+            let mut worker =
+                TcpCollective::join_with(&second, TIMEOUT, silence).expect("both came");
+            let still = still.join().expect("no panic").expect("both came");
+            // As many bytes as no connection holds for one that does not read.
+            let error = worker
+                .sum(&mut vec![1.0; 16 << 20])
+                .expect_err("nobody there");
+            let Error::Worker { rank: 0, source } = &error else {
+                panic!("{error}");
+            };
+            let source = source.to_string();
+            assert!(source.contains("no word for 300ms"), "{source}");
+            drop(still);
+        });
     }
 
     #[test]

@@ -63,8 +63,12 @@ impl Entry {
         let fill = report.packing_fill_rate;
         values.extend(fill.map(|fill| ("packing_fill_rate", fill)));
         values.extend(report.mfu.map(|mfu| ("mfu", mfu)));
-        let peak = report.peak_memory_bytes.map(|bytes| bytes as f64);
-        values.extend(peak.map(|bytes| ("peak_memory_bytes", bytes)));
+        for (name, bytes) in [
+            ("peak_memory_bytes", report.peak_memory_bytes),
+            ("peak_gpu_memory_bytes", report.peak_gpu_memory_bytes),
+        ] {
+            values.extend(bytes.map(|bytes| (name, bytes as f64)));
+        }
         Self::new(report.steps, now, &values)
     }
 

@@ -107,8 +107,13 @@ impl fmt::Display for TrainReport {
         if let Some(mfu) = self.mfu {
             row("mfu", &format!("{:.1}%", 100.0 * mfu))?;
         }
-        if let Some(bytes) = self.peak_memory_bytes {
-            row("peak_memory", &format!("{} MiB", bytes >> 20))?;
+        for (name, bytes) in [
+            ("peak_memory", self.peak_memory_bytes),
+            ("peak_gpu_memory", self.peak_gpu_memory_bytes),
+        ] {
+            if let Some(bytes) = bytes {
+                row(name, &format!("{} MiB", bytes >> 20))?;
+            }
         }
         Ok(())
     }

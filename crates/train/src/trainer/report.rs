@@ -43,6 +43,8 @@ pub struct TrainReport {
     pub mfu: Option<f64>,
     /// The most memory this process has held so far, where the system tells.
     pub peak_memory_bytes: Option<u64>,
+    /// The most memory this process has held on the GPU so far, where one computes; the driver's own is not counted.
+    pub peak_gpu_memory_bytes: Option<u64>,
     /// The step this process continued from; zero for a fresh start.
     pub resumed_from: u64,
 }
@@ -75,6 +77,7 @@ impl Trainer<'_> {
             flops_per_second,
             mfu: self.gemm_ceiling.map(|ceiling| flops_per_second / ceiling),
             peak_memory_bytes: peak_memory(),
+            peak_gpu_memory_bytes: self.decoder.gpu_memory().map(|memory| memory.peak_bytes),
             resumed_from,
         }
     }

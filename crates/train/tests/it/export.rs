@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device};
 use updraft_model::{Architecture, Decoder, LoraConfig, ModelFiles, Weights, peft, tiny};
+use updraft_store::CancelToken;
 use updraft_train::{Error, FUSED, LORA_MODEL, Trainer, export, model_card};
 
 use crate::world::{adapter, adapter_of, config, decoder, examples, lora, model, saving, source};
@@ -26,7 +27,7 @@ fn both_folders_are_there_and_a_second_export_replaces_them() {
     let merged = || std::fs::read(out.path().join(FUSED).join("model.safetensors")).expect("there");
     let fresh = adapter();
     let card = || model_card("the world", &lora(), &config(), &[]);
-    export(out.path(), &base, decoder(1), &fresh, &card(), probe).expect("exported");
+    export(out.path(), &base, decoder(1), &fresh, &card(), probe, &[]).expect("exported");
     // What a killed export leaves is in nobody's way.
     std::fs::create_dir_all(out.path().join(".new/fused/stale")).expect("a folder");
     let before = merged();
@@ -36,7 +37,7 @@ fn both_folders_are_there_and_a_second_export_replaces_them() {
     assert!(report.flops_per_second > 0.0);
     let (trained, log) = trainer.into_parts();
     let card = model_card("the world", &lora(), &config(), &log);
-    export(out.path(), &base, decoder(1), &trained, &card, probe).expect("exported again");
+    export(out.path(), &base, decoder(1), &trained, &card, probe, &[]).expect("exported again");
     assert_ne!(merged(), before);
 
     let names = |folder: &str| {
@@ -78,6 +79,7 @@ fn exported(lora: &LoraConfig) -> (tempfile::TempDir, tempfile::TempDir) {
         &trained,
         &card,
         &examples(1)[0],
+        &[],
     )
     .expect("exported");
     (base_folder, out)
@@ -140,7 +142,7 @@ fn what_does_not_give_the_trained_logits_does_not_replace_anything() {
     let other = Decoder::load(&model(), &other, DType::F32, &Device::Cpu, &threads);
     let other = other.expect("the tiny model");
     let (adapter, probe) = (adapter(), &examples(1)[0]);
-    let error = export(out.path(), &base, other, &adapter, "", probe);
+    let error = export(out.path(), &base, other, &adapter, "", probe, &[]);
     let error = error.expect_err("it differs");
     assert!(
         matches!(
@@ -152,5 +154,35 @@ fn what_does_not_give_the_trained_logits_does_not_replace_anything() {
         ),
         "{error}"
     );
-    assert!(!out.path().join(FUSED).exists());
+    let left = std::fs::read_dir(out.path()).expect("a folder").count();
+    assert_eq!(left, 0, "nothing is left of it");
+}
+
+#[test]
+fn cancelled_it_leaves_the_earlier_folders_as_they_were() {
+    let (base_folder, out) = (
+        tempfile::tempdir().expect("one"),
+        tempfile::tempdir().expect("one"),
+    );
+    let base = base(base_folder.path());
+    let (fresh, probe) = (adapter(), &examples(1)[0]);
+    export(out.path(), &base, decoder(1), &fresh, "first", probe, &[]).expect("exported");
+    let cancel = CancelToken::new();
+    cancel.cancel();
+    let tokens = [CancelToken::new(), cancel];
+    let error = export(
+        out.path(),
+        &base,
+        decoder(1),
+        &fresh,
+        "second",
+        probe,
+        &tokens,
+    );
+    let error = error.expect_err("cancelled");
+    assert!(matches!(error, Error::Cancelled { .. }), "{error}");
+    let card = std::fs::read_to_string(out.path().join(LORA_MODEL).join("README.md"));
+    assert_eq!(card.expect("there"), "first");
+    let left = std::fs::read_dir(out.path()).expect("a folder").count();
+    assert_eq!(left, 2, "the two folders and nothing else");
 }

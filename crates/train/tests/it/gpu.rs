@@ -4,8 +4,12 @@
 use candle_core::DType;
 use updraft_chat::Example;
 use updraft_model::{Architecture, Decoder, Gpu, Threads, tiny};
+#[cfg(feature = "cuda-emulator")]
+use updraft_train::{Error, ExampleSource, check_gpu_memory, estimate_gpu_memory};
 use updraft_train::{MemorySource, TrainConfig, Trainer};
 
+#[cfg(feature = "cuda-emulator")]
+use crate::world::lora;
 use crate::world::{adapter, config, decoder, model, source, span};
 
 fn on_gpu(dtype: DType, gpu: &Gpu) -> Decoder {
@@ -112,4 +116,63 @@ fn f16_steps_that_overflow_change_nothing_and_halve_the_scale() {
         let refused = Trainer::new(&decoder, adapter(), &source, both).err();
         assert!(refused.expect("both").to_string().contains("fp16"));
     }
+}
+
+/// As much memory as three rows take: twelve are refused before anything is loaded, fail with what fits when insisted on,
+/// and what was said to fit does.
+#[cfg(feature = "cuda-emulator")] // which has as much memory as is wanted
+#[test]
+fn out_of_memory_names_the_estimate_and_a_micro_batch_that_fits() {
+    let data = source(26);
+    let settings = |rows| TrainConfig {
+        bf16: true,
+        per_device_train_batch_size: rows,
+        gradient_accumulation_steps: 1,
+        max_steps: Some(2),
+        ..config()
+    };
+    let estimate = |rows| estimate_gpu_memory(&model(), &lora(), data.plan(), &settings(rows));
+    let limit = estimate(3).total();
+    let gpu = Gpu::emulated_with(limit);
+    let check = |config| check_gpu_memory(&model(), &lora(), data.plan(), config, &gpu);
+    let refused = check(&settings(12)).expect_err("too much");
+    let Error::OutOfMemory {
+        free_bytes, fits, ..
+    } = refused
+    else {
+        panic!("{refused}");
+    };
+    assert_eq!((free_bytes, fits.batch_size), (limit, Some(3)));
+
+    let decoder = on_gpu(DType::BF16, &gpu);
+    let run = |rows| {
+        Trainer::new(&decoder, adapter(), &data, settings(rows))
+            .expect("a run")
+            .run()
+    };
+    let error = run(12).expect_err("too much");
+    assert!(
+        error
+            .to_string()
+            .contains("per_device_train_batch_size 3 fits"),
+        "{error}"
+    );
+    let Error::GpuOutOfMemory {
+        asked_bytes,
+        estimate_bytes,
+        available_bytes,
+        fits: then,
+    } = error
+    else {
+        panic!("{error}");
+    };
+    assert!(asked_bytes > 0);
+    assert_eq!(
+        (estimate_bytes, available_bytes),
+        (estimate(12).total(), limit)
+    );
+    assert_eq!(then, fits);
+    let report = run(3).expect("it fits");
+    let peak = report.peak_gpu_memory_bytes.expect("on a GPU");
+    assert!(peak <= limit, "{peak} of {limit}");
 }

@@ -178,3 +178,16 @@ fn another_base_is_refused() {
             .contains("the adapter does not fit")
     );
 }
+
+#[test]
+fn cancelled_it_ends_within_a_file() {
+    let config = tiny::config(Architecture::Qwen2);
+    let (base, adapter) = (base(&config, Dtype::F32), adapter(&config));
+    let (first, cancel) = (CancelToken::new(), CancelToken::new());
+    let merged = merge(&base, &config, &adapter).expect("they fit");
+    let mut files = merged.with_cancels(&[first, cancel.clone()]);
+    files.next().expect("the first").expect("nobody asked");
+    cancel.cancel();
+    let error = files.next().expect("the second").expect_err("cancelled");
+    assert!(matches!(error, Error::Cancelled), "{error}");
+}
