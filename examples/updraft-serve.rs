@@ -40,6 +40,7 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
                           adapter's path is such a name                    UPDRAFT_STORE
   --name N                the model's name in requests; M if not given     UPDRAFT_NAME
   --adapter NAME=PATH     a LoRA adapter, a folder or a stage's URL; repeatable
+                                                          UPDRAFT_ADAPTER (a=P,b=P,…)
   --api-key K             who may ask; repeatable                          UPDRAFT_API_KEY (a,b,…)
   --host H --port P       where to listen; 127.0.0.1 and 8000              UPDRAFT_HOST, UPDRAFT_PORT
   --max-model-len N       the longest prompt and completion together       UPDRAFT_MAX_MODEL_LEN
@@ -51,8 +52,9 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
   --request-timeout S     seconds a completion may take; unbounded         UPDRAFT_REQUEST_TIMEOUT
   --drain-timeout S       seconds requests get to end at shutdown; 30      UPDRAFT_DRAIN_TIMEOUT
   --allow-origin O        web pages that may ask, * for any; repeatable
-  --runtime-adapters      lets clients load and unload adapters
-  --log-json              logs a JSON object a line
+                                                          UPDRAFT_ALLOW_ORIGIN (a,b,…)
+  --runtime-adapters      lets clients load and unload adapters            UPDRAFT_RUNTIME_ADAPTERS=true
+  --log-json              logs a JSON object a line                        UPDRAFT_LOG_JSON=true
   --cache DIR             where models from the Hub are kept               UPDRAFT_CACHE
 ";
 
@@ -188,7 +190,7 @@ impl Settings {
             port: env("UPDRAFT_PORT")?.unwrap_or(8000),
             threads: env("UPDRAFT_THREADS")?.unwrap_or(cores),
             cache: env("UPDRAFT_CACHE")?.unwrap_or(format!("{home}/.cache/updraft")),
-            log_json: false,
+            log_json: env("UPDRAFT_LOG_JSON")?.unwrap_or(false),
             engine: EngineOptions {
                 max_model_len: env("UPDRAFT_MAX_MODEL_LEN")?,
                 quantization: env("UPDRAFT_QUANTIZE")?,
@@ -203,10 +205,11 @@ impl Settings {
         if let Some(seconds) = env("UPDRAFT_DRAIN_TIMEOUT")? {
             settings.serve.drain_timeout = Duration::from_secs(seconds);
         }
-        let keys: String = env("UPDRAFT_API_KEY")?.unwrap_or_default();
-        let mut keys: Vec<String> = keys.split(',').map(str::to_owned).collect();
+        settings.serve.runtime_adapters = env("UPDRAFT_RUNTIME_ADAPTERS")?.unwrap_or(false);
+        settings.serve.allowed_origins = list("UPDRAFT_ALLOW_ORIGIN")?;
+        let mut keys = list("UPDRAFT_API_KEY")?;
         let mut tls: [Option<PathBuf>; 2] = [env("UPDRAFT_TLS_CERT")?, env("UPDRAFT_TLS_KEY")?];
-        let mut adapters: Vec<String> = Vec::new();
+        let mut adapters = list("UPDRAFT_ADAPTER")?;
 
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
@@ -254,6 +257,10 @@ impl Settings {
         if settings.model.is_empty() {
             bail!("no model is named; give --model PATH|URL|HUB_ID, or see --help");
         }
+        // One that a script left empty would open the server to everybody.
+        if keys.iter().any(String::is_empty) {
+            bail!("an API key is empty; give --api-key a key, or leave it out");
+        }
         settings.serve.api_keys = ApiKeys::new(keys);
         settings.serve.tls = match tls {
             [Some(certificates), Some(key)] => Some(Tls::from_pem_files(&certificates, &key)?),
@@ -285,6 +292,13 @@ impl Settings {
             log.with_ansi(false).init();
         }
     }
+}
+
+/// The entries of a variable, separated by commas; none if it is not set or empty.
+fn list(name: &str) -> Result<Vec<String>> {
+    let text: Option<String> = env(name)?;
+    let entries = text.iter().flat_map(|text| text.split(','));
+    Ok(entries.map(|entry| entry.trim().to_owned()).collect())
 }
 
 /// A variable's value, if it is set and not empty.

@@ -29,8 +29,10 @@ async def client(gate):
     async with gate:
         path = draw.choice(["/v1/chat/completions", "/v1/completions", "/v1/responses", "/completion"])
         text = "x " * draw.randrange(1, 60)
-        body = json.dumps({"messages": [{"role": "user", "content": text}], "prompt": text, "input": text,
-                           "stream": draw.random() < .7, "max_tokens": 100, "n": draw.choice([1, 1, 2])})
+        several = draw.choice([1, 1, 2]) if path.endswith("completions") else 1
+        body = json.dumps({"messages": [{"role": "user", "content": text}], "input": text,
+                           "stream": draw.random() < .7, "max_tokens": 100, "n": several,
+                           **({} if "responses" in path else {"prompt": text})})
         head = (f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {args.key}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
         whole = (head + body).encode()

@@ -17,6 +17,8 @@
 pub struct StopMatcher {
     stops: Vec<String>,
     held: String,
+    /// Bytes of what is held in which no stop string may end.
+    passed: usize,
     includes_stop: bool,
     stopped: Option<Stopped>,
 }
@@ -60,9 +62,27 @@ impl StopMatcher {
             self.stopped = Some(Stopped { index });
             return (std::mem::take(&mut self.held), self.stopped);
         }
-        let keep = self.longest_beginning();
-        let rest = self.held.split_off(self.held.len() - keep);
-        (std::mem::replace(&mut self.held, rest), None)
+        (self.release(), None)
+    }
+
+    /// Takes text in that no stop string may end in; one may begin there, and
+    /// end in what is pushed after it. Gives out text as [`push`](Self::push)
+    /// does.
+    pub fn pass(&mut self, text: &str) -> String {
+        if self.stopped.is_some() {
+            return String::new();
+        }
+        self.held.push_str(text);
+        self.passed = self.held.len();
+        self.release()
+    }
+
+    /// All but what may be the beginning of a stop string.
+    fn release(&mut self) -> String {
+        let out = self.held.len() - self.longest_beginning();
+        let rest = self.held.split_off(out);
+        self.passed = self.passed.saturating_sub(out);
+        std::mem::replace(&mut self.held, rest)
     }
 
     /// What was held back, when the stream ends without a stop string.
@@ -78,8 +98,15 @@ impl StopMatcher {
             .enumerate()
             .filter(|(_, stop)| !stop.is_empty());
         found
-            .filter_map(|(index, stop)| Some((self.held.find(stop.as_str())?, index)))
+            .filter_map(|(index, stop)| Some((self.find(stop)?, index)))
             .min()
+    }
+
+    /// Where a stop string begins that ends after what was passed.
+    fn find(&self, stop: &str) -> Option<usize> {
+        let from = (self.passed + 1).saturating_sub(stop.len());
+        let from = (from..=self.held.len()).find(|&at| self.held.is_char_boundary(at))?;
+        Some(from + self.held[from..].find(stop)?)
     }
 
     /// The length of the longest end of the held text that begins a stop string.
@@ -89,11 +116,10 @@ impl StopMatcher {
         let from = self.held.len().saturating_sub(longest.saturating_sub(1));
         starts
             .find(|&at| {
-                at >= from
-                    && self
-                        .stops
-                        .iter()
-                        .any(|stop| stop.starts_with(&self.held[at..]))
+                let begins = |stop: &String| {
+                    stop.len() > self.held.len() - at && stop.starts_with(&self.held[at..])
+                };
+                at >= from && self.stops.iter().any(begins)
             })
             .map_or(0, |at| self.held.len() - at)
     }
@@ -137,6 +163,33 @@ mod tests {
         check(&["é\u{301}"], "né", "né", None);
         check(&[], "all", "all", None);
         check(&[""], "all", "all", None);
+    }
+
+    /// A text of which the first characters are passed, then one after the other is pushed.
+    #[track_caller]
+    fn check_passed(stops: &[&str], passed: &str, pushed: &str, expected: &str, stopped: bool) {
+        let mut stop = StopMatcher::new(stops.iter().copied());
+        let mut out = stop.pass(passed);
+        let mut found = None;
+        for one in pushed.chars() {
+            let (more, now) = stop.push(&one.to_string());
+            out += &more;
+            found = now;
+        }
+        out += &stop.finish();
+        assert_eq!((out.as_str(), found.is_some()), (expected, stopped));
+    }
+
+    #[test]
+    fn no_stop_string_ends_in_what_is_passed() {
+        check_passed(&["an"], "banan", "a", "banana", false);
+        check_passed(&["an"], "ba", "nana", "b", true);
+        check_passed(&["nan"], "bana", "na", "ba", true);
+        check_passed(&["aa"], "aaa", "a", "aa", true);
+        check_passed(&["b", "abc"], "ab", "xb", "abx", true);
+        check_passed(&["b", "abc"], "ab", "c", "", true);
+        check_passed(&["é!"], "é", "!", "", true);
+        check_passed(&["é!", "!"], "aé!", "é", "aé!é", false);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use futures::stream::{BoxStream, SelectAll};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
 use tokio::time::Sleep;
 use tracing::Span;
-use updraft_chat::{Chat, Detokenizer, StopMatcher};
+use updraft_chat::{Chat, Detokenizer, StopMatcher, Stopped};
 
 use crate::app::{App, Phase};
 use crate::engine::{FinishReason, GenerateRequest, TokenEvent, TokenLogprobs, TokenStream, Usage};
@@ -135,7 +135,7 @@ struct Completion {
     tokens: TokenStream,
     stopping: BoxFuture<'static, ()>,
     detokenizer: Detokenizer,
-    /// Tokens that come before any stop string.
+    /// Tokens in whose text no stop string ends.
     min_tokens: u32,
     stops: StopMatcher,
     pending: Pending,
@@ -210,13 +210,7 @@ impl Completion {
                     self.ready.push_back(TextEvent::Prompt(logprobs));
                 }
                 Some(TokenEvent::Token { id, logprobs }) => self.token(Token { id, logprobs }),
-                Some(TokenEvent::Finished { reason, usage }) => {
-                    // A stop token is counted, but was not sent.
-                    let unsent = usage.completion_tokens - self.usage.completion_tokens;
-                    self.metrics.generated(unsent);
-                    self.usage = usage;
-                    self.flush(reason);
-                }
+                Some(TokenEvent::Finished { reason, usage }) => self.flush(reason, usage),
                 None => {
                     return Err(Error::Unavailable {
                         reason: "the server is shutting down",
@@ -231,12 +225,10 @@ impl Completion {
         self.time_token();
         self.usage.completion_tokens += 1;
         self.metrics.generated(1);
+        let is_early = self.is_early();
         let text = self.detokenizer.push(token.id);
         self.pending.push(token, text.len());
-        let (text, stopped) = match self.usage.completion_tokens <= self.min_tokens {
-            true => (text.to_owned(), None), // No stop string is looked for in it, as vLLM does.
-            false => self.stops.push(text),
-        };
+        let (text, stopped) = look(&mut self.stops, text, is_early);
         let tokens = self.pending.release(text.len());
         self.tell(text, tokens);
         if let Some(stopped) = stopped {
@@ -245,8 +237,13 @@ impl Completion {
     }
 
     /// The engine is done: what was held back comes out, unless it completes a stop string.
-    fn flush(&mut self, mut reason: FinishReason) {
-        let (mut text, stopped) = self.stops.push(self.detokenizer.finish());
+    fn flush(&mut self, mut reason: FinishReason, usage: Usage) {
+        let is_early = self.is_early();
+        let (mut text, stopped) = look(&mut self.stops, self.detokenizer.finish(), is_early);
+        // A stop token is counted, but was not sent.
+        let unsent = usage.completion_tokens - self.usage.completion_tokens;
+        self.metrics.generated(unsent);
+        self.usage = usage;
         let tokens = if stopped.is_some() {
             reason = FinishReason::Stop;
             self.pending.release(text.len())
@@ -256,6 +253,11 @@ impl Completion {
         };
         self.tell(text, tokens);
         self.finish(reason, stopped.map(|stopped| stopped.index));
+    }
+
+    /// Whether the last token is one of those before which no answer stops.
+    fn is_early(&self) -> bool {
+        self.usage.completion_tokens <= self.min_tokens
     }
 
     fn tell(&mut self, text: String, tokens: Vec<Token>) {
@@ -313,6 +315,15 @@ impl Drop for Completion {
             let seconds = seconds.as_secs_f64();
             tracing::info!(parent: &self.span, completion_tokens = tokens, seconds, "aborted");
         }
+    }
+}
+
+/// Looks for a stop string that ends in this text, unless the text comes too early: then one may
+/// only begin in it, as with vLLM.
+fn look(stops: &mut StopMatcher, text: &str, is_early: bool) -> (String, Option<Stopped>) {
+    match is_early {
+        true => (stops.pass(text), None),
+        false => stops.push(text),
     }
 }
 

@@ -39,6 +39,10 @@
 //!   refuse null.
 //! - Lists are bounded: 1,024 stop token ids, bad words and biases, 20 named log-probabilities, 4 stop
 //!   strings of 1,024 bytes (`/completion` takes 16); more is a 400.
+//! - A stop string counts if it ends after `min_tokens`, wherever it begins, as vLLM's: the text then
+//!   ends where it begins.
+//! - Bodies are bounded by what they grow to: fields that are kept as they come hold 262,144 values,
+//!   an answer that is told whole 8,388,608 log-probabilities, and `/detokenize` takes 262,144 tokens.
 //! - `text_offset` counts characters of the text: tokens that hold parts of one share its place.
 //! - Who closes their side of a connection has gone, and what they asked for is cancelled.
 //! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.
@@ -49,7 +53,9 @@
 //! - `/tokenize` and `/detokenize` need a key where `/v1` does.
 //! - What would change the answer but is not supported (`tools`, `guided_json` and its kind, GBNF
 //!   grammars, `chat_template`) is a 400; fields nobody knows, and `priority`, are ignored.
-//! - `/completion` answers as llama.cpp's, but for its progress events and `post_sampling_probs`.
+//! - `/completion` answers as llama.cpp's, but for its progress events, `post_sampling_probs` and
+//!   `n_cmpl`; samplers that OpenAI and vLLM do not have (`mirostat`, `typical_p` and their kind), and
+//!   `lora` by number, are a 400 where they are turned on, and the order of `samplers` is ignored.
 //!
 //! # Features
 //! | feature | adds |

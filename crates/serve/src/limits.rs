@@ -18,6 +18,32 @@ pub(crate) const MAX_ALLOWED_TOKEN_IDS: usize = 1 << 18;
 /// Bytes of one stop string at most.
 pub(crate) const MAX_STOP_BYTES: usize = 1024;
 
+/// Log-probabilities of one answer that is told whole at most: about a gigabyte of JSON.
+const MAX_TOLD_LOGPROBS: u64 = 1 << 23;
+
+/// Refuses what would be told whole and could fill a machine's memory.
+pub(crate) fn check_told<'a>(
+    requests: impl IntoIterator<Item = &'a GenerateRequest>,
+) -> Result<()> {
+    let told = |request: &GenerateRequest| {
+        let each = |top: u32| 1 + u64::from(top).max(request.logprob_ids.len() as u64);
+        let prompt = request.prompt_ids.len() as u64;
+        let prompt = request.prompt_logprobs.map_or(0, |top| each(top) * prompt);
+        let most = u64::from(request.max_tokens);
+        prompt + request.logprobs.map_or(0, |top| each(top) * most)
+    };
+    match requests.into_iter().map(told).sum::<u64>() <= MAX_TOLD_LOGPROBS {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            "logprobs",
+            format!(
+                "one answer tells at most {MAX_TOLD_LOGPROBS} log-probabilities; stream it, or ask \
+                 for fewer tokens, choices or alternatives"
+            ),
+        )),
+    }
+}
+
 /// The checks of [`Engine::generate`](crate::Engine::generate) that every engine makes alike.
 ///
 /// # Errors

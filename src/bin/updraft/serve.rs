@@ -1,20 +1,24 @@
 //! Services: a process of this machine keeps each of them up.
 
-use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::process::{ExitCode, Stdio};
+use std::net::Ipv4Addr;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-use updraft::provision::service::{Controller, ReplicaPhase, ServiceOrder, ServiceReport};
-use updraft::provision::{Engine, ExecOptions, MountSource, Task};
+use updraft::provision::Engine;
+use updraft::provision::service::{ReplicaPhase, ServiceReport};
 
+use self::books::{forget, lock, log_path, put, row, told};
+use self::order::{Row, Values};
+pub(crate) use self::process::run;
+use self::process::spawn;
 use crate::arguments::TaskOptions;
-use crate::launch::{here, read_tasks};
 use crate::screen::Screen;
 use crate::show::tell_all;
 use crate::{Outcome, world};
+
+mod books;
+mod order;
+mod process;
 
 /// Where services listen from, as SkyPilot has it.
 const FIRST_PORT: u16 = 30001;
@@ -22,182 +26,7 @@ const FIRST_PORT: u16 = 30001;
 /// How often the process of a service looks for a new order, and others look at it.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// The variable by which values of the command line reach the process: they are in no file.
-const VALUES: &str = "UPDRAFT_SERVE_VALUES";
-
 type Error = Box<dyn std::error::Error>;
-
-/// What is recorded of a service: paths and numbers, no values.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Row {
-    file: PathBuf,
-    env_file: Option<PathBuf>,
-    secret_file: Option<PathBuf>,
-    workdir: Option<String>,
-    infra: Option<String>,
-    gpus: Option<String>,
-    cpus: Option<String>,
-    memory: Option<String>,
-    use_spot: bool,
-    base: PathBuf,
-    version: u32,
-    port: u16,
-    down: bool,
-}
-
-/// Variables and secrets given on the command line.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Values {
-    envs: Vec<(String, String)>,
-    secrets: Vec<(String, String)>,
-}
-
-impl Row {
-    fn task(&self, values: &Values) -> Result<Task, Error> {
-        let options = TaskOptions {
-            file: Some(self.file.clone()),
-            env_file: self.env_file.clone(),
-            secret_file: self.secret_file.clone(),
-            workdir: self.workdir.clone(),
-            infra: self.infra.clone(),
-            gpus: self.gpus.clone(),
-            cpus: self.cpus.clone(),
-            memory: self.memory.clone(),
-            use_spot: self.use_spot,
-            envs: values.envs.clone(),
-            secrets: values.secrets.clone(),
-            ..TaskOptions::default()
-        };
-        let mut tasks = read_tasks(&options)?;
-        tasks.iter_mut().for_each(|task| self.root(task));
-        match (tasks.pop(), tasks.is_empty()) {
-            (Some(task), true) if task.service.is_some() => Ok(task),
-            (Some(_), true) => {
-                Err("the task has no service section; add one with a readiness_probe".into())
-            }
-            _ => Err("a service is a file of one task".into()),
-        }
-    }
-}
-
-impl Row {
-    /// Makes the task's folders independent of where its process runs.
-    fn root(&self, task: &mut Task) {
-        let rooted = |path: &mut String| {
-            if !path.starts_with("~/") {
-                *path = self.base.join(&*path).to_string_lossy().into_owned();
-            }
-        };
-        task.workdir.as_mut().map(rooted);
-        for mount in &mut task.file_mounts {
-            if let MountSource::Local(path) = &mut mount.source {
-                rooted(path);
-            }
-        }
-    }
-
-    /// Takes over what a command line says.
-    fn take(&mut self, options: &TaskOptions) -> Result<(), Error> {
-        let given = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
-        self.file = std::path::absolute(options.file.clone().unwrap_or_default())?;
-        self.env_file = given(&options.env_file)?.or(self.env_file.take());
-        self.secret_file = given(&options.secret_file)?.or(self.secret_file.take());
-        let or = |new: &Option<String>, old: &mut Option<String>| {
-            if new.is_some() {
-                old.clone_from(new);
-            }
-        };
-        or(&options.workdir, &mut self.workdir);
-        or(&options.infra, &mut self.infra);
-        or(&options.gpus, &mut self.gpus);
-        or(&options.cpus, &mut self.cpus);
-        or(&options.memory, &mut self.memory);
-        self.use_spot |= options.use_spot;
-        self.base = here()?;
-        Ok(())
-    }
-}
-
-impl Values {
-    fn of(options: &TaskOptions) -> Self {
-        Self {
-            envs: options.envs.clone(),
-            secrets: options.secrets.clone(),
-        }
-    }
-
-    /// Hands the values of a version to the service's process, which takes the file away.
-    fn hand_over(&self, name: &str, version: u32) -> Result<(), Error> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let mut options = std::fs::OpenOptions::new();
-        let options = options.write(true).create(true).truncate(true).mode(0o600);
-        let file = options.open(values_path(name, version))?;
-        Ok(serde_json::to_writer(file, self)?)
-    }
-
-    /// Takes over the values of a version, if it has any of its own.
-    fn receive(&mut self, name: &str, version: u32) -> Result<(), Error> {
-        let path = values_path(name, version);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        std::fs::remove_file(&path)?;
-        let newer: Values = serde_json::from_str(&text)?;
-        self.envs.extend(newer.envs); // later ones win
-        self.secrets.extend(newer.secrets);
-        Ok(())
-    }
-}
-
-fn values_path(name: &str, version: u32) -> PathBuf {
-    folder().join(format!("{name}.values-{version}"))
-}
-
-/// What the process of a service tells of itself.
-#[derive(Debug, Serialize, Deserialize)]
-struct Told {
-    #[serde(flatten)]
-    report: ServiceReport,
-    /// The newest version it was asked for; the report's own where that could be begun.
-    asked: u32,
-    /// What stands in its way; the version before serves on.
-    problem: Option<String>,
-}
-
-fn folder() -> PathBuf {
-    world::home().join("services")
-}
-
-fn row(engine: &Engine, name: &str) -> Result<Option<Row>, Error> {
-    let found = engine
-        .state()
-        .services()?
-        .into_iter()
-        .find(|(known, _)| known == name);
-    Ok(found
-        .map(|(_, spec)| serde_json::from_value(spec))
-        .transpose()?)
-}
-
-fn put(engine: &Engine, name: &str, row: &Row) -> Result<(), Error> {
-    Ok(engine
-        .state()
-        .put_service(name, &serde_json::to_value(row)?)?)
-}
-
-fn told(name: &str) -> Option<Told> {
-    let text = std::fs::read_to_string(folder().join(format!("{name}.json"))).ok()?;
-    serde_json::from_str(&text).ok()
-}
-
-/// Held by the process of a service while it lives.
-fn lock(name: &str) -> Result<Option<File>, Error> {
-    std::fs::create_dir_all(folder())?;
-    let file = File::create(folder().join(format!("{name}.lock")))?;
-    Ok(file.try_lock().is_ok().then_some(file))
-}
 
 pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
     let engine = world::engine()?;
@@ -434,139 +263,6 @@ async fn take_down(engine: &Engine, name: &str) -> Result<(), Error> {
         }
         tokio::time::sleep(LOOK / 5).await;
     }
-    Ok(())
-}
-
-fn forget(engine: &Engine, name: &str) -> Result<(), Error> {
-    let _ = std::fs::remove_file(folder().join(format!("{name}.json"))); // it may never have been
-    Ok(engine.state().forget_service(name)?)
-}
-
-/// The process behind a service, until the service is taken down.
-pub(crate) async fn run(name: &str) -> Result<(), Error> {
-    let begun = Instant::now();
-    let _lock = loop {
-        match lock(name)? {
-            Some(lock) => break lock,
-            // Somebody may only be looking whether it is held.
-            None if begun.elapsed() < LOOK => tokio::time::sleep(LOOK / 10).await,
-            None => return Err(format!("service `{name}` has a process already").into()),
-        }
-    };
-    let engine = world::engine()?;
-    let known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
-    let values = std::env::var(VALUES).unwrap_or_default();
-    let mut values: Values = serde_json::from_str(&values).unwrap_or_default();
-    let options = ExecOptions {
-        setup: true,
-        base: known.base.clone(),
-    };
-    let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, known.port));
-    let first = order(&known, &values)?;
-    let mut controller = Controller::new(
-        name,
-        engine.clone(),
-        world::agent()?,
-        options,
-        address,
-        first,
-    )
-    .await?;
-    let (mut asked, mut problem, mut looked) = (known.version, None, Instant::now());
-    loop {
-        controller.step().await;
-        if looked.elapsed() < LOOK {
-            continue;
-        }
-        looked = Instant::now();
-        match row(&engine, name) {
-            Ok(Some(now)) if now.down => {
-                controller.down().await?;
-                return forget(&engine, name);
-            }
-            Ok(None) => return Ok(controller.down().await?), // somebody has forgotten it
-            Ok(Some(now)) if now.version != asked => {
-                asked = now.version;
-                problem = begin(&mut controller, name, &now, &mut values).err();
-            }
-            Ok(Some(_)) => {}
-            // What serves goes on serving; the books may be readable again.
-            Err(error) => tracing::warn!("cannot look for a new order: {error}"),
-        }
-        if let Err(error) = tell(&controller, name, known.port, asked, problem.as_deref()) {
-            tracing::warn!("cannot tell how it stands: {error}");
-        }
-    }
-}
-
-fn order(row: &Row, values: &Values) -> Result<ServiceOrder, Error> {
-    Ok(ServiceOrder {
-        task: row.task(values)?,
-        version: row.version,
-    })
-}
-
-/// Begins a new version; an error leaves the one before as it is.
-fn begin(
-    controller: &mut Controller,
-    name: &str,
-    row: &Row,
-    values: &mut Values,
-) -> Result<(), String> {
-    let begun = values
-        .receive(name, row.version)
-        .and_then(|()| order(row, values))
-        .and_then(|order| Ok(controller.update(order)?));
-    begun.map_err(|error| {
-        tracing::warn!("version {} is not begun: {error}", row.version);
-        error.to_string()
-    })
-}
-
-fn tell(
-    controller: &Controller,
-    name: &str,
-    port: u16,
-    asked: u32,
-    problem: Option<&str>,
-) -> Result<(), Error> {
-    let mut report = controller.report();
-    report.url = format!("http://127.0.0.1:{port}");
-    let told = Told {
-        report,
-        asked,
-        problem: problem.map(str::to_owned),
-    };
-    write(
-        &folder().join(format!("{name}.json")),
-        &serde_json::to_string(&told)?,
-    )
-}
-
-fn write(path: &Path, text: &str) -> Result<(), Error> {
-    let sibling = path.with_extension("tmp");
-    std::fs::write(&sibling, text)?;
-    Ok(std::fs::rename(sibling, path)?)
-}
-
-fn log_path(name: &str) -> PathBuf {
-    folder().join(format!("{name}.log"))
-}
-
-/// Starts the process of a service, which outlives this one.
-fn spawn(name: &str, values: &Values) -> Result<(), Error> {
-    use std::os::unix::process::CommandExt;
-    std::fs::create_dir_all(folder())?;
-    let log = File::create(log_path(name))?;
-    let mut command = std::process::Command::new(std::env::current_exe()?);
-    command.args(["serve", "run", name]);
-    command.env(VALUES, serde_json::to_string(values)?);
-    command
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    command.process_group(0);
-    command.spawn()?;
     Ok(())
 }
 

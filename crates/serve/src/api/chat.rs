@@ -21,7 +21,8 @@ use super::usage::UsageBody;
 use crate::app::{App, Shared};
 use crate::engine::{FinishReason, ModelInfo, Usage};
 use crate::error::{Error, Result, one_line};
-use crate::generate::{self, ChoiceEvent, TextStream, Token};
+use crate::generate::{self, ChoiceEvent, TextRequest, TextStream, Token};
+use crate::limits::check_told;
 
 /// Likeliest tokens per position at most, as OpenAI's.
 const MAX_TOP_LOGPROBS: i64 = 20;
@@ -47,6 +48,9 @@ pub(crate) struct ChatFields {
     echo: Option<bool>,
     #[serde(default)]
     add_special_tokens: Option<bool>,
+    /// A variable that templates of thinking models read.
+    #[serde(default)]
+    reasoning_effort: Option<String>,
 }
 
 /// Answers a conversation, at once or as a stream.
@@ -55,10 +59,6 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let fields = Fields::read(&body)?;
     unsupported::refuse(&body)?;
     let chat_fields: ChatFields = body.read()?;
-    if chat_fields.add_special_tokens == Some(true) {
-        let message = "a chat template writes what begins a prompt itself; leave it out";
-        return Err(Error::invalid("add_special_tokens", message).into());
-    }
     let form = fields.form()?;
     let model = app.model_or_default(fields.model.clone())?;
     let chat = app.chat(&model)?;
@@ -86,7 +86,11 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         form,
     };
     let choices = (0..answer.form.num_choices).map(|index| request.for_choice(index));
-    let choices = generate::start(&app, &answer.chat, choices.collect(), arrived).await?;
+    let choices: Vec<TextRequest> = choices.collect();
+    if !answer.form.stream {
+        check_told(choices.iter().map(|choice| &choice.request))?;
+    }
+    let choices = generate::start(&app, &answer.chat, choices, arrived).await?;
     if answer.form.stream {
         return answer.stream(choices).await;
     }
@@ -94,8 +98,8 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
 }
 
 impl ChatFields {
-    /// These messages and nothing else.
-    pub(crate) fn of(messages: Vec<Message>) -> Self {
+    /// These messages, and how much thought they are worth.
+    pub(crate) fn of(messages: Vec<Message>, reasoning_effort: Option<String>) -> Self {
         Self {
             messages: Capped(messages),
             logprobs: None,
@@ -105,6 +109,7 @@ impl ChatFields {
             chat_template_kwargs: None,
             echo: None,
             add_special_tokens: None,
+            reasoning_effort,
         }
     }
 
@@ -155,6 +160,10 @@ pub(crate) async fn prompt(
         let message = "continue_final_message and add_generation_prompt exclude each other";
         return Err(Error::invalid("continue_final_message", message));
     }
+    if fields.add_special_tokens == Some(true) {
+        let message = "a chat template writes what begins a prompt itself; leave it out";
+        return Err(Error::invalid("add_special_tokens", message));
+    }
     let options = RenderOptions {
         add_generation_prompt: fields
             .add_generation_prompt
@@ -165,6 +174,10 @@ pub(crate) async fn prompt(
     };
     let mut conversation = conversation(fields.messages.0)?;
     conversation.variables = fields.chat_template_kwargs.unwrap_or_default();
+    if let Some(effort) = fields.reasoning_effort {
+        let known = conversation.variables.entry("reasoning_effort");
+        known.or_insert(Value::String(effort));
+    }
     let (chat, fits) = (Arc::clone(chat), fits.cloned());
     app.encode(move || {
         let refuse = |error: &updraft_chat::Error| Error::invalid("messages", one_line(error));

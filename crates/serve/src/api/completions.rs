@@ -22,6 +22,7 @@ use crate::app::App;
 use crate::engine::{TokenLogprobs, Usage};
 use crate::error::{Error, Result};
 use crate::generate::{self, ChoiceEvent, Collected, TextStream, Token};
+use crate::limits::check_told;
 
 /// What an absent `max_tokens` means, as OpenAI's.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -64,7 +65,7 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let prompts = prompt.into_prompts(&app, "prompt", &chat, prefix).await?;
     let prompts: Result<Vec<PromptText>> = prompts
         .into_iter()
-        .map(|prompt| prompt.truncated(&fields, &chat, max_model_len))
+        .map(|prompt| prompt.truncated(&fields, max_model_len))
         .collect();
     let prompts = prompts?;
     let prompt_logprobs = fields.prompt_logprobs()?;
@@ -79,6 +80,18 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         request.request.prompt_logprobs = logprobs.filter(|_| echo).max(prompt_logprobs);
         requests.extend((0..form.num_choices).map(|index| request.for_choice(index)));
     }
+    if !form.stream {
+        check_told(requests.iter().map(|choice| &choice.request))?;
+    }
+    let prompt_ids = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
+    let echoed = match echo {
+        true => {
+            let chat = chat.clone();
+            let texts = move || Ok(prompts.into_iter().map(|one| one.text(&chat)).collect());
+            Some(app.encode(texts).await?)
+        }
+        false => None,
+    };
     let streams = generate::start(&app, &chat, requests, arrived).await?;
     let answer = Answer {
         id: fields.answer_id(&app, "cmpl-"),
@@ -86,8 +99,8 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
         model,
         logprobs: logprobs.is_some(),
         prompt_logprobs: prompt_logprobs.is_some(),
-        echo,
-        prompts,
+        prompt_ids,
+        echoed,
         chat,
         form,
     };
@@ -118,8 +131,9 @@ struct Answer {
     model: String,
     logprobs: bool,
     prompt_logprobs: bool,
-    echo: bool,
-    prompts: Vec<PromptText>,
+    prompt_ids: Vec<Vec<u32>>,
+    /// The prompts' texts, if the answer begins with them.
+    echoed: Option<Vec<String>>,
     chat: Arc<Chat>,
     form: Form,
 }
@@ -165,8 +179,13 @@ impl Choice {
 }
 
 impl Answer {
-    fn prompt(&self, index: u32) -> &PromptText {
-        &self.prompts[(index / self.form.num_choices) as usize]
+    fn prompt_ids(&self, index: u32) -> &[u32] {
+        &self.prompt_ids[(index / self.form.num_choices) as usize]
+    }
+
+    fn echoed(&self, index: u32) -> Option<&str> {
+        let texts = self.echoed.as_ref()?;
+        Some(&texts[(index / self.form.num_choices) as usize])
     }
 
     async fn whole(self, streams: Vec<TextStream>) -> Result<Completion> {
@@ -187,20 +206,20 @@ impl Answer {
     fn whole_choice(&self, index: u32, collected: &Collected) -> Choice {
         let mut offset = 0;
         let mut logprobs = TextLogprobs::default();
-        let prompt = self.prompt(index);
+        let prompt_ids = self.prompt_ids(index);
         let mut text = String::new();
-        if self.echo {
-            text.clone_from(&prompt.text);
+        if let Some(echoed) = self.echoed(index) {
+            text.push_str(echoed);
             self.push_prompt(&mut logprobs, index, &collected.prompt, &mut offset);
         }
         self.push_tokens(&mut logprobs, &collected.tokens, &mut offset);
         text.push_str(&collected.text);
-        let prompt_logprobs = PromptLogprobs::of(&self.chat, &prompt.ids, &collected.prompt);
+        let prompt_logprobs = PromptLogprobs::of(&self.chat, prompt_ids, &collected.prompt);
         Choice {
             logprobs: self.logprobs.then_some(logprobs),
             finish_reason: Some(collected.reason.as_str()),
             prompt_logprobs: prompt_logprobs.filter(|_| self.prompt_logprobs),
-            prompt_token_ids: self.form.return_token_ids.then(|| prompt.ids.clone()),
+            prompt_token_ids: self.form.return_token_ids.then(|| prompt_ids.to_vec()),
             token_ids: self
                 .form
                 .return_token_ids
@@ -216,7 +235,7 @@ impl Answer {
         prompt: &[Option<TokenLogprobs>],
         offset: &mut usize,
     ) {
-        for (&id, token) in self.prompt(index).ids.iter().zip(prompt) {
+        for (&id, token) in self.prompt_ids(index).iter().zip(prompt) {
             logprobs.push(&self.chat, id, token.as_ref(), offset);
         }
     }
@@ -241,16 +260,16 @@ impl Answer {
 
     /// What a choice begins with, if that is more than its tokens.
     fn opening(&self, index: u32) -> Option<Completion> {
-        let prompt = self.prompt(index);
-        let ids = self.form.return_token_ids.then(|| prompt.ids.clone());
+        let ids = self.form.return_token_ids;
+        let ids = ids.then(|| self.prompt_ids(index).to_vec());
         // With logprobs the prompt comes as an event.
-        let echoed = (self.echo && !self.logprobs).then(|| prompt.text.clone());
+        let echoed = self.echoed(index).filter(|_| !self.logprobs);
         if ids.is_none() && echoed.is_none() {
             return None;
         }
         Some(self.envelope(vec![Choice {
             prompt_token_ids: ids,
-            ..Choice::new(index, echoed.unwrap_or_default())
+            ..Choice::new(index, echoed.unwrap_or_default().to_owned())
         }]))
     }
 
@@ -262,7 +281,8 @@ impl Answer {
                 logprobs: prompt,
             } => {
                 self.push_prompt(&mut logprobs, index, &prompt, &mut offsets[index as usize]);
-                Some(self.part(index, self.prompt(index).text.clone(), Some(logprobs)))
+                let echoed = self.echoed(index).unwrap_or_default();
+                Some(self.part(index, echoed.to_owned(), Some(logprobs)))
             }
             ChoiceEvent::Text {
                 index,

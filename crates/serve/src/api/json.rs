@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::ApiError;
+use super::weighed::KeptFields;
 use crate::app::App;
 use crate::error::{Error, Result};
 
@@ -65,11 +66,16 @@ impl FromRequest<App> for JsonBody {
         let body = read(request.into_body(), app);
         match tokio::time::timeout(app.options.read_timeout, body).await {
             Err(_) => Err(ApiError::too_slow()),
-            Ok(read) => read.map(|(bytes, room)| Self {
-                bytes,
-                arrived,
-                _room: room,
-            }),
+            Ok(read) => {
+                let (bytes, room) = read?;
+                let body = Self {
+                    bytes,
+                    arrived,
+                    _room: room,
+                };
+                body.read::<KeptFields>()?;
+                Ok(body)
+            }
         }
     }
 }

@@ -22,3 +22,4 @@ pub(crate) mod sse;
 pub(crate) mod tokenize;
 pub(crate) mod unsupported;
 pub(crate) mod usage;
+pub(crate) mod weighed;

@@ -26,11 +26,12 @@ pub(crate) enum Prompt {
     IdLists(Vec<Vec<u32>>),
 }
 
-/// One prompt in both its forms.
+/// One prompt, and the text it came as.
 #[derive(Debug, Clone)]
 pub(crate) struct PromptText {
     pub(crate) ids: Vec<u32>,
-    pub(crate) text: String,
+    /// Of ids there is none until somebody [asks](Self::text).
+    given: Option<String>,
 }
 
 impl Prompt {
@@ -54,7 +55,7 @@ impl Prompt {
         }
     }
 
-    /// Both forms of each prompt.
+    /// The tokens of each prompt.
     pub(crate) async fn into_prompts(
         self,
         app: &Shared,
@@ -65,25 +66,21 @@ impl Prompt {
         let chat = Arc::clone(chat);
         let prompts = app.encode(move || {
             let tokenizer = chat.tokenizer();
-            let from_ids = |ids: Vec<u32>| {
-                Ok(PromptText {
-                    text: tokenizer.decode(&ids),
-                    ids,
-                })
-            };
+            let from_ids = |ids| PromptText { ids, given: None };
             let from_text = |text: String| {
                 let mut ids = prefix.clone();
                 let encoded = tokenizer.encode_into(&text, EncodePolicy::Parity, &mut ids);
+                let given = Some(text);
                 match encoded {
-                    Ok(()) => Ok(PromptText { ids, text }),
+                    Ok(()) => Ok(PromptText { ids, given }),
                     Err(error) => Err(Error::invalid(param, one_line(&error))),
                 }
             };
             match self {
                 Self::Text(text) => Ok(vec![from_text(text)?]),
-                Self::Ids(ids) => Ok(vec![from_ids(ids)?]),
+                Self::Ids(ids) => Ok(vec![from_ids(ids)]),
                 Self::Texts(texts) => texts.into_iter().map(from_text).collect(),
-                Self::IdLists(lists) => lists.into_iter().map(from_ids).collect(),
+                Self::IdLists(lists) => Ok(lists.into_iter().map(from_ids).collect()),
             }
         });
         let prompts = prompts.await?;
@@ -96,19 +93,17 @@ impl Prompt {
 
 impl PromptText {
     /// The same with at most as many tokens as asked for.
-    pub(crate) fn truncated(
-        self,
-        fields: &Fields,
-        chat: &Chat,
-        max_model_len: u32,
-    ) -> Result<Self> {
+    pub(crate) fn truncated(self, fields: &Fields, max_model_len: u32) -> Result<Self> {
         let before = self.ids.len();
         let ids = fields.truncated(self.ids, max_model_len)?;
-        let text = match ids.len() == before {
-            true => self.text,
-            false => chat.tokenizer().decode(&ids),
-        };
-        Ok(Self { ids, text })
+        let given = self.given.filter(|_| ids.len() == before);
+        Ok(Self { ids, given })
+    }
+
+    /// Its text. Of ids it may be hundreds of times as long: ask once they are known to fit.
+    pub(crate) fn text(self, chat: &Chat) -> String {
+        let decode = || chat.tokenizer().decode(&self.ids);
+        self.given.unwrap_or_else(decode)
     }
 }
 

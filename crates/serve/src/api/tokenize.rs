@@ -5,12 +5,16 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
 
+use super::capped::Capped;
 use super::chat::{self, ChatFields};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::logprobs::token_text;
 use crate::app::App;
 use crate::error::{Error, one_line};
+
+/// Tokens whose texts are told at once at most; one may be hundreds of bytes.
+const MAX_SHOWN_TOKENS: usize = 1 << 18;
 
 #[derive(Debug, Deserialize)]
 struct TokenizeFields {
@@ -100,12 +104,23 @@ pub(crate) async fn tokenize(
         }
         None => chat::prompt(&app, &chat, body.read::<ChatFields>()?, None).await?,
     };
+    let (strings, pieces) = (fields.return_token_strs, fields.with_pieces);
+    let (has_strings, has_pieces) = (strings.unwrap_or(false), pieces.unwrap_or(false));
+    if (has_strings || has_pieces) && tokens.len() > MAX_SHOWN_TOKENS {
+        let param = if has_strings {
+            "return_token_strs"
+        } else {
+            "with_pieces"
+        };
+        let message = format!("the texts of at most {MAX_SHOWN_TOKENS} tokens are told at once");
+        return Err(Error::invalid(param, message).into());
+    }
     let strings = || tokens.iter().map(|&id| token_text(&chat, id)).collect();
     Ok(Json(Tokenized {
         count: tokens.len(),
         max_model_len: info.max_model_len,
-        token_strs: fields.return_token_strs.unwrap_or(false).then(strings),
-        tokens: match fields.with_pieces.unwrap_or(false) {
+        token_strs: has_strings.then(strings),
+        tokens: match has_pieces {
             true => Tokens::Pieces(tokens.iter().map(|&id| Piece::new(&chat, id)).collect()),
             false => Tokens::Ids(tokens),
         },
@@ -116,7 +131,7 @@ pub(crate) async fn tokenize(
 struct DetokenizeFields {
     #[serde(default)]
     model: Option<String>,
-    tokens: Vec<u32>,
+    tokens: Capped<Vec<u32>, MAX_SHOWN_TOKENS>,
 }
 
 #[derive(Debug, Serialize)]
@@ -134,12 +149,14 @@ pub(crate) async fn detokenize(
 ) -> Result<Json<Detokenized>, ApiError> {
     let fields: DetokenizeFields = body.read()?;
     let chat = app.chat(&app.model_or_default(fields.model)?)?;
+    let Capped(tokens) = fields.tokens;
     let vocab_size = chat.tokenizer().vocab_size();
-    if let Some(id) = fields.tokens.iter().find(|&&id| id as usize >= vocab_size) {
+    if let Some(id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
         let message = format!("token id {id} is outside the vocabulary of {vocab_size}");
         return Err(Error::invalid("tokens", message).into());
     }
-    let content = chat.tokenizer().decode(&fields.tokens);
+    let content = app.encode(move || Ok(chat.tokenizer().decode(&tokens)));
+    let content = content.await?;
     Ok(Json(Detokenized {
         prompt: content.clone(),
         content,

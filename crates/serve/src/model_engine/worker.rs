@@ -1,13 +1,12 @@
-//! The engine's thread: admit, plan, compute, sample, tell.
+//! The engine's thread: who is admitted, and what is computed next.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use tokio::sync::{mpsc, oneshot};
-use updraft_model::{Adapter, Batch, BlockTables, Decoder, KvPages};
+use updraft_model::{Adapter, Decoder, KvPages};
 
 use super::grammar::Grammar;
 use super::guard::{Failure, guard};
@@ -16,14 +15,13 @@ use super::pace::Pace;
 use super::registry::Generation;
 use super::sequence::{Row, Sequence};
 use super::status::Status;
-use crate::engine::{FinishReason, GenerateRequest, TokenEvent};
+use crate::engine::{GenerateRequest, TokenEvent};
 use crate::error::{Error, Result};
 use crate::prefix::PrefixRoot;
-use crate::sampler;
 use crate::scheduler::{Newcomer, Scheduler, SequenceId, Step};
 
-/// Rows of logits computed at once: enough to use the hardware, little memory at any vocabulary.
-const LOGIT_ROWS: usize = 32;
+mod batch;
+mod outcome;
 
 /// A request on its way to the thread.
 #[derive(Debug)]
@@ -259,193 +257,6 @@ impl Worker {
         self.clear_cache();
         self.publish();
     }
-
-    fn use_hidden(&mut self, step: &Step, hidden: &Tensor, rows: &[Row]) {
-        self.scheduler.computed(step);
-        self.status
-            .stepped(step.slices.iter().map(|slice| slice.len).sum());
-        self.tell_embeddings(hidden, rows);
-        for (index, chunk) in rows.chunks(LOGIT_ROWS).enumerate() {
-            let first = index * LOGIT_ROWS;
-            if let Ok(logits) = self.logits(hidden, first, chunk.len()) {
-                self.use_logits(chunk, &logits);
-                continue;
-            }
-            for (offset, &row) in chunk.iter().enumerate() {
-                match self.logits(hidden, first + offset, 1) {
-                    Ok(logits) => self.use_logits(&[row], &logits),
-                    Err(failure) => self.fail(row.id(), &failure.cause),
-                }
-            }
-        }
-        for slice in step.slices.iter().filter(|slice| slice.is_last) {
-            self.finish_prompt_only(slice.id);
-            self.suspects.retain(|&suspect| suspect != slice.id);
-        }
-    }
-
-    fn tell_embeddings(&mut self, hidden: &Tensor, rows: &[Row]) {
-        for (index, row) in rows.iter().enumerate() {
-            let Row::Embed(id) = *row else { continue };
-            let state = guard(|| {
-                let state = hidden.narrow(0, index, 1)?.to_dtype(DType::F32)?;
-                Ok(state.flatten_all()?.to_vec1()?)
-            });
-            match (state, self.sequences.get(&id)) {
-                (Ok(state), Some(sequence)) => sequence.tell(Ok(TokenEvent::Embedding(state))),
-                (Err(failure), _) => self.fail(id, &failure.cause),
-                (Ok(_), None) => {}
-            }
-        }
-    }
-
-    /// The logits of some rows, `[len, V]`.
-    fn logits(&self, hidden: &Tensor, first: usize, len: usize) -> Result<Vec<f32>, Failure> {
-        guard(|| {
-            let hidden = hidden.narrow(0, first, len)?;
-            let logits = self.decoder.logits(&hidden)?.to_dtype(DType::F32)?;
-            Ok(logits.flatten_all()?.to_vec1()?)
-        })
-    }
-
-    fn use_logits(&mut self, rows: &[Row], logits: &[f32]) {
-        let vocab_size = logits.len() / rows.len();
-        for (&row, logits) in rows.iter().zip(logits.chunks_exact(vocab_size)) {
-            let used = guard(|| {
-                self.use_row(row, logits);
-                Ok(())
-            });
-            if let Err(failure) = used {
-                tracing::error!(cause = failure.cause, "a token could not be chosen");
-                self.fail(row.id(), &failure.cause);
-            }
-        }
-    }
-
-    /// The slices as the decoder wants them, the adapters they use, and what each row of logits is
-    /// for.
-    fn batch(&self, step: &Step) -> (Batch, Vec<Generation>, Vec<Row>) {
-        let mut batch = Batch::default();
-        let mut generations: Vec<Generation> = Vec::new();
-        let mut rows = Vec::new();
-        let mut tables = Vec::with_capacity(step.slices.len());
-        for slice in &step.slices {
-            let sequence = &self.sequences[&slice.id];
-            let end = (slice.start + slice.len) as usize;
-            let first = batch
-                .push(&sequence.tokens[slice.start as usize..end], slice.start)
-                .start;
-            tables.push(self.scheduler.block_table(slice.id).to_vec());
-            let adapter = sequence.adapter.as_ref().map(|adapter| {
-                let known = generations
-                    .iter()
-                    .position(|known| known.number == adapter.number);
-                known.unwrap_or_else(|| {
-                    generations.push(adapter.clone());
-                    generations.len() - 1
-                })
-            });
-            batch.adapters.push(adapter);
-            for (position, row) in sequence.rows(slice) {
-                batch.logit_rows.push(first + position - slice.start);
-                rows.push(row);
-            }
-        }
-        let block_size = self.kv.block_size();
-        batch.kv = Some(BlockTables { block_size, tables });
-        (batch, generations, rows)
-    }
-
-    fn use_row(&mut self, row: Row, logits: &[f32]) {
-        match row {
-            Row::Prompt(id, position) => {
-                if let Some(sequence) = self.sequences.get_mut(&id) {
-                    sequence.note_prompt(position, logits);
-                }
-            }
-            Row::Next(id) => self.choose(id, logits),
-            Row::Embed(_) => {} // Told already.
-        }
-    }
-
-    fn choose(&mut self, id: SequenceId, logits: &[f32]) {
-        let Some(sequence) = self.sequences.get_mut(&id) else {
-            return;
-        };
-        sequence.tell_prompt();
-        let allowed = match sequence.allowed(logits) {
-            Ok(allowed) => allowed,
-            Err(error) => return self.end_with(id, error),
-        };
-        let choice = allowed.as_deref().unwrap_or(logits);
-        let Some(token) = sequence.sample(choice) else {
-            return match sampler::is_sound(logits) {
-                true => self.refuse(id, "the request's own settings leave no token to choose"),
-                false => self.fail(id, "the model gave no finite logit"),
-            };
-        };
-        let is_stop = sequence.request.stop_token_ids.contains(&token);
-        let logprobs = sequence.logprobs(logits, token);
-        sequence.push(token);
-        if is_stop {
-            return self.finish(id, FinishReason::Stop);
-        }
-        sequence.tell(Ok(TokenEvent::Token {
-            id: token,
-            logprobs,
-        }));
-        match sequence.is_over(token) {
-            Ok(false) => {}
-            Ok(true) => return self.finish(id, FinishReason::Stop),
-            Err(error) => return self.end_with(id, error),
-        }
-        if sequence.generated().len() == sequence.request.max_tokens as usize {
-            return self.finish(id, FinishReason::Length);
-        }
-        self.scheduler.appended(id, token);
-    }
-
-    /// A request for no tokens is done when its prompt is.
-    fn finish_prompt_only(&mut self, id: SequenceId) {
-        if let Some(sequence) = self.sequences.get_mut(&id)
-            && sequence.request.max_tokens == 0
-        {
-            sequence.tell_prompt();
-            self.finish(id, FinishReason::Length);
-        }
-    }
-
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        self.pace.ended(Instant::now());
-        if let Some(sequence) = self.sequences.get(&id) {
-            sequence.tell(Ok(TokenEvent::Finished {
-                reason,
-                usage: sequence.usage(),
-            }));
-        }
-        self.forget(id);
-    }
-
-    /// What the request asks for contradicts itself, which shows only now.
-    fn refuse(&mut self, id: SequenceId, message: &str) {
-        let refused = Error::InvalidRequest {
-            message: message.to_owned(),
-            param: None,
-        };
-        self.end_with(id, refused);
-    }
-
-    fn fail(&mut self, id: SequenceId, cause: &str) {
-        let source = cause.into();
-        self.end_with(id, Error::Step { source });
-    }
-
-    fn end_with(&mut self, id: SequenceId, error: Error) {
-        if let Some(sequence) = self.sequences.get(&id) {
-            sequence.tell(Err(error));
-        }
-        self.forget(id);
-    }
 }
 
 /// As many pages as the scheduler hands out.
@@ -463,132 +274,4 @@ impl Drop for Worker {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::tests::{adapter_for_another_model, served_parts};
-    use super::*;
-
-    type Events = mpsc::UnboundedReceiver<Result<TokenEvent>>;
-
-    fn ask(inbox: &std::sync::mpsc::Sender<Arrival>, request: GenerateRequest) -> Events {
-        ask_adapter(inbox, request, None)
-    }
-
-    fn ask_adapter(
-        inbox: &std::sync::mpsc::Sender<Arrival>,
-        request: GenerateRequest,
-        adapter: Option<Generation>,
-    ) -> Events {
-        let (events, received) = mpsc::unbounded_channel();
-        let (admitted, _) = oneshot::channel();
-        let job = Job {
-            request,
-            adapter,
-            grammar: None,
-            events,
-        };
-        let jobs = vec![job];
-        inbox.send(Arrival { jobs, admitted }).expect("it listens");
-        received
-    }
-
-    fn greedy(prompt_tokens: u32, max_tokens: u32) -> GenerateRequest {
-        GenerateRequest::greedy("tiny", (0..prompt_tokens).collect(), max_tokens)
-    }
-
-    /// The tokens so far, and whether an error came.
-    fn told(events: &mut Events) -> (Vec<u32>, bool) {
-        let (mut tokens, mut failed) = (Vec::new(), false);
-        while let Ok(event) = events.try_recv() {
-            match event {
-                Ok(TokenEvent::Token { id, .. }) => tokens.push(id),
-                Ok(_) => {}
-                Err(_) => failed = true,
-            }
-        }
-        (tokens, failed)
-    }
-
-    /// Not "soon": the first step after a client has gone has none of its tokens, and its blocks
-    /// are free, whether it was decoding, in the middle of its prompt, or still waiting.
-    #[test]
-    fn a_cancelled_request_is_gone_within_one_step() {
-        let (mut worker, inbox) = served_parts();
-        let clients = [5, 100, 5].map(|prompt_tokens| ask(&inbox, greedy(prompt_tokens, 50)));
-        worker.turn(None);
-        let progress = (
-            worker.scheduler.num_running(),
-            worker.scheduler.num_waiting(),
-        );
-        assert_eq!(
-            progress,
-            (2, 1),
-            "one decodes, one has half its prompt, one waits"
-        );
-        drop(clients);
-        worker.turn(None);
-        let (free, all) = worker.scheduler.block_usage();
-        assert_eq!((free, worker.sequences.len()), (all, 0));
-        assert_eq!(worker.status.get().kv_cache_usage, 0.0);
-    }
-
-    /// One request of a batch fails or panics in the forward pass, at its start or later: it alone
-    /// gets an error, and the other's answer is what it would have been.
-    #[test]
-    fn a_poisoned_request_fails_alone() {
-        let (mut worker, inbox) = served_parts();
-        let mut events = ask(&inbox, greedy(9, 12));
-        (0..12).for_each(|_| worker.turn(None));
-        let expected = told(&mut events);
-        assert_eq!((expected.0.len(), expected.1), (12, false));
-
-        for (panics, after) in [(false, 0), (true, 0), (true, 3)] {
-            let (mut worker, inbox) = served_parts();
-            let mut good = ask(&inbox, greedy(9, 12));
-            let poison = adapter_for_another_model().filter(|_| !panics);
-            let mut bad = ask_adapter(&inbox, greedy(20, 12), poison);
-            for turn in 0..40 {
-                if panics && turn == after {
-                    // As if a length were counted wrong somewhere: an index out of bounds.
-                    let arrivals: Vec<Arrival> = worker.inbox.try_iter().collect();
-                    arrivals
-                        .into_iter()
-                        .for_each(|arrival| worker.admit(arrival));
-                    worker
-                        .sequences
-                        .get_mut(&1)
-                        .expect("admitted")
-                        .tokens
-                        .clear();
-                }
-                worker.turn(None);
-            }
-            assert_eq!(told(&mut good), expected, "panics {panics} after {after}");
-            let (tokens, failed) = told(&mut bad);
-            assert!(failed && tokens.len() == after, "{tokens:?}");
-            let (free, all) = worker.scheduler.block_usage();
-            assert_eq!((free, worker.sequences.len()), (all, 0));
-        }
-    }
-
-    /// What no request's own failure explains ends them all, and the next ones are served.
-    #[test]
-    fn the_engine_starts_over_when_nothing_else_helps() {
-        let (mut worker, inbox) = served_parts();
-        let mut lost = ask(&inbox, greedy(9, 12));
-        worker.turn(None);
-        // The scheduler's books are wrong: a block was freed under a running sequence.
-        worker.scheduler.finish(0);
-        worker
-            .scheduler
-            .admit(0, &[1, 2], 4, None)
-            .expect("there is room");
-        worker.start_over(&Failure {
-            cause: "injected".into(),
-            panicked: true,
-        });
-        assert!(told(&mut lost).1, "it is told");
-        let mut next = ask(&inbox, greedy(9, 12));
-        (0..12).for_each(|_| worker.turn(None));
-        assert_eq!(told(&mut next).0.len(), 12);
-    }
-}
+mod tests;

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use futures::StreamExt;
 use serde_json::json;
 use updraft_model::{ModelConfig, peft};
-use updraft_serve::{ModelSource, ServeOptions};
+use updraft_serve::{AdapterSource, Engine, Existing, GenerateRequest, ModelSource, ServeOptions};
 use updraft_store::{StageId, Store};
 
 use crate::client::Server;
@@ -89,6 +90,47 @@ async fn an_adapter_is_loaded_from_a_store() {
         .await;
     assert_eq!(answer.status, 200, "{}", answer.body);
     assert_ne!(ask(&server, "lora").await, ask(&server, "tiny").await);
+}
+
+/// An adapter is understood on a thread that may take its time: where none is free it waits for
+/// one, while the threads that answer go on answering.
+#[test]
+fn an_adapter_is_understood_beside_the_threads_that_answer() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(1)
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let store = Store::memory();
+        let base = StageId::models("tiny").expect("a name");
+        commit(&store, &base, model_files()).await;
+        let trained = StageId::done("tiny", "letters").expect("a name");
+        commit(&store, &trained, done_files()).await;
+        let engine = load(&ModelSource::stage(&store, "models/tiny"), &[]).await;
+        let engine = engine.expect("it loads");
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let taken = tokio::task::spawn_blocking(move || released.recv());
+
+        let source = AdapterSource {
+            name: "lora".into(),
+            source: ModelSource::stage(&store, "done/tiny/letters"),
+        };
+        let adapters = engine.adapters().expect("it takes some");
+        let mut loading = adapters.load_adapter(&source, Existing::Keep);
+        // Reading from memory needs no thread, so only understanding can be what it waits for.
+        for _ in 0..100 {
+            assert!(futures::poll!(&mut loading).is_pending());
+            tokio::task::yield_now().await;
+        }
+        let asked = GenerateRequest::greedy("tiny", vec![1, 2, 3], 4);
+        let answer = engine.generate(asked).await.expect("it serves");
+        assert_eq!(answer.count().await, 6);
+        release.send(()).expect("it is waited for");
+        loading.await.expect("it loads");
+        assert_eq!(engine.models().len(), 2);
+        taken.await.expect("no panic").expect("released");
+    });
 }
 
 #[tokio::test]

@@ -50,7 +50,6 @@ async fn prompts_of_one_request_share_their_steps() {
     let steps = metric(&server, "iteration_tokens_total_count").await;
     assert!(steps <= 4.0, "{steps} steps");
     let body = json!({"prompt": "x", "n": 64, "max_tokens": 2, "ignore_eos": true});
-    assert_eq!(server.post("/completion", &body).await.status, 200);
     assert_eq!(server.post("/v1/completions", &body).await.status, 200);
     let more = metric(&server, "iteration_tokens_total_count").await - steps;
     assert!(more <= 8.0, "{more} steps for 64 choices of two tokens");
@@ -132,6 +131,129 @@ async fn lists_and_texts_are_bounded() {
         "bad_words": vec!["yz"; 1024], "stop": strings(4, 1024), "max_tokens": 1,
     });
     assert_eq!(server.post(CHAT, &body).await.status, 200);
+}
+
+/// What is kept as it comes takes many times as much memory as JSON: it is counted before any of
+/// it is taken, and so is what would be made of it.
+#[tokio::test]
+async fn what_a_body_would_grow_to_is_bounded() {
+    let server = Server::echo().await;
+    let many = |value: &str| format!("[{0}{value}]", format!("{value},").repeat(1 << 18));
+    let text = |body: &str, value: &str| body.replace("MANY", &many(value));
+    for (path, body, value, param) in [
+        (
+            CHAT,
+            r#"{"messages": [{"role": "user", "z": MANY}]}"#,
+            "0",
+            "messages[0].z",
+        ),
+        (
+            CHAT,
+            r#"{"messages": [{"role": "user", "content": MANY}]}"#,
+            "{}",
+            "messages[0].content",
+        ),
+        (
+            CHAT,
+            r#"{"chat_template_kwargs": {"a": MANY}}"#,
+            "0",
+            "chat_template_kwargs.a",
+        ),
+        (
+            CHAT,
+            r#"{"response_format": {"schema": MANY}}"#,
+            "0",
+            "response_format.schema",
+        ),
+        (
+            CHAT,
+            r#"{"structured_outputs": {"json": MANY}}"#,
+            "0",
+            "structured_outputs.json",
+        ),
+        (CHAT, r#"{"tool_choice": MANY}"#, "0", "tool_choice"),
+        ("/tokenize", r#"{"messages": MANY}"#, "{}", "messages"),
+        (
+            "/completion",
+            r#"{"prompt": "x", "json_schema": MANY}"#,
+            "0",
+            "json_schema",
+        ),
+        (
+            "/completion",
+            r#"{"prompt": [MANY, MANY]}"#,
+            "[0]",
+            "prompt[1]",
+        ),
+        (
+            "/v1/responses",
+            r#"{"input": "x", "metadata": {"a": MANY}}"#,
+            "0",
+            "metadata.a",
+        ),
+        (
+            "/v1/responses",
+            r#"{"input": "x", "text": {"format": MANY}}"#,
+            "0",
+            "text.format",
+        ),
+        ("/v1/responses", r#"{"input": MANY}"#, "{}", "input"),
+        ("/detokenize", r#"{"tokens": MANY}"#, "0", "tokens"),
+    ] {
+        let error = server
+            .post_text(path, &text(body, value))
+            .await
+            .error(400, None);
+        let named = error["param"].as_str().expect("a field");
+        assert!(named.starts_with(param), "{path} {body}: {error}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains("are possible"), "{path} {body}: {message}");
+    }
+    // Fields that nobody knows are skipped, however much they hold.
+    let unknown = r#"{"messages": [{"role": "user", "content": "x"}], "unknown": MANY}"#;
+    let answer = server.post_text(CHAT, &text(unknown, "0")).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    for field in ["with_pieces", "return_token_strs"] {
+        let mut body = json!({"content": "x".repeat((1 << 18) + 1)});
+        assert_eq!(
+            server.post("/tokenize", &body).await.json()["count"],
+            (1 << 18) + 1
+        );
+        body[field] = json!(true);
+        let error = server.post("/tokenize", &body).await.error(400, None);
+        assert_eq!(error["param"], field, "{error}");
+    }
+}
+
+/// An answer that is told whole is bounded by what it may tell; a stream tells it bit by bit.
+#[tokio::test]
+async fn told_logprobs_are_bounded() {
+    let server = Server::echo().await;
+    let chat = |n: u32, max_tokens: u32| {
+        json!({
+            "messages": [{"role": "user", "content": "x"}], "n": n, "max_tokens": max_tokens,
+            "logprobs": true, "top_logprobs": 20,
+        })
+    };
+    let text = |n: u32, max_tokens: u32| json!({"prompt": "x", "n": n, "max_tokens": max_tokens, "logprobs": 20});
+    let prompts =
+        json!({"prompt": vec![vec![1; 4000]; 128], "prompt_logprobs": 20, "max_tokens": 1});
+    for (path, body) in [
+        (CHAT, chat(128, 4000)),
+        ("/v1/completions", text(128, 4000)),
+        ("/v1/completions", prompts),
+        (
+            "/completion",
+            json!({"prompt": vec!["x"; 128], "n_probs": 20, "n_predict": 4000}),
+        ),
+    ] {
+        let error = server.post(path, &body).await.error(400, None);
+        assert_eq!(error["param"], "logprobs", "{path}: {error}");
+    }
+    let mut streamed = chat(128, 4000);
+    streamed["stream"] = json!(true);
+    assert_eq!(server.post(CHAT, &streamed).await.chunks().len(), 3 * 128);
+    assert_eq!(server.post(CHAT, &chat(128, 3000)).await.status, 200);
 }
 
 /// All bodies together take so much and no more, however slowly they come.

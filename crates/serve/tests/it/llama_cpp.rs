@@ -174,6 +174,23 @@ async fn its_own_words_are_understood() {
     let fields = json!({"response_fields": ["content", "timings/prompt_n", "nowhere"]});
     let answer = server.post(PATH, &ask(fields)).await.json();
     assert_eq!(answer, json!({"content": "hello", "timings/prompt_n": 5}));
+    // What is turned off, as clients send it that send everything.
+    let neutral = json!({
+        "adaptive_target": -1.0, "dry_multiplier": 0.0, "dynatemp_range": 0.0, "image_data": [],
+        "lora": [], "mirostat": 0, "n_cmpl": 1, "n_indent": 0, "t_max_predict_ms": -1,
+        "top_n_sigma": -1.0, "typical_p": 1.0, "xtc_probability": 0.0, "n_keep": 0,
+    });
+    let answer = server.post(PATH, &ask(neutral)).await.json();
+    assert_eq!(answer["content"], "hello");
+    // Of a stream only the end is the answer; of several prompts each is one.
+    let streamed = json!({"response_fields": ["stop_type", "prompt"], "stream": true});
+    let streamed = chunks(&server.post(PATH, &ask(streamed)).await.body);
+    let (end, parts) = streamed.split_last().expect("an end");
+    assert_eq!(end, &json!({"stop_type": "eos", "prompt": "hello"}));
+    assert!(parts.len() == 5 && parts.iter().all(|part| part["content"].is_string()));
+    let several = json!({"response_fields": ["content"], "prompt": ["a", "b"]});
+    let several = server.post(PATH, &ask(several)).await.json();
+    assert_eq!(several, json!([{"content": "a"}, {"content": "b"}]));
     let never = server
         .post(PATH, &ask(json!({"ignore_eos": true})))
         .await
@@ -189,6 +206,18 @@ async fn its_own_words_are_understood() {
         (json!({"stop": [""]}), "stop"),
         (json!({"temperature": 9}), "temperature"),
         (json!({"prompt": ["a", "b"], "stream": true}), "stream"),
+        (json!({"adaptive_target": 0.5}), "adaptive_target"),
+        (json!({"dry_multiplier": 0.8}), "dry_multiplier"),
+        (json!({"dynatemp_range": 0.5}), "dynatemp_range"),
+        (json!({"image_data": [{"id": 1}]}), "image_data"),
+        (json!({"lora": [{"id": 0, "scale": 0.5}]}), "lora"),
+        (json!({"mirostat": 2}), "mirostat"),
+        (json!({"n": 2}), "n_cmpl"),
+        (json!({"n_indent": 4}), "n_indent"),
+        (json!({"t_max_predict_ms": 100}), "t_max_predict_ms"),
+        (json!({"top_n_sigma": 1.0}), "top_n_sigma"),
+        (json!({"typical_p": 0.9}), "typical_p"),
+        (json!({"xtc_probability": 0.1}), "xtc_probability"),
     ] {
         let error = server.post(PATH, &ask(more.clone())).await.error(400, None);
         let named = error["param"].as_str().expect("a field");

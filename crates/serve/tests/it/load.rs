@@ -426,6 +426,57 @@ async fn until_idle(server: &Server) {
     panic!("something is left: {}", server.get("/metrics").await.body);
 }
 
+/// How much a thinking model may think is its template's business, in either API's words.
+#[tokio::test]
+async fn templates_read_the_reasoning_effort() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let template = "{{ reasoning_effort | default('none') }}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).expect("written");
+    let source = ModelSource::folder(folder.path());
+    let server = serve(load(&source, &[]).await.expect("it loads")).await;
+    let chat = "/v1/chat/completions";
+    let messages = json!([{"role": "user", "content": "x"}]);
+    let kwargs = json!({"reasoning_effort": "minimal"});
+    for (path, body, effort) in [
+        (chat, json!({"messages": messages}), "none"),
+        (
+            chat,
+            json!({"messages": messages, "reasoning_effort": null}),
+            "none",
+        ),
+        (
+            chat,
+            json!({"messages": messages, "reasoning_effort": "high"}),
+            "high",
+        ),
+        (
+            chat,
+            json!({"messages": messages, "reasoning_effort": "high", "chat_template_kwargs": kwargs}),
+            "minimal",
+        ),
+        ("/v1/responses", json!({"input": "x"}), "none"),
+        (
+            "/v1/responses",
+            json!({"input": "x", "reasoning": {"effort": "low"}}),
+            "low",
+        ),
+        (
+            "/v1/responses",
+            json!({"input": "x", "reasoning": {}}),
+            "none",
+        ),
+    ] {
+        let mut body = body;
+        body["max_tokens"] = json!(1);
+        body["max_output_tokens"] = json!(1);
+        let answer = server.post(path, &body).await.json();
+        let usage = &answer["usage"];
+        let tokens = usage.get("prompt_tokens").unwrap_or(&usage["input_tokens"]);
+        assert_eq!(tokens, effort.len(), "one for each byte: {body}");
+    }
+}
+
 /// What a model's makers recommend holds where a request says nothing, and yields where it does;
 /// any of several tokens ends an answer.
 #[tokio::test]

@@ -108,6 +108,14 @@ async fn what_responses_cannot_do_is_named() {
             "input[0].role",
         ),
         (json!({"input": []}), "messages"),
+        (json!({"prompt": {"id": "pmpt_1"}}), "prompt"),
+        (json!({"top_logprobs": 2}), "top_logprobs"),
+        (
+            json!({"include": ["message.output_text.logprobs"]}),
+            "include",
+        ),
+        (json!({"n": 2}), "n"),
+        (json!({"input": [{"role": "user", "content": 5}]}), "input"),
     ] {
         let mut body = json!({"input": "hi"});
         let Value::Object(more) = more else {
@@ -315,6 +323,23 @@ async fn a_response_in_the_background_ends_or_is_cancelled() {
             "background"
         );
     }
+}
+
+/// Who cannot ask for a response again has no use for one in the background.
+#[tokio::test]
+async fn nothing_is_made_in_the_background_where_nothing_is_kept() {
+    let options = ServeOptions {
+        max_kept_responses: 0,
+        ..ServeOptions::default()
+    };
+    let server = Server::start(Arc::new(EchoEngine::new(["echo"])), options).await;
+    let body = json!({"input": "hi", "background": true});
+    let error = server.post(PATH, &body).await.error(400, None);
+    assert_eq!(error["param"], "background");
+    assert_eq!(
+        server.post(PATH, &json!({"input": "hi"})).await.json()["store"],
+        false
+    );
 }
 
 /// An answer without the form that was asked for would be wrong, in this API as in the others.

@@ -27,6 +27,13 @@ async fn text_and_conversations_become_ids() {
         json!(["h", "i"])
     );
     server.post("/tokenize", &json!({})).await.error(400, None);
+    let mut begun = json!({"messages": [{"role": "user", "content": "hi"}]});
+    begun["add_special_tokens"] = json!(true);
+    let error = server.post("/tokenize", &begun).await.error(400, None);
+    assert_eq!(
+        error["param"], "add_special_tokens",
+        "its template does that"
+    );
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 mod answer;
 mod prompts;
+mod samplers;
 
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use serde_json::{Value, json};
 use updraft_chat::Chat;
 
 use self::answer::Answer;
-use self::prompts::{Biases, Part, is_one_prompt};
+use self::prompts::{Biases, Part, PromptField, is_one_prompt};
+use self::samplers::Others;
 use super::capped::Capped;
 use super::chat::{ChatFields, prompt};
 use super::constrain::FormatFields;
@@ -27,7 +29,7 @@ use crate::app::{App, Shared};
 use crate::engine::GenerateRequest;
 use crate::error::{Error, Result};
 use crate::generate::TextRequest;
-use crate::limits::MAX_LOGPROBS;
+use crate::limits::{MAX_LOGPROBS, check_told};
 use crate::sampling::SamplingParams;
 
 /// Likeliest tokens for each generated one at most.
@@ -77,8 +79,10 @@ pub(crate) async fn completion(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     app.check_ready()?;
+    body.read::<PromptField>()?;
     let mut fields: CompletionFields = body.read()?;
     fields.refuse_unsupported()?;
+    body.read::<Others>()?.refuse()?;
     unsupported::refuse(&body)?;
     let format: FormatFields = body.read()?;
     let model = app.model_or_default(fields.model.clone())?;
@@ -127,6 +131,9 @@ pub(crate) async fn completion(
             ..request
         };
         requests.push(request);
+    }
+    if !fields.stream.unwrap_or(false) {
+        check_told(requests.iter().map(|choice| &choice.request))?;
     }
     let mut answers = Answer::start(&app, &chat, &fields, requests, arrived).await?;
     if fields.stream.unwrap_or(false) {

@@ -8,12 +8,20 @@ use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visi
 use updraft_chat::{Chat, EncodePolicy};
 
 use crate::api::capped;
+use crate::api::weighed::Weighed;
 use crate::engine::ModelInfo;
 use crate::error::{Error, Result, one_line};
 use crate::limits::{MAX_BAD_WORD_BYTES, MAX_LOGIT_BIASES};
 
-/// Entries of one list at most: more tokens than any context has.
+/// Entries of all prompts at most: more tokens than any context has.
 const MAX_PARTS: usize = 1 << 20;
+
+/// A prompt of which nothing is taken yet: its parts take many times as much as their JSON.
+#[derive(Debug, Deserialize)]
+pub(super) struct PromptField {
+    #[serde(rename = "prompt")]
+    _prompt: Weighed<MAX_PARTS>,
+}
 
 /// A prompt, a part of one, or a list of either.
 #[derive(Debug)]

@@ -41,6 +41,15 @@ struct Entry {
     cancel: Option<Arc<Notify>>,
 }
 
+impl Entry {
+    /// Counted before the entries are locked: an answer may be long.
+    fn weighed(self) -> Self {
+        let said = serde_json::to_vec(&self.conversation).map_or(0, |json| json.len());
+        let bytes = said + self.response.to_string().len();
+        Self { bytes, ..self }
+    }
+}
+
 impl Entries {
     fn remove(&mut self, id: &str) -> Option<Entry> {
         let entry = self.by_id.remove(id)?;
@@ -104,6 +113,7 @@ impl Kept {
     /// Keeps the end of a response that was begun, unless it was forgotten or cancelled meanwhile.
     fn finish(&self, entry: Entry) {
         let is_wanted = |known: &Entry| known.cancel.is_some();
+        let entry = entry.weighed();
         let id = entry.response["id"].as_str().unwrap_or_default();
         let mut entries = self.lock();
         if entries.by_id.get(id).is_some_and(is_wanted) {
@@ -112,13 +122,12 @@ impl Kept {
     }
 
     fn insert(&self, entry: Entry) {
+        let entry = entry.weighed();
         self.keep(&mut self.lock(), entry);
     }
 
     fn keep(&self, entries: &mut Entries, mut entry: Entry) {
         let id = entry.response["id"].as_str().unwrap_or_default().to_owned();
-        let said = serde_json::to_vec(&entry.conversation).map_or(0, |json| json.len());
-        entry.bytes = said + entry.response.to_string().len();
         entries.remove(&id);
         entry.number = entries.next;
         entries.next += 1;

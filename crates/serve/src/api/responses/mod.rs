@@ -15,17 +15,24 @@ use updraft_chat::{Message, Role};
 use self::events::Answer;
 use self::input::Input;
 use self::kept::Keeping;
+use super::capped::Capped;
 use super::chat::{ChatFields, prompt};
 use super::constrain;
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, Form};
 use super::json::JsonBody;
 use super::unsupported;
+use super::weighed::InputField;
 use crate::app::{App, Shared};
 use crate::auth::Owner;
 use crate::constraint::Constraint;
 use crate::error::{Error, Result};
 use crate::generate::{self, TextStream};
+
+/// What an answer may be asked to include at most; OpenAI knows eight such things.
+const MAX_INCLUDES: usize = 64;
+/// The one of them that would be in a text answer.
+const LOGPROBS: &str = "message.output_text.logprobs";
 
 #[derive(Debug, Deserialize)]
 struct ResponseFields {
@@ -48,6 +55,22 @@ struct ResponseFields {
     store: Option<bool>,
     #[serde(default)]
     metadata: Option<Map<String, Value>>,
+    /// What thinking templates may read.
+    #[serde(default)]
+    reasoning: Option<Reasoning>,
+    /// A prompt that OpenAI keeps.
+    #[serde(default)]
+    prompt: Option<IgnoredAny>,
+    #[serde(default)]
+    top_logprobs: Option<i64>,
+    #[serde(default)]
+    include: Option<Capped<Vec<String>, MAX_INCLUDES>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Reasoning {
+    #[serde(default)]
+    effort: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,16 +86,18 @@ pub(crate) async fn create(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     app.check_ready()?;
+    body.read::<InputField>()?;
     let fields = Fields::read(&body)?;
     unsupported::refuse_fields(&body)?;
     let own: ResponseFields = body.read()?;
-    own.refuse_unsupported(&fields)?;
     let form = fields.form()?;
+    own.refuse_unsupported(&app, &form)?;
     let model = app.model_or_default(fields.model.clone())?;
     let chat = app.chat(&model)?;
     let constraint = own.constraint()?;
     let envelope = own.envelope(&app, &model, &fields);
     let (keep, background) = (own.keep(&app), own.background == Some(true));
+    let effort = own.reasoning.as_ref().and_then(|own| own.effort.clone());
     let max_output_tokens = own.max_output_tokens;
     let instructions = own.instructions.clone();
     let conversation = own.into_conversation(&app, owner)?;
@@ -80,7 +105,8 @@ pub(crate) async fn create(
     let messages = instructions.into_iter().chain(conversation.clone());
     let info = app.info(&model)?;
     let fits = (!fields.truncates()).then_some(&info);
-    let prompt_ids = prompt(&app, &chat, ChatFields::of(messages.collect()), fits).await?;
+    let asked = ChatFields::of(messages.collect(), effort);
+    let prompt_ids = prompt(&app, &chat, asked, fits).await?;
     let arrived = body.arrived();
     drop(body);
     let fields = fields.with_max_tokens("max_output_tokens", max_output_tokens)?;
@@ -182,21 +208,27 @@ impl ResponseFields {
         self.store.unwrap_or(true) && app.options.max_kept_responses > 0
     }
 
-    fn refuse_unsupported(&self, fields: &Fields) -> Result<()> {
+    fn refuse_unsupported(&self, app: &Shared, form: &Form) -> Result<()> {
+        let mut included = self.include.iter().flat_map(|Capped(included)| included);
         let refused = [
             ("conversation", self.conversation.is_some()),
+            ("prompt", self.prompt.is_some()),
             (
                 "tools",
                 self.tools.as_ref().is_some_and(|tools| !tools.is_empty()),
             ),
+            (
+                "top_logprobs",
+                self.top_logprobs.is_some_and(|top| top != 0),
+            ),
+            ("include", included.any(|what| what == LOGPROBS)),
+            ("n", form.num_choices > 1),
         ];
         if let Some((field, _)) = refused.iter().find(|(_, is_asked)| *is_asked) {
             let message = format!("`{field}` is not supported by this server; leave it out");
             return Err(Error::invalid(*field, message));
         }
-        if self.background == Some(true)
-            && (self.store == Some(false) || fields.stream == Some(true))
-        {
+        if self.background == Some(true) && (!self.keep(app) || form.stream) {
             let message = "a response in the background must be stored and cannot be streamed";
             return Err(Error::invalid("background", message));
         }

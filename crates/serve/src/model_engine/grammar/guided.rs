@@ -7,6 +7,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use updraft_chat::{Chat, TokenizerExt};
 
 use crate::constraint::Constraint;
@@ -22,6 +23,8 @@ pub(in super::super) struct Grammars(Arc<Shared>);
 struct Shared {
     chat: Chat,
     vocab_size: usize,
+    /// A permit for each processor: more at once would only be more threads.
+    compilers: Arc<Semaphore>,
     factory: OnceLock<Result<ParserFactory, String>>,
 }
 
@@ -35,9 +38,11 @@ pub(in super::super) struct Grammar {
 impl Grammars {
     /// For a model of `vocab_size` tokens; ids that the tokenizer does not know are never allowed.
     pub(in super::super) fn new(chat: &Chat, vocab_size: usize) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self(Arc::new(Shared {
             chat: chat.clone(),
             vocab_size,
+            compilers: Arc::new(Semaphore::new(processors)),
             factory: OnceLock::new(),
         }))
     }
@@ -45,8 +50,13 @@ impl Grammars {
     /// On a thread that may take its time; llguidance's fuel bounds it.
     pub(in super::super) async fn compile(&self, constraint: Constraint) -> Result<Grammar> {
         let shared = self.0.clone();
-        let compiled = tokio::task::spawn_blocking(move || shared.compile(constraint)).await;
-        compiled.map_err(|panic| Error::Step {
+        let place = shared.compilers.clone().acquire_owned().await;
+        let place = place.expect("this semaphore is never closed");
+        let compiled = tokio::task::spawn_blocking(move || {
+            let _held_until_done = place;
+            shared.compile(constraint)
+        });
+        compiled.await.map_err(|panic| Error::Step {
             source: panic.into(),
         })?
     }
@@ -105,7 +115,7 @@ impl Shared {
 
 impl Grammar {
     /// The logits with everything forbidden at minus infinity; the tokens that stop the request
-    /// are allowed where the answer may end.
+    /// are allowed where the answer may end, besides where their text is.
     pub(in super::super) fn mask(&mut self, logits: &[f32], stops: &[u32]) -> Result<Vec<f32>> {
         let allowed = self.matcher.compute_mask_or_eos();
         let allowed = allowed.map_err(|cause| self.failure(&cause))?;
@@ -115,12 +125,11 @@ impl Grammar {
                 *masked = *logit;
             }
         }
-        let may_end = allowed.is_allowed(self.end);
-        for &stop in stops {
-            masked[stop as usize] = match may_end {
-                true => logits[stop as usize],
-                false => f32::NEG_INFINITY,
-            };
+        // Elsewhere they are allowed as what they say, such as a client's own stop at a brace.
+        if allowed.is_allowed(self.end) {
+            for &stop in stops {
+                masked[stop as usize] = logits[stop as usize];
+            }
         }
         Ok(masked)
     }

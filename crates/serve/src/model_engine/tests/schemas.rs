@@ -59,6 +59,21 @@ async fn answers_follow_their_schema() {
     );
 }
 
+/// A client may stop at a token that is text: where the form allows it, it ends the answer.
+#[tokio::test]
+async fn a_stop_within_the_form_is_chosen_where_it_may_be() {
+    let engine = engine(&small());
+    let schema = json!({"type": "object", "required": ["a"], "additionalProperties": false,
+        "properties": {"a": {"enum": [1]}}});
+    let constraint = Constraint::json_schema(schema).expect("small");
+    let request = GenerateRequest {
+        stop_token_ids: Arc::from([u32::from(b'}'), 256]),
+        ..asking(constraint, 1)
+    };
+    let (text, ended) = answer(&*engine, request).await;
+    assert_eq!((text.as_str(), ended), ("{\"a\": 1", true));
+}
+
 #[tokio::test]
 async fn schemas_that_cannot_be_used_are_refused() {
     let engine = engine(&small());

@@ -95,14 +95,23 @@ impl S3Server {
     /// # Panics
     /// As [`store`](Self::store).
     pub fn store_signed_with(&self, prefix: &str, secret: &str) -> Store {
-        let env = [
+        let env = self.environment_signed_with(secret);
+        let env = env.map(|(name, value)| (name.to_owned(), value));
+        Store::open_with(&format!("s3://bucket/{prefix}"), env).expect("the settings fit")
+    }
+
+    /// What another process needs in its environment to open `s3://bucket/…` on this server.
+    pub fn environment(&self) -> [(&'static str, String); 4] {
+        self.environment_signed_with(SECRET)
+    }
+
+    fn environment_signed_with(&self, secret: &str) -> [(&'static str, String); 4] {
+        [
             ("AWS_ENDPOINT_URL_S3", format!("http://{}", self.address)),
             ("AWS_REGION", "us-east-1".to_owned()),
             ("AWS_ACCESS_KEY_ID", KEY_ID.to_owned()),
             ("AWS_SECRET_ACCESS_KEY", secret.to_owned()),
-        ];
-        let env = env.map(|(name, value)| (name.to_owned(), value));
-        Store::open_with(&format!("s3://bucket/{prefix}"), env).expect("the settings fit")
+        ]
     }
 
     /// Makes the `at`-th request from now on, from 1, meet a fault.
