@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 
@@ -17,8 +17,9 @@ use crate::provider::{
 /// A provider in memory. Its next answers can be scripted with [`Fake::fail_next`].
 #[derive(Debug, Default)]
 pub struct Fake {
-    offers: Vec<Offer>,
+    pub(crate) offers: Vec<Offer>,
     dir: Option<PathBuf>,
+    settles: Duration,
     state: Mutex<State>,
 }
 
@@ -29,6 +30,7 @@ struct State {
     preempted: BTreeSet<InstanceId>,
     exposed: BTreeSet<(InstanceId, u16)>,
     deadlines: BTreeMap<InstanceId, SystemTime>,
+    hidden: BTreeSet<InstanceId>,
 }
 
 /// What goes wrong with the next `create`.
@@ -38,6 +40,8 @@ pub enum Fault {
     Refused(Error),
     /// The instance is created, and the answer is lost on the way.
     AnswerLost,
+    /// The instance is created, the answer is lost, and no list has it until [`Fake::reveal`].
+    Hidden,
 }
 
 impl Fake {
@@ -62,6 +66,7 @@ impl Fake {
         Self {
             offers,
             dir: None,
+            settles: Duration::ZERO,
             state: Mutex::default(),
         }
     }
@@ -72,6 +77,22 @@ impl Fake {
             dir: Some(dir.into()),
             ..self
         }
+    }
+
+    /// Takes so long until lists have what was created: what [`Provider::settles`] says.
+    pub fn with_settling(self, settles: Duration) -> Self {
+        Self { settles, ..self }
+    }
+
+    /// Shows what was created by a [`Fault::Hidden`].
+    pub fn reveal(&self) {
+        self.state().hidden.clear();
+    }
+
+    /// Hides an instance from lists and descriptions until [`Fake::reveal`], as a cloud does whose
+    /// answers come from an older copy of its books.
+    pub fn hide(&self, id: &InstanceId) {
+        self.state().hidden.insert(id.clone());
     }
 
     /// Makes the next `create` that has no fault yet fail like this.
@@ -127,6 +148,10 @@ impl Provider for Fake {
         }
     }
 
+    fn settles(&self) -> Duration {
+        self.settles
+    }
+
     async fn offers(&self) -> Result<Vec<Offer>> {
         Ok(self.offers.clone())
     }
@@ -150,6 +175,9 @@ impl Provider for Fake {
             .entry(request.token.clone())
             .or_insert(fresh)
             .clone();
+        if let Some(Fault::Hidden) = fault {
+            state.hidden.insert(instance.id.clone());
+        }
         match fault {
             Some(_) => Err(Error::Unavailable {
                 provider: "fake",
@@ -162,18 +190,22 @@ impl Provider for Fake {
 
     async fn describe(&self, id: &InstanceId) -> Result<Instance> {
         let state = self.state();
-        let found = state.by_token.values().find(|instance| instance.id == *id);
+        let found = state.shown().find(|instance| instance.id == *id);
         found
             .cloned()
             .ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
     }
 
     async fn list_owned(&self, _near: Option<&Offer>) -> Result<Vec<Instance>> {
-        Ok(self.state().by_token.values().cloned().collect())
+        Ok(self.state().shown().cloned().collect())
     }
 
+    /// What is hidden is absent here too, and ending it a success that ends nothing.
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        self.state().end(id);
+        let mut state = self.state();
+        if !state.hidden.contains(id) {
+            state.end(id);
+        }
         Ok(())
     }
 
@@ -195,6 +227,11 @@ impl Provider for Fake {
 }
 
 impl State {
+    fn shown(&self) -> impl Iterator<Item = &Instance> {
+        let all = self.by_token.values();
+        all.filter(|instance| !self.hidden.contains(&instance.id))
+    }
+
     fn find(&mut self, id: &InstanceId) -> Result<&mut Instance> {
         let mut all = self.by_token.values_mut();
         let found = all.find(|instance| instance.id == *id);

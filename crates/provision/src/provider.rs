@@ -21,7 +21,8 @@ use crate::resources::WaitFor;
 /// - What `create` made is in `list_owned` until the provider confirms that it is gone, and nothing
 ///   else is: instances of other owners are never listed, nor terminated.
 /// - `list_owned` near an offer has every instance that was created from it, or fails: what it
-///   leaves out is gone. Without an offer it may leave out places that cannot be reached now.
+///   leaves out is gone, unless it is younger than [`Provider::settles`]. Without an offer it may
+///   leave out places that cannot be reached now.
 /// - `terminate` is idempotent, also for instances that never were: absent is success.
 /// - `describe` of an absent instance is [`Error::NoSuchInstance`](crate::Error::NoSuchInstance).
 /// - Errors say what the caller can do; see [`Error::is_retryable`](crate::Error::is_retryable).
@@ -32,6 +33,10 @@ pub trait Provider: fmt::Debug + Send + Sync {
 
     /// The guards against a forgotten bill that stand without the client.
     fn guards(&self) -> Guards;
+
+    /// How long after a call to create its instance may be missing from [`Provider::list_owned`] and
+    /// [`Provider::describe`]: until then an empty answer proves nothing.
+    fn settles(&self) -> Duration;
 
     /// Everything that could be created now.
     async fn offers(&self) -> Result<Vec<Offer>>;

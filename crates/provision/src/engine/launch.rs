@@ -187,7 +187,7 @@ impl Engine {
             })?;
         let instance = provider.describe(id).await?;
         match provider.stop_start().filter(|_| !is_up(&instance)) {
-            Some(power) => power.start(id).await,
+            Some(_) => self.start_node(node, id).await,
             None => Ok(instance),
         }
     }

@@ -1,5 +1,7 @@
 //! The leak test: killed before and after every call, with a provider at its worst.
 
+mod late;
+
 use std::sync::Arc;
 
 use super::*;

@@ -95,6 +95,11 @@ impl Provider for LocalProvider {
         }
     }
 
+    /// The folder is the truth.
+    fn settles(&self) -> Duration {
+        Duration::ZERO
+    }
+
     async fn offers(&self) -> Result<Vec<Offer>> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(vec![Offer {

@@ -4,6 +4,8 @@ mod alias;
 mod hosts;
 mod transport;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -66,6 +68,9 @@ end_groups() {
   done
 }
 "#;
+
+/// How long a command may be on its way to a machine whose connection has broken.
+const ARRIVED: Duration = Duration::from_secs(60);
 
 /// Machines one owns, reached over ssh. Each is given to one cluster at a time.
 ///
@@ -227,6 +232,11 @@ impl Provider for SshProvider {
             free: true,
             ..Guards::default()
         }
+    }
+
+    /// The machine is the truth, but what was sent to it over a connection that broke may arrive yet.
+    fn settles(&self) -> Duration {
+        ARRIVED
     }
 
     /// Asks every machine; one that cannot be reached is left out with a warning, and those that
