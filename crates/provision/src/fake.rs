@@ -31,6 +31,7 @@ struct State {
     exposed: BTreeSet<(InstanceId, u16)>,
     deadlines: BTreeMap<InstanceId, SystemTime>,
     hidden: BTreeSet<InstanceId>,
+    disks: Vec<Option<u32>>,
 }
 
 /// What goes wrong with the next `create`.
@@ -54,6 +55,7 @@ impl Fake {
             zone: None,
             cpus,
             memory_gib: cpus * 4.0,
+            disk_gib: None,
             accelerator: None,
             spot: false,
             usd_per_hour,
@@ -122,6 +124,11 @@ impl Fake {
         }
     }
 
+    /// The sizes of the disks that were asked for, in order.
+    pub fn asked_disks(&self) -> Vec<Option<u32>> {
+        self.state().disks.clone()
+    }
+
     /// The ports of an instance that were opened.
     pub fn exposed(&self, id: &InstanceId) -> Vec<u16> {
         let state = self.state();
@@ -162,10 +169,12 @@ impl Provider for Fake {
         if let Some(Fault::Refused(error)) = fault {
             return Err(error);
         }
+        state.disks.push(request.disk_size_gib);
         let fresh = Instance {
             id: InstanceId(format!("i-{}", request.token)),
             token: request.token.clone(),
             cluster: request.cluster.clone(),
+            labels: request.labels.clone(),
             state: InstanceState::Running,
             endpoint: self.dir.clone().map(|dir| Endpoint::Local { dir }),
             usd_per_hour: request.offer.usd_per_hour,

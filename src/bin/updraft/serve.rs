@@ -1,6 +1,7 @@
 //! Services: a process of this machine keeps each of them up.
 
 use std::fs::File;
+use std::io::IsTerminal;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use updraft::provision::service::{Controller, ReplicaPhase, ServiceOrder, ServiceReport};
-use updraft::provision::{Engine, ExecOptions, MountSource, Task};
+use updraft::provision::{Engine, ExecOptions, MountSource, Secret, Task};
 
 use crate::arguments::TaskOptions;
 use crate::launch::{here, read_tasks};
@@ -21,9 +22,6 @@ const FIRST_PORT: u16 = 30001;
 
 /// How often the process of a service looks for a new order, and others look at it.
 const LOOK: Duration = Duration::from_millis(500);
-
-/// The variable by which values of the command line reach the process: they are in no file.
-const VALUES: &str = "UPDRAFT_SERVE_VALUES";
 
 type Error = Box<dyn std::error::Error>;
 
@@ -46,10 +44,20 @@ struct Row {
 }
 
 /// Variables and secrets given on the command line.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 struct Values {
     envs: Vec<(String, String)>,
     secrets: Vec<(String, String)>,
+}
+
+fn hidden(pairs: &[(String, String)]) -> Vec<(String, Secret<String>)> {
+    let hide = |(name, value): &(String, String)| (name.clone(), Secret::new(value.clone()));
+    pairs.iter().map(hide).collect()
+}
+
+fn shown(pairs: &[(String, Secret<String>)]) -> Vec<(String, String)> {
+    let show = |(name, value): &(String, Secret<String>)| (name.clone(), value.expose().clone());
+    pairs.iter().map(show).collect()
 }
 
 impl Row {
@@ -64,8 +72,8 @@ impl Row {
             cpus: self.cpus.clone(),
             memory: self.memory.clone(),
             use_spot: self.use_spot,
-            envs: values.envs.clone(),
-            secrets: values.secrets.clone(),
+            envs: hidden(&values.envs),
+            secrets: hidden(&values.secrets),
             ..TaskOptions::default()
         };
         let mut tasks = read_tasks(&options)?;
@@ -121,8 +129,8 @@ impl Row {
 impl Values {
     fn of(options: &TaskOptions) -> Self {
         Self {
-            envs: options.envs.clone(),
-            secrets: options.secrets.clone(),
+            envs: shown(&options.envs),
+            secrets: shown(&options.secrets),
         }
     }
 
@@ -247,7 +255,7 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
     put(&engine, &name, &row)?;
     spawn(&name, &values)?;
     if options.detach {
-        return Ok(ExitCode::SUCCESS);
+        return begun(&name, &row, &options, screen);
     }
     wait_ready(&engine, &name, row.version, &options, screen).await
 }
@@ -269,9 +277,26 @@ pub(crate) async fn update(options: TaskOptions, screen: &Screen) -> Outcome {
     values.hand_over(&name, row.version)?;
     put(&engine, &name, &row)?;
     if options.detach {
-        return Ok(ExitCode::SUCCESS);
+        return begun(&name, &row, &options, screen);
     }
     wait_ready(&engine, &name, row.version, &options, screen).await
+}
+
+/// Says where a service will be that nobody waits for.
+fn begun(name: &str, row: &Row, options: &TaskOptions, screen: &Screen) -> Outcome {
+    let url = url(row.port);
+    match options.json {
+        true => {
+            let told = serde_json::json!({"name": name, "url": url, "version": row.version});
+            screen.say(&told.to_string());
+        }
+        false => screen.say(&url),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn url(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
 }
 
 /// Waits until a replica of the version is ready, or none will be.
@@ -455,8 +480,11 @@ pub(crate) async fn run(name: &str) -> Result<(), Error> {
     };
     let engine = world::engine()?;
     let known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
-    let values = std::env::var(VALUES).unwrap_or_default();
-    let mut values: Values = serde_json::from_str(&values).unwrap_or_default();
+    // Nobody else can read them there, and no job inherits them.
+    let mut values = match std::io::stdin() {
+        terminal if terminal.is_terminal() => Values::default(),
+        pipe => serde_json::from_reader(pipe).unwrap_or_default(),
+    };
     let options = ExecOptions {
         setup: true,
         base: known.base.clone(),
@@ -531,7 +559,7 @@ fn tell(
     problem: Option<&str>,
 ) -> Result<(), Error> {
     let mut report = controller.report();
-    report.url = format!("http://127.0.0.1:{port}");
+    report.url = url(port);
     let told = Told {
         report,
         asked,
@@ -560,14 +588,14 @@ fn spawn(name: &str, values: &Values) -> Result<(), Error> {
     let log = File::create(log_path(name))?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.args(["serve", "run", name]);
-    command.env(VALUES, serde_json::to_string(values)?);
     command
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(log.try_clone()?)
         .stderr(log);
     command.process_group(0);
-    command.spawn()?;
-    Ok(())
+    let mut child = command.spawn()?;
+    let pipe = child.stdin.take().ok_or("the service's process has no input")?;
+    Ok(serde_json::to_writer(pipe, values)?)
 }
 
 /// The port asked for, or the first free one from SkyPilot's.

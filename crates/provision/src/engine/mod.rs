@@ -56,6 +56,27 @@ pub struct LaunchRequest {
     pub lease: Option<Lease>,
     /// How long to try.
     pub policy: FailoverPolicy,
+    /// The tasks that will run on it after the one it is launched for: its nodes fit them too.
+    pub later: Vec<Task>,
+}
+
+impl LaunchRequest {
+    /// How many nodes the largest of the tasks needs.
+    fn num_nodes(&self, first: &Task) -> u32 {
+        let tasks = self.later.iter().chain([first]);
+        tasks.map(|task| task.num_nodes).max().unwrap_or(1).max(1)
+    }
+
+    /// Every port that one of the tasks listens on.
+    fn ports(&self, first: &Task) -> Vec<u16> {
+        let tasks = std::iter::once(first).chain(&self.later);
+        let mut ports: Vec<u16> = tasks
+            .flat_map(|task| task.resources.ports.iter().copied())
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
 }
 
 /// A cluster with its instances as their providers describe them.
@@ -354,7 +375,7 @@ fn row_of(request: &LaunchRequest, task: &Task, known: Option<&ClusterRow>) -> C
         name: request.cluster.clone(),
         status: ClusterStatus::Init,
         task: task.name.clone(),
-        num_nodes: known.map_or(task.num_nodes.max(1), |row| row.num_nodes),
+        num_nodes: known.map_or(request.num_nodes(task), |row| row.num_nodes),
         lease: request
             .lease
             .or(known.map(|row| row.lease))

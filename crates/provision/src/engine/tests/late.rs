@@ -155,3 +155,43 @@ async fn a_state_file_of_before_is_read() {
         assert_eq!(state.open_nodes().expect("rows"), []);
     }
 }
+
+#[tokio::test]
+async fn labels_and_disk_are_asked_for() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let engine = engine(&dir, world.clone());
+    let yaml = "resources: {labels: {team: a}, any_of: [{cpus: 2, labels: {who: b}, disk_size: 80}]}\n";
+    let task = Task::from_yaml(yaml, &EnvOverrides::new()).expect("task");
+    let launched = engine.launch(&task, &request()).await.expect("launch");
+    let labels = |pairs: &[(&str, &str)]| -> std::collections::BTreeMap<String, String> {
+        let pairs = pairs.iter();
+        pairs.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    };
+    assert_eq!(launched[0].labels, labels(&[("team", "a"), ("who", "b")]));
+    assert_eq!(world.asked_disks(), [Some(80)]);
+}
+
+#[tokio::test]
+async fn a_cluster_does_for_every_task_of_a_pipeline() {
+    let (dir, world) = (tempfile::tempdir().expect("folder"), Arc::new(Fake::new()));
+    let engine = engine(&dir, world.clone());
+    let parse = |yaml: &str| Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
+    let later = parse("name: second\nnum_nodes: 2\nresources: {cpus: 8+, ports: 9000}\n");
+    let request = LaunchRequest {
+        later: vec![later],
+        ..request()
+    };
+    let launched = engine.launch(&one(), &request).await.expect("launch");
+    assert_eq!(launched.len(), 2, "as many as the larger needs");
+    let rows = engine.state().open_nodes().expect("rows");
+    assert_eq!(rows[0].offer.instance_type, "large", "small is too small");
+    assert_eq!(world.exposed(&launched[0].id), [9000]);
+    let never = LaunchRequest {
+        cluster: "d".into(),
+        later: vec![parse("name: huge\nresources: {cpus: 64}\n")],
+        ..request
+    };
+    let error = engine.launch(&one(), &never).await.expect_err("too large");
+    let text = error.to_string();
+    assert!(text.contains("does not do for `huge`: has 16 cpus"), "{text}");
+}
