@@ -106,6 +106,7 @@ impl Catalog {
                     zone: None,
                     cpus,
                     memory_gib,
+                    disk_gib: None,
                     accelerator: (count > 0).then(|| Accelerator::new(gpu, count)),
                     spot: false,
                     usd_per_hour,
@@ -169,6 +170,7 @@ impl Catalog {
                     .map(str::to_owned),
                 cpus: 0.0,
                 memory_gib: 0.0,
+                disk_gib: None,
                 // Part of an accelerator is offered for tasks that Updraft cannot read.
                 accelerator: (!name.is_empty() && count >= 1.0)
                     .then(|| Accelerator::new(name, count as u32)),

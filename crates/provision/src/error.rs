@@ -213,6 +213,19 @@ pub enum Error {
         /// How many are left.
         instances: usize,
     },
+    /// A call to create was not answered, and it is too early to say that it made nothing.
+    #[error(
+        "{instances} of cluster `{name}` may still appear: a call to create was not answered, and {} s have not passed; run `gc` then",
+        .settles.as_secs()
+    )]
+    Unconfirmed {
+        /// The cluster.
+        name: String,
+        /// How many may appear.
+        instances: usize,
+        /// How long after the call its provider may still show them.
+        settles: Duration,
+    },
     /// Some nodes run and the rest could not be had. What runs has its agent, or is named as without.
     #[error(
         "cluster `{cluster}` is launched in part: {running} still run; launch it again, or take it `down`"

@@ -238,6 +238,7 @@ mod tests {
             zone: Some(zone.into()),
             cpus: 4.0,
             memory_gib: 16.0,
+            disk_gib: None,
             accelerator: None,
             spot: false,
             usd_per_hour,

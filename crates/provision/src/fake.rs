@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 
@@ -17,8 +17,9 @@ use crate::provider::{
 /// A provider in memory. Its next answers can be scripted with [`Fake::fail_next`].
 #[derive(Debug, Default)]
 pub struct Fake {
-    offers: Vec<Offer>,
+    pub(crate) offers: Vec<Offer>,
     dir: Option<PathBuf>,
+    settles: Duration,
     state: Mutex<State>,
 }
 
@@ -29,6 +30,8 @@ struct State {
     preempted: BTreeSet<InstanceId>,
     exposed: BTreeSet<(InstanceId, u16)>,
     deadlines: BTreeMap<InstanceId, SystemTime>,
+    hidden: BTreeSet<InstanceId>,
+    disks: Vec<Option<u32>>,
 }
 
 /// What goes wrong with the next `create`.
@@ -38,6 +41,8 @@ pub enum Fault {
     Refused(Error),
     /// The instance is created, and the answer is lost on the way.
     AnswerLost,
+    /// The instance is created, the answer is lost, and no list has it until [`Fake::reveal`].
+    Hidden,
 }
 
 impl Fake {
@@ -50,6 +55,7 @@ impl Fake {
             zone: None,
             cpus,
             memory_gib: cpus * 4.0,
+            disk_gib: None,
             accelerator: None,
             spot: false,
             usd_per_hour,
@@ -62,6 +68,7 @@ impl Fake {
         Self {
             offers,
             dir: None,
+            settles: Duration::ZERO,
             state: Mutex::default(),
         }
     }
@@ -72,6 +79,22 @@ impl Fake {
             dir: Some(dir.into()),
             ..self
         }
+    }
+
+    /// Takes so long until lists have what was created: what [`Provider::settles`] says.
+    pub fn with_settling(self, settles: Duration) -> Self {
+        Self { settles, ..self }
+    }
+
+    /// Shows what was created by a [`Fault::Hidden`].
+    pub fn reveal(&self) {
+        self.state().hidden.clear();
+    }
+
+    /// Hides an instance from lists and descriptions until [`Fake::reveal`], as a cloud does whose
+    /// answers come from an older copy of its books.
+    pub fn hide(&self, id: &InstanceId) {
+        self.state().hidden.insert(id.clone());
     }
 
     /// Makes the next `create` that has no fault yet fail like this.
@@ -101,6 +124,11 @@ impl Fake {
         }
     }
 
+    /// The sizes of the disks that were asked for, in order.
+    pub fn asked_disks(&self) -> Vec<Option<u32>> {
+        self.state().disks.clone()
+    }
+
     /// The ports of an instance that were opened.
     pub fn exposed(&self, id: &InstanceId) -> Vec<u16> {
         let state = self.state();
@@ -127,6 +155,10 @@ impl Provider for Fake {
         }
     }
 
+    fn settles(&self) -> Duration {
+        self.settles
+    }
+
     async fn offers(&self) -> Result<Vec<Offer>> {
         Ok(self.offers.clone())
     }
@@ -137,10 +169,12 @@ impl Provider for Fake {
         if let Some(Fault::Refused(error)) = fault {
             return Err(error);
         }
+        state.disks.push(request.disk_size_gib);
         let fresh = Instance {
             id: InstanceId(format!("i-{}", request.token)),
             token: request.token.clone(),
             cluster: request.cluster.clone(),
+            labels: request.labels.clone(),
             state: InstanceState::Running,
             endpoint: self.dir.clone().map(|dir| Endpoint::Local { dir }),
             usd_per_hour: request.offer.usd_per_hour,
@@ -150,6 +184,9 @@ impl Provider for Fake {
             .entry(request.token.clone())
             .or_insert(fresh)
             .clone();
+        if let Some(Fault::Hidden) = fault {
+            state.hidden.insert(instance.id.clone());
+        }
         match fault {
             Some(_) => Err(Error::Unavailable {
                 provider: "fake",
@@ -162,18 +199,22 @@ impl Provider for Fake {
 
     async fn describe(&self, id: &InstanceId) -> Result<Instance> {
         let state = self.state();
-        let found = state.by_token.values().find(|instance| instance.id == *id);
+        let found = state.shown().find(|instance| instance.id == *id);
         found
             .cloned()
             .ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
     }
 
     async fn list_owned(&self, _near: Option<&Offer>) -> Result<Vec<Instance>> {
-        Ok(self.state().by_token.values().cloned().collect())
+        Ok(self.state().shown().cloned().collect())
     }
 
+    /// What is hidden is absent here too, and ending it a success that ends nothing.
     async fn terminate(&self, id: &InstanceId) -> Result<()> {
-        self.state().end(id);
+        let mut state = self.state();
+        if !state.hidden.contains(id) {
+            state.end(id);
+        }
         Ok(())
     }
 
@@ -195,6 +236,11 @@ impl Provider for Fake {
 }
 
 impl State {
+    fn shown(&self) -> impl Iterator<Item = &Instance> {
+        let all = self.by_token.values();
+        all.filter(|instance| !self.hidden.contains(&instance.id))
+    }
+
     fn find(&mut self, id: &InstanceId) -> Result<&mut Instance> {
         let mut all = self.by_token.values_mut();
         let found = all.find(|instance| instance.id == *id);

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::failover::{Failover, FailoverPolicy, Step};
-use crate::planner::Plan;
+use crate::planner::{Plan, chosen};
 use crate::provider::{CreateRequest, Instance, Lease, Provider};
+use crate::resources::WaitFor;
 use crate::secret::Secret;
+#[cfg(any(feature = "local", feature = "ssh"))]
+use crate::sync::{Syncer, WORKDIR, client_path, mount_files};
 use crate::task::Task;
 use crate::transport::{ExitStatus, HostTransport, LogLine, Process, ShellCommand};
 
@@ -17,7 +20,8 @@ use crate::transport::{ExitStatus, HostTransport, LogLine, Process, ShellCommand
 pub struct LaunchOptions {
     /// The cluster's name; launching on an existing cluster uses its instance.
     pub cluster: String,
-    /// When the instance ends by itself.
+    /// When the instance ends by itself, where its provider can see to that: without an agent on it, an
+    /// idle instance is not told from a busy one.
     pub lease: Lease,
 }
 
@@ -35,7 +39,8 @@ pub struct Cluster {
 ///
 /// # Errors
 /// [`Error::NoOffer`] if nothing fits the task, with the reasons; [`Error::Exhausted`] if every
-/// candidate failed, with how; [`Error::InvalidTask`] for what this version cannot run.
+/// candidate failed, with how; [`Error::InvalidTask`] for several nodes, or a lease that the provider
+/// cannot keep: for those there is the `Engine`.
 pub async fn launch(
     provider: Arc<dyn Provider>,
     task: &Task,
@@ -48,6 +53,19 @@ pub async fn launch(
         );
         return Err(Error::InvalidTask { what });
     }
+    let deadline = deadline_of(options.lease, SystemTime::now());
+    let ends = match (options.lease.idle, provider.deadline()) {
+        (None, _) => None,
+        (Some(_), Some(power)) if deadline.is_some() => Some(power),
+        _ => {
+            return Err(Error::InvalidTask {
+                what: format!(
+                    "provider {} cannot end an idle instance by itself; launch with an `Engine`, whose agent does, or without a lease",
+                    provider.name()
+                ),
+            });
+        }
+    };
     let owned = provider.list_owned(None).await?;
     let instance = match owned
         .into_iter()
@@ -56,6 +74,9 @@ pub async fn launch(
         Some(instance) => instance,
         None => create(provider.as_ref(), task, options).await?,
     };
+    if let Some(power) = ends {
+        power.set_deadline(&instance.id, deadline).await?;
+    }
     let transport = connect(&instance)?;
     Ok(Cluster {
         instance,
@@ -85,17 +106,29 @@ async fn create(provider: &dyn Provider, task: &Task, options: &LaunchOptions) -
             }
             Step::GiveUp => return Err(failover.exhausted()),
         };
+        let wanted = chosen(&task.resources, &offer);
         let request = CreateRequest {
             token: options.cluster.clone(),
             cluster: options.cluster.clone(),
             offer: offer.clone(),
             lease: options.lease,
+            labels: wanted.labels.clone(),
+            disk_size_gib: wanted.disk_size_gib,
         };
         match provider.create(&request).await {
             Ok(instance) => return Ok(instance),
             Err(error) => failover.failed(&offer, error)?,
         }
     }
+}
+
+/// When a provider may end an instance without asking its agent.
+pub(crate) fn deadline_of(lease: Lease, now: SystemTime) -> Option<SystemTime> {
+    let is_blind = lease.down && lease.wait_for == WaitFor::None;
+    lease
+        .idle
+        .filter(|_| is_blind)
+        .and_then(|idle| now.checked_add(idle))
 }
 
 /// The error of a plan without candidates: what was skipped and why, and what may have been meant.
@@ -135,11 +168,14 @@ impl Cluster {
         &self.transport
     }
 
-    /// Starts the task's setup; [`Job`] goes on to its run when the setup has succeeded.
+    /// Copies the task's working folder and file mounts to the instance, relative paths from this process's
+    /// own folder, and starts its setup; [`Job`] goes on to its run when the setup has succeeded.
     ///
     /// # Errors
-    /// [`Error::Transport`] if the node cannot start a shell.
+    /// [`Error::Io`] for a folder that is not there; [`Error::Transport`] if the node cannot be copied to,
+    /// or cannot start a shell.
     pub async fn exec(&self, task: &Task) -> Result<Job> {
+        let workdir = self.bring(task).await?;
         let mut environment = self.node_environment(task);
         environment.extend(task.environment());
         let command = |script: &Option<String>| {
@@ -148,7 +184,7 @@ impl Cluster {
                 .filter(|script| !script.trim().is_empty())
                 .map(|script| ShellCommand {
                     script: script.to_owned(),
-                    workdir: task.workdir.clone(),
+                    workdir: workdir.clone(),
                     environment: environment.clone(),
                 })
         };
@@ -163,6 +199,24 @@ impl Cluster {
         };
         job.start_next().await?;
         Ok(job)
+    }
+
+    /// Copies the task's files; says where its commands run.
+    #[cfg(any(feature = "local", feature = "ssh"))]
+    async fn bring(&self, task: &Task) -> Result<Option<String>> {
+        let syncer = Syncer::new(self.instance.endpoint.clone(), self.transport.clone());
+        let base = std::env::current_dir().map_err(Error::io("."))?;
+        mount_files(&syncer, &base, &task.file_mounts).await?;
+        let Some(workdir) = &task.workdir else {
+            return Ok(None);
+        };
+        syncer.folder(&client_path(workdir, &base), WORKDIR).await?;
+        Ok(Some(WORKDIR.to_owned()))
+    }
+
+    #[cfg(not(any(feature = "local", feature = "ssh")))]
+    async fn bring(&self, _task: &Task) -> Result<Option<String>> {
+        Ok(None) // nothing can be reached in this build
     }
 
     /// Terminates the instance and everything that runs on it.

@@ -19,6 +19,9 @@ pub struct Offer {
     pub cpus: f64,
     /// Memory in GiB.
     pub memory_gib: f64,
+    /// Its free disk in GiB, where that is as it is; `None` where a disk is made as large as it is asked for.
+    #[serde(default)]
+    pub disk_gib: Option<f64>,
     /// The accelerators it carries.
     pub accelerator: Option<Accelerator>,
     /// Whether the provider may take it away at any time.

@@ -66,6 +66,26 @@ impl Plan {
         order(&task.resources, offers, task.num_nodes.max(1), input)
     }
 
+    /// As [`Plan::for_task`], for tasks that run one after the other on the same nodes: a candidate fits
+    /// all of them, in the order that the first prefers, and there are nodes enough for each.
+    pub fn for_tasks(first: &Task, later: &[Task], offers: Vec<Offer>) -> Plan {
+        let mut plan = Plan::for_task(first, offers);
+        for task in later {
+            plan.num_nodes = plan.num_nodes.max(task.num_nodes);
+            for offer in std::mem::take(&mut plan.candidates) {
+                match rank(&task.resources, &offer) {
+                    Ok(_) => plan.candidates.push(offer),
+                    Err(reason) => {
+                        let name = task.name.as_deref().unwrap_or("a later task");
+                        let reason = format!("does not do for `{name}`: {reason}");
+                        plan.skipped.push(Skipped { offer, reason });
+                    }
+                }
+            }
+        }
+        plan
+    }
+
     /// What the first hour of a candidate costs, all nodes and the input's way included.
     pub fn first_hour_usd(&self, offer: &Offer) -> f64 {
         let egress = self.egress_usd.get(&offer.provider).copied().unwrap_or(0.0);
@@ -134,6 +154,17 @@ fn rank(resources: &Resources, offer: &Offer) -> Result<(usize, usize), String> 
     Err(reasons.join("; or "))
 }
 
+/// The resources that an offer was taken for: the first of the alternatives that it fits.
+pub(crate) fn chosen<'a>(resources: &'a Resources, offer: &Offer) -> &'a Resources {
+    match &resources.alternatives {
+        Alternatives::None => resources,
+        Alternatives::AnyOf(choices) | Alternatives::Ordered(choices) => {
+            let fits = |choice: &&Resources| fit(choice, offer).is_ok();
+            choices.iter().find(fits).unwrap_or(resources)
+        }
+    }
+}
+
 /// The offer's place in the order of accelerators, or why it does not fit.
 fn fit(resources: &Resources, offer: &Offer) -> Result<usize, String> {
     let same = |wanted: &Option<String>, offered: &str, what: &str| match wanted {
@@ -164,6 +195,13 @@ fn fit(resources: &Resources, offer: &Offer) -> Result<usize, String> {
         return Err(format!(
             "has {:.0} GiB of memory, the task asks for {memory}",
             offer.memory_gib
+        ));
+    }
+    if let (Some(asked), Some(free)) = (resources.disk_size_gib, offer.disk_gib)
+        && free < f64::from(asked)
+    {
+        return Err(format!(
+            "has {free:.0} GiB of free disk, the task asks for {asked}"
         ));
     }
     // A machine one has cannot be taken away: it serves a task that would put up with less.

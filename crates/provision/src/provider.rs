@@ -1,5 +1,6 @@
 //! The trait behind which every cloud, and this machine, rents out instances.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -21,7 +22,10 @@ use crate::resources::WaitFor;
 /// - What `create` made is in `list_owned` until the provider confirms that it is gone, and nothing
 ///   else is: instances of other owners are never listed, nor terminated.
 /// - `list_owned` near an offer has every instance that was created from it, or fails: what it
-///   leaves out is gone. Without an offer it may leave out places that cannot be reached now.
+///   leaves out is gone, unless it is younger than [`Provider::settles`]. Without an offer it may
+///   leave out places that cannot be reached now.
+/// - An instance keeps the labels it was created with. Its disk is at least as large as asked for: an offer
+///   says what it has, or a disk is made to order.
 /// - `terminate` is idempotent, also for instances that never were: absent is success.
 /// - `describe` of an absent instance is [`Error::NoSuchInstance`](crate::Error::NoSuchInstance).
 /// - Errors say what the caller can do; see [`Error::is_retryable`](crate::Error::is_retryable).
@@ -32,6 +36,10 @@ pub trait Provider: fmt::Debug + Send + Sync {
 
     /// The guards against a forgotten bill that stand without the client.
     fn guards(&self) -> Guards;
+
+    /// How long after a call to create its instance may be missing from [`Provider::list_owned`] and
+    /// [`Provider::describe`]: until then an empty answer proves nothing.
+    fn settles(&self) -> Duration;
 
     /// Everything that could be created now.
     async fn offers(&self) -> Result<Vec<Offer>>;
@@ -99,6 +107,10 @@ pub struct CreateRequest {
     pub offer: Offer,
     /// When the instance ends by itself, from the day it is created.
     pub lease: Lease,
+    /// Tags of the task, on top of those that mark the instance as ours.
+    pub labels: BTreeMap<String, String>,
+    /// How large its disk is to be in GiB, where the offer leaves that open.
+    pub disk_size_gib: Option<u32>,
 }
 
 /// When an instance ends by itself.
@@ -131,6 +143,8 @@ pub struct Instance {
     pub token: String,
     /// The cluster it belongs to.
     pub cluster: String,
+    /// The [`CreateRequest::labels`] it was created with.
+    pub labels: BTreeMap<String, String>,
     /// What it does now.
     pub state: InstanceState,
     /// How to reach it; `None` until it has an address.

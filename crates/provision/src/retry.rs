@@ -1,12 +1,13 @@
 //! A provider that tries again.
 
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 
 use crate::capability::{Deadline, Ports, SpotMarket, StopStart};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::offer::Offer;
 use crate::provider::{CreateRequest, Guards, Instance, InstanceId, Provider};
 
@@ -84,12 +85,34 @@ impl<P: Provider> Provider for Retry<P> {
         self.inner.guards()
     }
 
+    fn settles(&self) -> Duration {
+        self.inner.settles()
+    }
+
     async fn offers(&self) -> Result<Vec<Offer>> {
         self.attempt(|| self.inner.offers()).await
     }
 
+    /// A refusal after a try that was not answered does not say that nothing was made: then the error
+    /// is [`Error::Unavailable`], with the refusal as its cause.
     async fn create(&self, request: &CreateRequest) -> Result<Instance> {
-        self.attempt(|| self.inner.create(request)).await
+        let unanswered = AtomicBool::new(false);
+        let created = self.attempt(|| async {
+            let created = self.inner.create(request).await;
+            if let Err(Error::Unavailable { .. }) = created {
+                unanswered.store(true, Ordering::Relaxed);
+            }
+            created
+        });
+        match created.await {
+            Err(error @ Error::Unavailable { .. }) => Err(error),
+            Err(error) if unanswered.into_inner() => Err(Error::Unavailable {
+                provider: self.inner.name(),
+                operation: "create",
+                source: error.into(),
+            }),
+            answer => answer,
+        }
     }
 
     async fn describe(&self, id: &InstanceId) -> Result<Instance> {
@@ -124,8 +147,8 @@ impl<P: Provider> Provider for Retry<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conformance::smallest;
     use crate::fake::{Fake, Fault};
-    use crate::{Error, conformance::smallest};
 
     #[tokio::test(start_paused = true)]
     async fn a_lost_answer_makes_one_instance() {
@@ -149,6 +172,22 @@ mod tests {
         let request = smallest(&provider, "refused").await;
         let error = provider.create(&request).await.expect_err("refused");
         assert!(matches!(error, Error::Unauthenticated { .. }));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_after_a_lost_answer_is_no_proof() {
+        let fake = Fake::new();
+        fake.fail_next(Fault::AnswerLost);
+        fake.fail_next(Fault::Refused(Error::Quota {
+            provider: "fake",
+            instance_type: "small".into(),
+            region: "fake-1".into(),
+        }));
+        let provider = Retry::new(fake, Backoff::default());
+        let request = smallest(&provider, "unknown").await;
+        let error = provider.create(&request).await.expect_err("refused");
+        assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+        assert_eq!(provider.list_owned(None).await.expect("list").len(), 1);
     }
 
     #[test]

@@ -9,11 +9,10 @@ use tokio::process::Command;
 use crate::error::{BoxError, Error, Result};
 use crate::provider::{Endpoint, SshTarget};
 use crate::shell::quote;
-use crate::task::{FileMount, MountSource};
+use crate::task::{FileMount, MountSource, public_part};
 use crate::transport::{HostTransport, LogStream, ShellCommand};
 
 /// Where the working folder lies under a node's home, as SkyPilot has it.
-#[cfg(feature = "agent")]
 pub(crate) const WORKDIR: &str = "sky_workdir";
 
 /// Copies folders to one node: by rsync where both sides have it, else as one tar file.
@@ -175,10 +174,7 @@ pub async fn mount_files(syncer: &Syncer, base: &Path, mounts: &[FileMount]) -> 
         match &mount.source {
             MountSource::Bucket(url) => fetch(syncer, url, target).await?,
             MountSource::Local(source) => {
-                let source = match (source.strip_prefix("~/"), std::env::home_dir()) {
-                    (Some(rest), Some(home)) => home.join(rest),
-                    _ => base.join(source),
-                };
+                let source = client_path(source, base);
                 if source.is_dir() {
                     syncer.folder(&source, target).await?;
                 } else {
@@ -191,6 +187,14 @@ pub async fn mount_files(syncer: &Syncer, base: &Path, mounts: &[FileMount]) -> 
         }
     }
     Ok(())
+}
+
+/// A path of the client's as a task file writes it.
+pub(crate) fn client_path(path: &str, base: &Path) -> PathBuf {
+    match (path.strip_prefix("~/"), std::env::home_dir()) {
+        (Some(rest), Some(home)) => home.join(rest),
+        _ => base.join(path),
+    }
 }
 
 /// Copies a bucket or a file of the net, by the node's own tool for it.
@@ -209,7 +213,8 @@ async fn fetch(syncer: &Syncer, url: &str, target: &str) -> Result<()> {
         _ => {
             return Err(Error::InvalidTask {
                 what: format!(
-                    "file mount from `{url}`: copy it in `setup`; only s3, gs and https are copied for you"
+                    "file mount from `{}`: copy it in `setup`; only s3, gs and https are copied for you",
+                    public_part(url)
                 ),
             });
         }

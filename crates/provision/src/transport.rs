@@ -67,7 +67,7 @@ impl Forward {
 pub struct ShellCommand {
     /// The script.
     pub script: String,
-    /// Where it runs; the instance's folder when `None`.
+    /// Where it runs: under the instance's folder, unless absolute.
     pub workdir: Option<String>,
     /// Variables on top of the node's own.
     pub environment: BTreeMap<String, Secret<String>>,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::prelude::*;
-use updraft::provision::{Lease, WaitFor};
+use updraft::provision::{Lease, Secret, WaitFor};
 
 pub(crate) const USAGE: &str = "\
 usage: updraft VERB [OPTIONS]
@@ -37,7 +37,8 @@ options of launch, exec and serve up
   --workdir DIR  --env NAME=VALUE  --env-file FILE  --secret NAME=VALUE  --secret-file FILE
   --infra CLOUD[/REGION]  --gpus NAME:COUNT  --cpus N[+]  --memory N[+]  --num-nodes N  --use-spot
 everywhere
-  -o json        answers for programs
+  -o json        answers for programs: one document on standard output, or one a line where a job's
+                 output is followed or several names are given; everything else on standard error
 
 exit codes: 0 done, 1 failed, 2 bad command line, 100 the job failed, 103 the job was cancelled
 ";
@@ -56,9 +57,9 @@ pub(crate) struct TaskOptions {
     pub(crate) retry_until_up: bool,
     pub(crate) json: bool,
     pub(crate) workdir: Option<String>,
-    pub(crate) envs: Vec<(String, String)>,
+    pub(crate) envs: Vec<(String, Secret<String>)>,
     pub(crate) env_file: Option<PathBuf>,
-    pub(crate) secrets: Vec<(String, String)>,
+    pub(crate) secrets: Vec<(String, Secret<String>)>,
     pub(crate) secret_file: Option<PathBuf>,
     pub(crate) infra: Option<String>,
     pub(crate) gpus: Option<String>,
@@ -494,11 +495,12 @@ fn wait_for(word: &str) -> Result<WaitFor, lexopt::Error> {
 }
 
 /// `NAME=VALUE`, or `NAME` for the value of this process; a secret's value is not repeated.
-fn pair(text: &str, flag: &str) -> Result<(String, String), lexopt::Error> {
+fn pair(text: &str, flag: &str) -> Result<(String, Secret<String>), lexopt::Error> {
+    let hidden = |name: &str, value: &str| (name.to_owned(), Secret::new(value.to_owned()));
     match text.split_once('=') {
-        Some((name, value)) => Ok((name.to_owned(), value.to_owned())),
+        Some((name, value)) => Ok(hidden(name, value)),
         None => match std::env::var(text) {
-            Ok(value) => Ok((text.to_owned(), value)),
+            Ok(value) => Ok(hidden(text, &value)),
             Err(_) => Err(format!(
                 "{flag} needs NAME=VALUE, or the name of a variable that is set"
             )

@@ -36,10 +36,10 @@ pub(crate) fn read_tasks(options: &TaskOptions) -> Result<Vec<Task>, Error> {
         overrides = overrides.with_secret_file(&read(file)?)?;
     }
     for (name, value) in &options.envs {
-        overrides = overrides.with(name, value);
+        overrides = overrides.with(name, value.expose());
     }
     for (name, value) in &options.secrets {
-        overrides = overrides.with_secret(name, value);
+        overrides = overrides.with_secret(name, value.expose());
     }
     let pipeline = Pipeline::from_yaml(&read(&path)?, &overrides)
         .map_err(|error| format!("{}: {error}", path.display()))?;
@@ -105,7 +105,7 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
         return Err("a pipeline of several tasks cannot be detached; leave -d out".into());
     }
     let engine = world::engine()?;
-    let first = &tasks[0];
+    let (first, later) = (&tasks[0], &tasks[1..]);
     let cluster = options
         .cluster
         .clone()
@@ -114,7 +114,7 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
     if options.dryrun {
         let mut offers = world::catalog()?;
         offers = offers.merged(engine.offers().await);
-        let plan = Plan::for_task(first, offers.into_offers());
+        let plan = Plan::for_tasks(first, later, offers.into_offers());
         screen.say(&match options.json {
             true => plan_json(&plan).to_string(),
             false => plan.to_string(),
@@ -127,7 +127,7 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
     }
     let known = engine.state().cluster(&cluster)?.is_some();
     if !known {
-        let plan = Plan::for_task(first, engine.offers().await);
+        let plan = Plan::for_tasks(first, later, engine.offers().await);
         if plan.candidates.is_empty() {
             return Err(updraft::provision::Error::NoOffer {
                 skipped: plan
@@ -147,7 +147,11 @@ pub(crate) async fn launch(options: TaskOptions, screen: &Screen) -> Outcome {
     let agent = world::agent()?;
     let request = LaunchRequest {
         cluster: cluster.clone(),
-        lease: lease_of(&options, first.resources.autostop),
+        lease: lease_of(
+            &options,
+            tasks.iter().find_map(|task| task.resources.autostop),
+        ),
+        later: later.to_vec(),
         policy: FailoverPolicy {
             retry_until_up: options.retry_until_up.then_some(RETRY_GAP),
         },
@@ -233,10 +237,11 @@ async fn after_submit(
     if options.detach {
         return Ok(ExitCode::SUCCESS);
     }
-    follow(engine, agent, cluster, job, screen).await
+    follow(engine, agent, cluster, job, &screen.for_lines(options.json)).await
 }
 
-/// Shows a job's output to its end; the exit code is the job's.
+/// Shows a job's output to its end; the exit code is the job's. For programs each line is an object, and
+/// the last says what has become of the job.
 pub(crate) async fn follow(
     engine: &Engine,
     agent: &AgentBinary,
@@ -260,11 +265,14 @@ pub(crate) async fn follow(
         Some(row) => row.clone(),
         None => engine.wait(cluster, agent, job).await?,
     };
-    screen.note(&format!(
-        "job {} on `{cluster}`: {}",
-        job.0,
-        row.status.word()
-    ));
+    let told = serde_json::json!({
+        "cluster": cluster,
+        "job_id": job.0,
+        "status": row.status,
+        "exit_code": row.exit_code,
+    });
+    let words = format!("job {} on `{cluster}`: {}", job.0, row.status.word());
+    screen.done(screen.is_for_programs(), &told, &words);
     Ok(match row.status {
         QueueStatus::Succeeded => ExitCode::SUCCESS,
         QueueStatus::Cancelled => ExitCode::from(JOB_CANCELLED),

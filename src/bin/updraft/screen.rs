@@ -26,6 +26,11 @@ impl Screen {
         }
     }
 
+    /// Whether lines are wrapped for programs.
+    pub(crate) fn is_for_programs(&self) -> bool {
+        self.wraps
+    }
+
     /// A line of a job's output.
     pub(crate) fn line(&self, text: &str) {
         match self.wraps {

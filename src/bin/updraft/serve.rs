@@ -76,7 +76,7 @@ pub(crate) async fn up(options: TaskOptions, screen: &Screen) -> Outcome {
     put(&engine, &name, &row)?;
     spawn(&name, &values)?;
     if options.detach {
-        return Ok(ExitCode::SUCCESS);
+        return begun(&name, &row, &options, screen);
     }
     wait_ready(&engine, &name, row.version, &options, screen).await
 }
@@ -98,9 +98,26 @@ pub(crate) async fn update(options: TaskOptions, screen: &Screen) -> Outcome {
     values.hand_over(&name, row.version)?;
     put(&engine, &name, &row)?;
     if options.detach {
-        return Ok(ExitCode::SUCCESS);
+        return begun(&name, &row, &options, screen);
     }
     wait_ready(&engine, &name, row.version, &options, screen).await
+}
+
+/// Says where a service will be that nobody waits for.
+fn begun(name: &str, row: &Row, options: &TaskOptions, screen: &Screen) -> Outcome {
+    let url = url(row.port);
+    match options.json {
+        true => {
+            let told = serde_json::json!({"name": name, "url": url, "version": row.version});
+            screen.say(&told.to_string());
+        }
+        false => screen.say(&url),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn url(port: u16) -> String {
+    format!("http://127.0.0.1:{port}")
 }
 
 /// Waits until a replica of the version is ready, or none will be.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use updraft::provision::providers::ssh::forget_alias;
-use updraft::provision::{ClusterReport, InstanceState};
+use updraft::provision::{ClusterReport, InstanceState, NodeState};
 
 use crate::screen::Screen;
 use crate::{Outcome, world};
@@ -283,11 +283,21 @@ pub(crate) fn cost_report(json: bool, screen: &Screen) -> Result<(), Error> {
 }
 
 pub(crate) async fn gc(json: bool, screen: &Screen) -> Result<(), Error> {
-    let ended = world::engine()?.gc().await?;
+    let engine = world::engine()?;
+    let ended = engine.gc().await?;
     let ids: Vec<_> = ended
         .iter()
         .map(|instance| instance.id.to_string())
         .collect();
+    // Their calls to create were never answered, and their providers' lists have not settled.
+    let open = engine.state().open_nodes()?;
+    let unknown = open
+        .iter()
+        .filter(|node| matches!(node.state, NodeState::Abandoned | NodeState::Ending))
+        .count();
+    if unknown > 0 {
+        screen.note(&format!("{unknown} may still appear; run `gc` again later"));
+    }
     if json {
         screen.say(&serde_json::to_string(&ids)?);
     } else if ids.is_empty() {

@@ -206,7 +206,10 @@ impl Find<'_> {
             let limit = next.map_or(self.text.len(), |mark| mark.range.start);
             let (said_to, end) = self.closing(message, last..limit).ok_or_else(lost)?;
             let said = match &message.train_detail {
-                None => vec![self.opening(message, previous_end..run[0].range.start)..said_to],
+                None => {
+                    let from = self.opening(message, previous_end..run[0].range.start);
+                    std::iter::once(from..said_to).collect()
+                }
                 Some(details) => {
                     detail::trained(message, details, self.text, run).ok_or_else(lost)?
                 }

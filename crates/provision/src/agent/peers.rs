@@ -81,9 +81,18 @@ pub(super) struct Standing {
     pub(super) busy: bool,
     /// Its parts of jobs, by their numbers on the head.
     pub(super) jobs: BTreeMap<i64, QueueStatus>,
+    /// Those that are through with their setup and wait for the other nodes.
+    #[serde(default)]
+    pub(super) ready: BTreeSet<i64>,
 }
 
 impl Standing {
+    /// Whether its part of a job has come to the job's commands, or is about to.
+    fn is_through(&self, id: i64) -> bool {
+        use QueueStatus::{Running, Succeeded};
+        self.ready.contains(&id) || matches!(self.jobs.get(&id), Some(Running | Succeeded))
+    }
+
     fn unfinished(&self) -> impl Iterator<Item = i64> {
         let open = self.jobs.iter().filter(|(_, status)| !status.is_final());
         open.map(|(id, _)| *id)
@@ -113,6 +122,9 @@ pub(super) struct Heard {
     pub(super) busy: bool,
     /// The jobs a part of which has failed or was cancelled.
     pub(super) failed: BTreeSet<i64>,
+    /// The jobs whose commands may begin: every node is through with their setup.
+    #[serde(default)]
+    pub(super) go: BTreeSet<i64>,
 }
 
 /// What one knows: of all others on the head, of the head elsewhere.
@@ -143,10 +155,21 @@ impl Known {
         let mut heard = self.of_members(now);
         heard.busy |= self.own.busy;
         heard.failed.extend(self.own.failed());
+        // The head goes first: where it has, everybody may.
+        let begun = |id: &&i64| self.own.is_through(**id) && !self.own.ready.contains(id);
+        heard.go = asked.ready.iter().filter(begun).copied().collect();
         // Only what can still be ended matters.
         let open: BTreeSet<i64> = asked.unfinished().collect();
         heard.failed.retain(|id| open.contains(id));
         heard
+    }
+
+    /// Whether every other node of a job of so many is through with its setup.
+    fn has_gathered(&self, id: i64, nodes: u32) -> bool {
+        (1..nodes).all(|rank| {
+            let standing = self.ranks.get(&rank);
+            standing.is_some_and(|(_, standing)| standing.is_through(id))
+        })
     }
 
     /// What another node has heard of the head.
@@ -208,13 +231,32 @@ impl Peers {
         &self.place
     }
 
-    /// Tells the others how this node stands; says what it hears of them.
-    pub(super) fn exchange(&self, own: Standing) -> Heard {
+    /// Tells the others how this node stands; says what it hears of them. `gathering` are its jobs that
+    /// wait for the other nodes, with how many there are of them all.
+    pub(super) fn exchange(&self, own: Standing, gathering: &BTreeMap<i64, u32>) -> Heard {
         let mut known = lock(&self.known);
         known.own = own;
         match &self.place {
-            Place::Head { .. } => known.of_members(Instant::now()),
+            Place::Head { .. } => {
+                let mut heard = known.of_members(Instant::now());
+                let gathered = |(id, nodes): &(&i64, &u32)| known.has_gathered(**id, **nodes);
+                heard.go = gathering
+                    .iter()
+                    .filter(gathered)
+                    .map(|(id, _)| *id)
+                    .collect();
+                heard
+            }
             Place::Member { .. } => known.of_head(Instant::now()),
+        }
+    }
+
+    /// Whether one of so many nodes has never been heard of: it may be out of reach for good.
+    pub(super) fn is_alone(&self, nodes: u32) -> bool {
+        let known = lock(&self.known);
+        match &self.place {
+            Place::Head { .. } => (1..nodes).any(|rank| !known.ranks.contains_key(&rank)),
+            Place::Member { .. } => known.head.is_none(),
         }
     }
 }
@@ -283,7 +325,9 @@ fn speak(address: &str, head: &Head, rank: u32, known: &Mutex<Known>, gone: &Ato
             Ok(heard) => lock(known).head = Some((Instant::now(), heard)),
             Err(error) => tracing::debug!(%error, "the head does not answer"),
         }
-        std::thread::sleep(EVERY);
+        // The others wait for what this node says, or it for them.
+        let waits = !report.standing.ready.is_empty();
+        std::thread::sleep(if waits { EVERY / 5 } else { EVERY });
     }
 }
 
@@ -321,6 +365,7 @@ mod tests {
         Standing {
             busy,
             jobs: jobs.iter().copied().collect(),
+            ready: BTreeSet::new(),
         }
     }
 
@@ -344,6 +389,31 @@ mod tests {
         assert_eq!((answer.busy, answer.failed), (true, [2].into()));
         let first = known.ranks[&1].1.clone();
         assert!(known.answer(&first, now).failed.is_empty(), "it has ended");
+    }
+
+    #[test]
+    fn commands_begin_when_every_node_is_through_with_its_setup() {
+        use QueueStatus::{Running, SettingUp};
+        let now = Instant::now();
+        let ready = |status: QueueStatus, ready: &[i64]| Standing {
+            ready: ready.iter().copied().collect(),
+            ..standing(true, &[(7, status)])
+        };
+        let mut known = Known {
+            own: ready(SettingUp, &[7]),
+            ..Known::default()
+        };
+        known.ranks.insert(1, (now, ready(SettingUp, &[7])));
+        assert!(known.has_gathered(7, 2));
+        assert!(!known.has_gathered(7, 3), "nobody has heard of the third");
+        known.ranks.insert(2, (now, ready(SettingUp, &[])));
+        assert!(!known.has_gathered(7, 3), "the third still sets up");
+        // The others go when the head has gone.
+        let asks = ready(SettingUp, &[7]);
+        assert_eq!(known.answer(&asks, now).go, [].into());
+        known.own = ready(Running, &[]);
+        assert_eq!(known.answer(&asks, now).go, [7].into());
+        assert_eq!(known.answer(&ready(SettingUp, &[]), now).go, [].into());
     }
 
     #[test]
@@ -391,8 +461,8 @@ mod tests {
             standing: standing(true, &[]),
         };
         assert!(ask("127.0.0.1", port, &report("wrong")).is_err());
-        assert!(!peers.exchange(Standing::default()).busy);
+        assert!(!peers.exchange(Standing::default(), &BTreeMap::new()).busy);
         ask("127.0.0.1", port, &report("right")).expect("heard");
-        assert!(peers.exchange(Standing::default()).busy);
+        assert!(peers.exchange(Standing::default(), &BTreeMap::new()).busy);
     }
 }

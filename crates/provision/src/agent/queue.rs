@@ -30,6 +30,9 @@ pub struct JobSpec {
     pub gpus: u32,
     /// The job's number on the cluster's head, where this node is not the head.
     pub head: Option<i64>,
+    /// How many nodes it is on: its commands begin when all of them are through with its setup.
+    #[serde(default)]
+    pub nodes: u32,
 }
 
 impl fmt::Debug for JobSpec {

@@ -1,6 +1,6 @@
 //! The agent's loop: start what is due, notice what has ended, end the node when it is idle.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::process::Signal;
 
 use super::idle::has_sessions;
-use super::peers::{Peers, Standing};
-use super::queue::{Queue, QueueStatus, Started};
+use super::peers::{Heard, Peers, Standing};
+use super::queue::{JobRow, Queue, QueueStatus, Started};
 use super::wrapper::{self, Claim};
 use crate::error::{BoxError, Error, Result};
 use crate::groups;
@@ -43,6 +43,9 @@ const STARTS: i64 = 5;
 /// How long a claim may be without a name before its writer counts as dead.
 const NAMING: Duration = Duration::from_secs(2);
 
+/// How long a job waits between its setup and its commands for nodes that were never heard of.
+const ALONE: Duration = Duration::from_secs(15);
+
 /// The one process that runs a node's jobs.
 #[derive(Debug)]
 pub struct Agent {
@@ -53,6 +56,8 @@ pub struct Agent {
     /// Job by job, when it was asked to end.
     ending: HashMap<i64, Instant>,
     unnamed: HashMap<i64, Instant>,
+    /// By number on the head, since when a job waits for the other nodes.
+    gathering: HashMap<i64, Instant>,
     /// The wrappers of this process that have not ended.
     spawned: HashSet<i64>,
     ended: (Sender<i64>, Receiver<i64>),
@@ -98,6 +103,7 @@ impl Agent {
             queue,
             ending: HashMap::new(),
             unnamed: HashMap::new(),
+            gathering: HashMap::new(),
             spawned: HashSet::new(),
             ended: mpsc::channel(),
             groups,
@@ -137,7 +143,11 @@ impl Agent {
     fn turn(&mut self, judged: &mut Instant) -> Result<bool> {
         // What stands in a job's way must not keep the node from ending.
         let looked = self.look();
-        if judged.elapsed() >= IDLE_TICK {
+        let tick = match self.gathering.is_empty() {
+            true => IDLE_TICK,
+            false => 2 * TICK,
+        };
+        if judged.elapsed() >= tick {
             *judged = Instant::now();
             // Open files outlive their folder: nothing else would tell.
             if !self.queue.is_there() {
@@ -368,22 +378,57 @@ impl Agent {
             self.peers = None; // its port may be wanted again
             self.peers = place.map(Peers::at).transpose()?;
         }
-        let Some(peers) = &self.peers else {
-            return Ok(());
-        };
-        let busy = match self.queue.lease()? {
-            Some(lease) => self.works(lease)?,
-            None => false,
-        };
         let jobs = self.queue.recent()?;
-        let heard = peers.exchange(Standing {
-            busy,
-            jobs: jobs.iter().map(|job| (job.head, job.status)).collect(),
+        let open = jobs.iter().filter(|job| !job.status.is_final());
+        let gathering = open.filter_map(|job| {
+            let nodes = wrapper::gathering(&self.queue.job_dir(job.id))?;
+            Some((job.head, nodes))
         });
+        let gathering: BTreeMap<i64, u32> = gathering.collect();
+        let heard = match &self.peers {
+            Some(peers) => {
+                let busy = match self.queue.lease()? {
+                    Some(lease) => self.works(lease)?,
+                    None => false,
+                };
+                let own = Standing {
+                    busy,
+                    jobs: jobs.iter().map(|job| (job.head, job.status)).collect(),
+                    ready: gathering.keys().copied().collect(),
+                };
+                peers.exchange(own, &gathering)
+            }
+            None => Heard::default(),
+        };
         self.others_work = heard.busy;
-        for job in jobs {
+        for job in &jobs {
             if !job.status.is_final() && heard.failed.contains(&job.head) {
                 self.queue.cancel(Some(job.head), now())?;
+            }
+        }
+        self.gather(&jobs, &gathering, &heard)
+    }
+
+    /// Lets the jobs go on that every node is through with the setup of. Where the other nodes cannot be
+    /// heard, each begins by itself.
+    fn gather(
+        &mut self,
+        jobs: &[JobRow],
+        gathering: &BTreeMap<i64, u32>,
+        heard: &Heard,
+    ) -> Result<()> {
+        self.gathering.retain(|id, _| gathering.contains_key(id));
+        for job in jobs {
+            let Some(nodes) = gathering.get(&job.head) else {
+                continue;
+            };
+            let since = *self.gathering.entry(job.head).or_insert_with(Instant::now);
+            let is_alone = self
+                .peers
+                .as_ref()
+                .is_none_or(|peers| peers.is_alone(*nodes));
+            if heard.go.contains(&job.head) || is_alone && since.elapsed() >= ALONE {
+                wrapper::let_go(&self.queue.job_dir(job.id))?;
             }
         }
         Ok(())

@@ -67,6 +67,11 @@ if [ -s "$1/setup.sh" ]; then
   code=$?
   [ $code -eq 0 ] || finish "$1" FAILED_SETUP $code
 fi
+# A job of several nodes begins on all of them, or on none: the agents say when.
+if [ -s "$1/gather" ]; then
+  : > "$1/ready"
+  until [ -e "$1/go" ]; do sleep 0.1; done
+fi
 : > "$1/running"
 if [ -s "$1/run.sh" ]; then
   ( phase "$1" run.sh "$2" ) < /dev/null
@@ -110,6 +115,9 @@ pub(super) fn write(dir: &Path, spec: &JobSpec, id: i64) -> Result<()> {
     put("env", &env)?;
     put("workdir", spec.workdir.as_deref().unwrap_or("."))?;
     put("setup.sh", spec.setup.as_deref().unwrap_or_default())?;
+    if spec.nodes > 1 {
+        put("gather", &spec.nodes.to_string())?;
+    }
     put("run.sh", spec.run.as_deref().unwrap_or_default())?;
     put("run.log", "")
 }
@@ -144,6 +152,20 @@ pub(super) fn outcome(dir: &Path) -> Option<(QueueStatus, i32, i64)> {
 /// Whether the job has gone on from setup to run.
 pub(super) fn is_running(dir: &Path) -> bool {
     dir.join("running").exists()
+}
+
+/// How many nodes a job is on that is through with its setup here; `None` before, and once it has gone on.
+pub(super) fn gathering(dir: &Path) -> Option<u32> {
+    if !dir.join("ready").exists() || dir.join("go").exists() {
+        return None;
+    }
+    fs::read_to_string(dir.join("gather")).ok()?.parse().ok()
+}
+
+/// Lets a job go on from its setup to its commands.
+pub(super) fn let_go(dir: &Path) -> Result<()> {
+    let path = dir.join("go");
+    fs::write(&path, "").map_err(Error::io(path))
 }
 
 /// Who has claimed an attempt.

@@ -1,6 +1,7 @@
 //! A provider one of whose instances cannot be reached for a while.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -66,6 +67,10 @@ impl Provider for Deaf {
 
     fn guards(&self) -> Guards {
         self.world.guards()
+    }
+
+    fn settles(&self) -> Duration {
+        self.world.settles()
     }
 
     async fn offers(&self) -> Result<Vec<Offer>> {

@@ -34,6 +34,15 @@ pub async fn create_is_idempotent_in_its_token(provider: &dyn Provider) {
     assert_eq!(provider.list_owned(None).await.expect("list").len(), 1);
 }
 
+/// The tags of a task are the instance's.
+pub async fn labels_are_kept(provider: &dyn Provider) {
+    let request = smallest(provider, "labelled").await;
+    let created = provider.create(&request).await.expect("create");
+    let described = provider.describe(&created.id).await.expect("describe");
+    assert!(!request.labels.is_empty());
+    assert_eq!(described.labels, request.labels);
+}
+
 /// `describe` answers for what `create` made.
 pub async fn describe_knows_what_was_created(provider: &dyn Provider) {
     let request = smallest(provider, "described").await;

@@ -28,6 +28,8 @@ pub async fn smallest(provider: &dyn Provider, token: &str) -> CreateRequest {
         cluster: format!("cluster-{token}"),
         offer: cheapest.expect("at least one offer"),
         lease: Lease::default(),
+        labels: [("team".to_owned(), "it's ours".to_owned())].into(),
+        disk_size_gib: None,
     }
 }
 
@@ -43,6 +45,7 @@ macro_rules! provider_conformance_tests {
             offers_name_their_provider,
             created_instances_are_listed,
             create_is_idempotent_in_its_token,
+            labels_are_kept,
             describe_knows_what_was_created,
             describe_of_an_absent_instance_is_typed,
             terminate_removes_from_the_list,

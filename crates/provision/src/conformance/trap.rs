@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::future::pending;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
@@ -132,6 +132,10 @@ impl Provider for Trap {
 
     fn guards(&self) -> Guards {
         self.world.guards()
+    }
+
+    fn settles(&self) -> Duration {
+        self.world.settles()
     }
 
     async fn offers(&self) -> Result<Vec<Offer>> {

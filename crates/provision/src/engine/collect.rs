@@ -1,10 +1,10 @@
 //! Ending instances: those of a cluster, and those that nobody remembers.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::{CONFIRM_PAUSE, CONFIRM_TRIES, Engine};
 use crate::error::{Error, Result, unfinished};
-use crate::provider::{Instance, InstanceState};
+use crate::provider::{Instance, InstanceState, Provider};
 use crate::state::{ClusterStatus, NodeRow, NodeState};
 
 impl Engine {
@@ -14,34 +14,52 @@ impl Engine {
     /// # Errors
     /// [`Error::NoSuchCluster`]; [`Error::NotYetTerminated`] if a provider has not confirmed, and
     /// [`Error::Unfinished`] or a provider's error if one did not do it: run it again.
+    /// [`Error::Unconfirmed`] if a call to create was not answered and may still have made something:
+    /// [`Engine::gc`] sees to it later.
     pub async fn down(&self, cluster: &str) -> Result<()> {
         let _lock = self.state.lock(cluster)?;
         self.row(cluster)?;
         for node in self.open(cluster)? {
             self.state.set_node(&node.token, NodeState::Ending)?;
         }
-        for attempt in 0..CONFIRM_TRIES {
-            let (mut left, mut failed) = (0, Vec::new());
+        for attempt in 1.. {
+            let (mut left, mut failed) = (Vec::new(), Vec::new());
             for node in self.open(cluster)? {
-                match self.end(&node).await {
-                    Ok(gone) => left += usize::from(!gone),
+                match self.end(&node, SystemTime::now()).await {
+                    Ok(Ended::Gone) => {}
+                    Ok(ended) => left.push((node, ended)),
                     Err(error) => failed.push((name_of(&node), error)),
                 }
             }
-            if left == 0 {
+            if left.is_empty() {
                 unfinished("end", failed)?;
                 return self.state.forget_cluster(cluster);
             }
-            if attempt + 1 == CONFIRM_TRIES {
+            if attempt == CONFIRM_TRIES {
                 unfinished("end", failed)?;
-                return Err(Error::NotYetTerminated {
-                    name: cluster.to_owned(),
-                    instances: left,
-                });
+                return Err(self.left(cluster, &left));
             }
             tokio::time::sleep(CONFIRM_PAUSE).await;
         }
         Ok(())
+    }
+
+    /// The error of a `down` after which these may be there.
+    fn left(&self, cluster: &str, left: &[(NodeRow, Ended)]) -> Error {
+        let listed = left.iter().filter(|(_, ended)| *ended == Ended::Listed);
+        let name = cluster.to_owned();
+        match listed.count() {
+            0 => Error::Unconfirmed {
+                name,
+                instances: left.len(),
+                settles: left
+                    .iter()
+                    .filter_map(|(node, _)| Some(self.provider(&node.provider).ok()?.settles()))
+                    .max()
+                    .unwrap_or_default(),
+            },
+            instances => Error::NotYetTerminated { name, instances },
+        }
     }
 
     /// Forgets a cluster without asking anybody: for machines that will never answer again. What is
@@ -61,39 +79,79 @@ impl Engine {
         self.state.forget_cluster(cluster)
     }
 
-    /// Asks for the end of everything that bears the node's token; says whether all of it is gone.
-    async fn end(&self, node: &NodeRow) -> Result<bool> {
+    /// Asks for the end of everything that bears the node's token; says what has become of it.
+    ///
+    /// An empty list is the confirmation only for what was in a list before, or where the provider's
+    /// lists have had their time: a cloud may show an instance long after the call that made it.
+    async fn end(&self, node: &NodeRow, now: SystemTime) -> Result<Ended> {
         let provider = self.provider(&node.provider)?;
         let is_its = |instance: &Instance| {
             instance.token == node.token || node.instance.as_ref() == Some(&instance.id)
         };
         let near = Some(&node.offer);
+        let mut was_seen = node.seen.is_some();
         for instance in provider
             .list_owned(near)
             .await?
             .iter()
             .filter(|i| is_its(i))
         {
+            self.saw(node, instance, now)?;
+            was_seen = true;
             provider.terminate(&instance.id).await?;
         }
         if let Some(id) = &node.instance {
             provider.terminate(id).await?;
         }
-        let gone = !provider.list_owned(near).await?.iter().any(is_its);
-        if gone {
-            if let Some(id) = &node.instance {
-                self.forget_way(id);
-            }
-            match node.created {
-                Some(_) => self.state.ended(&node.token, SystemTime::now())?,
-                None => self.state.never_was(&node.token)?,
+        if provider.list_owned(near).await?.iter().any(is_its) {
+            return Ok(Ended::Listed);
+        }
+        if !was_seen && !has_settled(provider.as_ref(), node, now) {
+            return Ok(Ended::Unconfirmed);
+        }
+        if let Some(id) = &node.instance {
+            self.forget_way(id);
+        }
+        match node.created {
+            Some(_) => self.state.ended(&node.token, now)?,
+            None => self.state.never_was(&node.token)?,
+        }
+        Ok(Ended::Gone)
+    }
+
+    /// Writes down that a provider has reported a node, and whether it costs anything.
+    fn saw(&self, node: &NodeRow, instance: &Instance, now: SystemTime) -> Result<()> {
+        let is_stopped = instance.state == InstanceState::Stopped;
+        self.state.seen(&node.token, is_stopped, now)
+    }
+
+    /// A live node that is in no list: what it does, or `None` if it is gone.
+    async fn missing(
+        &self,
+        provider: &dyn Provider,
+        node: &NodeRow,
+        now: SystemTime,
+    ) -> Result<Option<InstanceState>> {
+        if let Some(id) = &node.instance {
+            match provider.describe(id).await {
+                Ok(instance) => return Ok(Some(instance.state)),
+                Err(Error::NoSuchInstance { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
-        Ok(gone)
+        if !has_settled(provider, node, now) {
+            return Ok(Some(InstanceState::Starting));
+        }
+        self.state.ended(&node.token, now)?;
+        Ok(None)
     }
 
     /// Brings the books of one cluster in line with what the providers say. The caller has its lock.
     pub(super) async fn reconcile(&self, cluster: &str) -> Result<()> {
+        self.reconcile_at(cluster, SystemTime::now()).await
+    }
+
+    async fn reconcile_at(&self, cluster: &str, now: SystemTime) -> Result<()> {
         let mut states = Vec::new();
         for node in self.open(cluster)? {
             let provider = self.provider(&node.provider)?;
@@ -103,12 +161,17 @@ impl Engine {
                 .filter(|instance| instance.token == node.token);
             match (node.state, own.next()) {
                 (NodeState::Intended, Some(instance)) => {
-                    self.state
-                        .created(&node.token, &instance.id, SystemTime::now())?;
+                    self.state.created(&node.token, &instance.id, now)?;
+                    self.saw(&node, &instance, now)?;
                     states.push(instance.state);
                 }
-                (NodeState::Live, Some(instance)) => states.push(instance.state),
-                (NodeState::Live, None) => self.state.ended(&node.token, SystemTime::now())?,
+                (NodeState::Live, Some(instance)) => {
+                    self.saw(&node, &instance, now)?;
+                    states.push(instance.state);
+                }
+                (NodeState::Live, None) => {
+                    states.extend(self.missing(provider.as_ref(), &node, now).await?);
+                }
                 // It may be late: what nobody adopts now must not be adopted later by another rank.
                 (NodeState::Intended, None) => {
                     self.state.set_node(&node.token, NodeState::Abandoned)?;
@@ -140,11 +203,17 @@ impl Engine {
     /// Ends every instance of this owner that the books do not hold for live, and closes rows whose
     /// instance is gone; returns what was ended.
     ///
-    /// Clusters that another process works on are left to it.
+    /// Clusters that another process works on are left to it. A row whose call to create was never
+    /// answered is closed when the provider's lists have had their time and still lack it; what shows
+    /// up even later is known by its owner.
     ///
     /// # Errors
     /// [`Error::State`], or a provider's; what was ended until then stays ended.
     pub async fn gc(&self) -> Result<Vec<Instance>> {
+        self.gc_at(SystemTime::now()).await
+    }
+
+    pub(super) async fn gc_at(&self, now: SystemTime) -> Result<Vec<Instance>> {
         let mut ended = Vec::new();
         for provider in &self.providers {
             let ours = format!("{}-", self.state.owner());
@@ -162,6 +231,9 @@ impl Engine {
                     row.state == NodeState::Live && row.instance.as_ref() == Some(&instance.id)
                 });
                 if !is_live {
+                    if let Some(row) = rows.iter().find(|row| row.token == instance.token) {
+                        self.saw(row, &instance, now)?;
+                    }
                     provider.terminate(&instance.id).await?;
                     ended.push(instance);
                 }
@@ -174,16 +246,14 @@ impl Engine {
             match node.state {
                 NodeState::Live => {}
                 NodeState::Intended => self.state.set_node(&node.token, NodeState::Abandoned)?,
-                // The provider may show an instance long after the call; the row says whose it is.
-                NodeState::Abandoned | NodeState::Ending if !is_stale(&node) => {}
                 NodeState::Abandoned | NodeState::Ending => {
-                    reached(&node.cluster, self.end(&node).await)?;
+                    reached(&node.cluster, self.end(&node, now).await)?;
                 }
             }
         }
         for cluster in self.state.clusters()? {
             if let Ok(_lock) = self.state.lock(&cluster.name) {
-                reached(&cluster.name, self.reconcile(&cluster.name).await)?;
+                reached(&cluster.name, self.reconcile_at(&cluster.name, now).await)?;
                 let open = self.open(&cluster.name)?;
                 if open.iter().all(|node| node.state != NodeState::Live) {
                     self.state.forget_cluster(&cluster.name)?;
@@ -212,12 +282,22 @@ pub(super) fn reached<T>(cluster: &str, result: Result<T>) -> Result<Option<T>> 
     }
 }
 
-/// How long a provider may take to show what a lost call created.
-const LATE: Duration = Duration::from_secs(3600);
+/// What has become of a node that was to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// Its provider has confirmed it.
+    Gone,
+    /// It is still in a list.
+    Listed,
+    /// It is in no list and never was, and it is too early to believe that.
+    Unconfirmed,
+}
 
-fn is_stale(node: &NodeRow) -> bool {
-    node.state == NodeState::Ending
-        || SystemTime::now()
+/// Whether its provider's lists have had the time to show a node.
+fn has_settled(provider: &dyn Provider, node: &NodeRow, now: SystemTime) -> bool {
+    let settles = provider.settles();
+    settles.is_zero()
+        || now
             .duration_since(node.intended)
-            .is_ok_and(|age| age > LATE)
+            .is_ok_and(|age| age > settles)
 }

@@ -1,6 +1,6 @@
 //! Jobs on a cluster's nodes, through their agents.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,8 @@ use crate::agent::{AgentBinary, AgentClient, JobRow, JobSpec, NodeSetup, QueueSt
 use crate::error::{Error, Result};
 use crate::provider::{Endpoint, Instance, Lease};
 use crate::resources::{Accelerator, Alternatives, Resources};
-use crate::sync::{Syncer, WORKDIR, mount_files};
+use crate::state::ClusterLock;
+use crate::sync::{Syncer, WORKDIR, client_path, mount_files};
 use crate::task::Task;
 use crate::transport::HostTransport;
 
@@ -20,6 +21,9 @@ pub(super) const HOLD: Duration = Duration::from_secs(60);
 
 /// How long a cluster may be out of reach before nobody waits for its job any more.
 const SILENCE: Duration = Duration::from_secs(600);
+
+/// How often a client that waits for another's job to be queued looks.
+const TURN: Duration = Duration::from_millis(50);
 
 /// How a task becomes a job.
 #[derive(Debug, Clone)]
@@ -35,7 +39,9 @@ pub struct ExecOptions {
 pub struct JobId(pub i64);
 
 impl Engine {
-    /// Copies the task's files to every node of the cluster and queues it there.
+    /// Copies the task's files to every node of the cluster and queues it there: behind the same jobs on
+    /// every node, whoever else queues at this moment. Its commands begin on a node when every node is
+    /// through with its setup.
     ///
     /// # Errors
     /// [`Error::NoSuchCluster`], [`Error::Transport`], [`Error::Io`].
@@ -83,6 +89,10 @@ impl Engine {
             clients.push(prepared?);
         }
         clients.sort_by_key(|(rank, _)| *rank);
+        if wanted > 1 {
+            self.link(cluster, agent).await?; // they begin together
+        }
+        let _turn = self.turn(cluster).await?;
         let mut head = None;
         for (rank, (_, client)) in clients.iter().enumerate() {
             let spec = JobSpec {
@@ -100,6 +110,18 @@ impl Engine {
         head.map(JobId).ok_or_else(|| Error::NoSuchCluster {
             name: cluster.to_owned(),
         })
+    }
+
+    /// Waits until no other client queues a job on the cluster: on every node they wait in one order, or
+    /// each of two jobs would hold what the other needs.
+    async fn turn(&self, cluster: &str) -> Result<ClusterLock> {
+        loop {
+            // No cluster has a dot in its name.
+            match self.state.lock(&format!("{cluster}.queue")) {
+                Err(Error::Busy { .. }) => tokio::time::sleep(TURN).await,
+                taken => return taken,
+            }
+        }
     }
 
     /// The jobs of a cluster, by number; one of several nodes is what it is on all of them.
@@ -285,7 +307,7 @@ impl Node {
     async fn bring(&self, task: &Task, options: &ExecOptions) -> Result<()> {
         let syncer = Syncer::new(self.instance.endpoint.clone(), self.transport.clone());
         if let Some(workdir) = &task.workdir {
-            let from = folder(workdir, &options.base);
+            let from = client_path(workdir, &options.base);
             tracing::info!(host = self.transport.host(), "copying {}", from.display());
             syncer.folder(&from, WORKDIR).await?;
         }
@@ -314,13 +336,6 @@ pub(super) fn address(instance: &Instance) -> String {
     match &instance.endpoint {
         Some(Endpoint::Ssh { target, .. }) => target.host.clone(),
         _ => "127.0.0.1".to_owned(),
-    }
-}
-
-fn folder(workdir: &str, base: &Path) -> PathBuf {
-    match (workdir.strip_prefix("~/"), std::env::home_dir()) {
-        (Some(rest), Some(home)) => home.join(rest),
-        _ => base.join(workdir),
     }
 }
 
@@ -363,6 +378,7 @@ fn spec(
         workdir: Some(WORKDIR.to_owned()), // with or without files of the task in it
         gpus,
         head: None,
+        nodes: task.num_nodes.max(1),
     }
 }
 
@@ -383,6 +399,7 @@ mod tests {
             zone: None,
             cpus: 8.0,
             memory_gib: 32.0,
+            disk_gib: None,
             accelerator: Some(Accelerator::new("L4", 4)),
             spot: false,
             usd_per_hour: 1.0,
@@ -390,6 +407,7 @@ mod tests {
         let engine = Engine::new(state, vec![Arc::new(Fake::with_offers(vec![offer]))]);
         let parse = |yaml: &str| Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
         let request = LaunchRequest {
+            later: Vec::new(),
             cluster: "c".into(),
             lease: None,
             policy: FailoverPolicy::default(),

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::failover::{Failover, Step};
 use crate::launch::no_offer;
 use crate::offer::Offer;
-use crate::planner::Plan;
+use crate::planner::{Plan, chosen};
 use crate::provider::{CreateRequest, Instance, InstanceState, Lease, Provider};
 use crate::state::{ClusterRow, ClusterStatus, NodeRow, NodeState};
 use crate::task::{Task, is_task_name};
@@ -75,7 +75,7 @@ impl Engine {
         // What has ended by itself does not say how a new cluster of its name is.
         let is_there = !self.live(name)?.is_empty();
         let known = self.state.cluster(name)?.filter(|_| is_there);
-        let asked = task.num_nodes.max(1);
+        let asked = request.num_nodes(task);
         if let Some(row) = known.as_ref().filter(|row| asked > row.num_nodes) {
             return Err(Error::InvalidTask {
                 what: format!(
@@ -120,11 +120,11 @@ impl Engine {
                     break;
                 }
             };
-            let (engine, task, lease) = (self.clone(), task.clone(), row.lease);
+            let (engine, ports, lease) = (self.clone(), request.ports(task), row.lease);
             let (guardian, sender) = (guardian.cloned(), sender.clone());
             holding.spawn(async move {
                 let made = engine
-                    .ready(instance, &task, lease, guardian.as_ref())
+                    .ready(instance, &ports, lease, guardian.as_ref())
                     .await;
                 let held = made.as_ref().ok().cloned();
                 let _ = sender.send((node_rank, made)); // nobody waits for it any more
@@ -147,7 +147,7 @@ impl Engine {
     async fn ready(
         &self,
         mut instance: Instance,
-        task: &Task,
+        ports: &[u16],
         lease: Lease,
         guardian: Option<&Guardian>,
     ) -> Result<Instance> {
@@ -155,7 +155,7 @@ impl Engine {
         if let Some(guardian) = guardian {
             self.guard_node(&instance, lease, guardian, HELD).await?;
         }
-        self.expose(&instance, task).await?;
+        self.expose(&instance, ports).await?;
         Ok(instance)
     }
 
@@ -187,7 +187,7 @@ impl Engine {
             })?;
         let instance = provider.describe(id).await?;
         match provider.stop_start().filter(|_| !is_up(&instance)) {
-            Some(power) => power.start(id).await,
+            Some(_) => self.start_node(node, id).await,
             None => Ok(instance),
         }
     }
@@ -200,7 +200,7 @@ impl Engine {
         lease: Lease,
         node_rank: u32,
     ) -> Result<Instance> {
-        let plan = Plan::for_task(task, self.offers().await);
+        let plan = Plan::for_tasks(task, &request.later, self.offers().await);
         if plan.candidates.is_empty() {
             return Err(no_offer(&plan));
         }
@@ -222,11 +222,14 @@ impl Engine {
             let token = self
                 .state
                 .intend(&request.cluster, node_rank, &offer, now)?;
+            let wanted = chosen(&task.resources, &offer);
             let create = CreateRequest {
                 token: token.clone(),
                 cluster: request.cluster.clone(),
                 offer: offer.clone(),
                 lease,
+                labels: wanted.labels.clone(),
+                disk_size_gib: wanted.disk_size_gib,
             };
             match provider.create(&create).await {
                 Ok(instance) => {
@@ -277,14 +280,14 @@ impl Engine {
         Ok(Some(instance))
     }
 
-    /// Opens the task's ports, where the provider keeps them shut.
-    async fn expose(&self, instance: &Instance, task: &Task) -> Result<()> {
+    /// Opens the tasks' ports, where the provider keeps them shut.
+    async fn expose(&self, instance: &Instance, ports: &[u16]) -> Result<()> {
         let nodes = self.state.open_nodes()?;
         let Some(node) = nodes.iter().find(|node| node.token == instance.token) else {
             return Ok(());
         };
         if let Some(power) = self.provider(&node.provider)?.ports() {
-            for port in &task.resources.ports {
+            for port in ports {
                 let address = power.expose(&instance.id, *port).await?;
                 tracing::info!(port, address, "open to the net");
             }

@@ -7,8 +7,8 @@ use super::Engine;
 use super::jobs::{HOLD, address, agent_of};
 use crate::agent::{AgentBinary, NodeSetup, Place};
 use crate::error::Result;
+use crate::launch::deadline_of;
 use crate::provider::{Endpoint, Instance, Lease};
-use crate::resources::WaitFor;
 use crate::state::{ClusterRow, ClusterStatus};
 
 /// How long a node is held while it is told its lease.
@@ -150,18 +150,10 @@ impl Engine {
     }
 }
 
-/// When a provider may end an instance without asking its agent.
-fn deadline_of(lease: Lease, now: SystemTime) -> Option<SystemTime> {
-    let is_blind = lease.down && lease.wait_for == WaitFor::None;
-    lease
-        .idle
-        .filter(|_| is_blind)
-        .and_then(|idle| now.checked_add(idle))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::resources::WaitFor;
 
     #[test]
     fn only_a_lease_that_waits_for_nothing_has_a_deadline() {

@@ -56,6 +56,27 @@ pub struct LaunchRequest {
     pub lease: Option<Lease>,
     /// How long to try.
     pub policy: FailoverPolicy,
+    /// The tasks that will run on it after the one it is launched for: its nodes fit them too.
+    pub later: Vec<Task>,
+}
+
+impl LaunchRequest {
+    /// How many nodes the largest of the tasks needs.
+    fn num_nodes(&self, first: &Task) -> u32 {
+        let tasks = self.later.iter().chain([first]);
+        tasks.map(|task| task.num_nodes).max().unwrap_or(1).max(1)
+    }
+
+    /// Every port that one of the tasks listens on.
+    fn ports(&self, first: &Task) -> Vec<u16> {
+        let tasks = std::iter::once(first).chain(&self.later);
+        let mut ports: Vec<u16> = tasks
+            .flat_map(|task| task.resources.ports.iter().copied())
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
 }
 
 /// A cluster with its instances as their providers describe them.
@@ -78,7 +99,7 @@ pub struct CostLine {
     pub instances: u32,
     /// Whether one still runs.
     pub running: bool,
-    /// The sum of their hours.
+    /// The sum of the hours they ran; stopped ones do not.
     pub hours: f64,
     /// Hours times list price.
     pub usd: f64,
@@ -248,14 +269,21 @@ impl Engine {
         self.row(cluster)?;
         for node in self.live(cluster)? {
             if let Some(id) = &node.instance {
-                self.power(&node, "start")?.start(id).await?;
+                self.start_node(&node, id).await?;
             }
         }
         self.state.set_status(cluster, ClusterStatus::Up)
     }
 
     async fn stop_node(&self, node: &NodeRow, id: &InstanceId) -> Result<()> {
-        self.power(node, "stop")?.stop(id).await
+        self.power(node, "stop")?.stop(id).await?;
+        self.state.seen(&node.token, true, SystemTime::now())
+    }
+
+    async fn start_node(&self, node: &NodeRow, id: &InstanceId) -> Result<Instance> {
+        let instance = self.power(node, "start")?.start(id).await?;
+        self.state.seen(&node.token, false, SystemTime::now())?;
+        Ok(instance)
     }
 
     fn power(&self, node: &NodeRow, verb: &'static str) -> Result<&dyn StopStart> {
@@ -283,22 +311,16 @@ impl Engine {
         Ok(false)
     }
 
-    /// What every cluster has cost until `now`, by name.
+    /// What every cluster has cost until `now`, by name: the time that its instances ran, as far as
+    /// these books have seen it. One that has stopped itself counts until somebody looks.
     ///
     /// # Errors
     /// [`Error::State`].
     pub fn cost_report(&self, now: SystemTime) -> Result<Vec<CostLine>> {
         let mut lines: Vec<CostLine> = Vec::new();
         for node in self.state.all_nodes()? {
-            let Some(created) = node.created else {
-                continue;
-            };
-            let until = node.ended.unwrap_or(now);
-            let hours = until
-                .duration_since(created)
-                .unwrap_or_default()
-                .as_secs_f64()
-                / 3600.0;
+            let hours = node.ran(now).as_secs_f64() / 3600.0;
+            let running = node.ended.is_none() && node.stopped.is_none();
             let usd = hours * node.offer.usd_per_hour;
             let same = |line: &&mut CostLine| {
                 line.cluster == node.cluster && line.instance_type == node.offer.instance_type
@@ -306,7 +328,7 @@ impl Engine {
             match lines.iter_mut().find(same) {
                 Some(line) => {
                     line.instances += 1;
-                    line.running |= node.ended.is_none();
+                    line.running |= running;
                     line.hours += hours;
                     line.usd += usd;
                 }
@@ -314,7 +336,7 @@ impl Engine {
                     cluster: node.cluster,
                     instance_type: node.offer.instance_type,
                     instances: 1,
-                    running: node.ended.is_none(),
+                    running,
                     hours,
                     usd,
                 }),
@@ -353,7 +375,7 @@ fn row_of(request: &LaunchRequest, task: &Task, known: Option<&ClusterRow>) -> C
         name: request.cluster.clone(),
         status: ClusterStatus::Init,
         task: task.name.clone(),
-        num_nodes: known.map_or(task.num_nodes.max(1), |row| row.num_nodes),
+        num_nodes: known.map_or(request.num_nodes(task), |row| row.num_nodes),
         lease: request
             .lease
             .or(known.map(|row| row.lease))

@@ -1,5 +1,7 @@
 //! The leak test: killed before and after every call, with a provider at its worst.
 
+mod late;
+
 use std::sync::Arc;
 
 use super::*;
@@ -13,6 +15,7 @@ fn task() -> Task {
 
 fn request() -> LaunchRequest {
     LaunchRequest {
+        later: Vec::new(),
         cluster: "c".into(),
         lease: None,
         policy: FailoverPolicy::default(),
@@ -252,6 +255,7 @@ fn spot_world() -> Fake {
         zone: None,
         cpus: 4.0,
         memory_gib: 16.0,
+        disk_gib: None,
         accelerator: None,
         spot: true,
         usd_per_hour: 0.1,

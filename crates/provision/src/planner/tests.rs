@@ -1,4 +1,5 @@
 use super::*;
+use crate::EnvOverrides;
 use crate::resources::{Accelerator, Amount};
 
 fn offer(name: &str, accelerator: Option<&str>, usd_per_hour: f64) -> Offer {
@@ -9,6 +10,7 @@ fn offer(name: &str, accelerator: Option<&str>, usd_per_hour: f64) -> Offer {
         zone: None,
         cpus: 4.0,
         memory_gib: 16.0,
+        disk_gib: None,
         accelerator: accelerator.map(|name| Accelerator {
             name: name.into(),
             count: 1,
@@ -168,5 +170,24 @@ fn the_table_groups_what_was_skipped_for_one_reason() {
     assert_eq!(
         plan.to_string(),
         "    skipped fake c in here and 1 more: has 4 cpus, the task asks for 8+\n"
+    );
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_passed_over() {
+    let task = Task::from_yaml("resources: {disk_size: 100}\n", &EnvOverrides::new());
+    let resources = task.expect("task").resources;
+    let with = |disk_gib: Option<f64>| Offer {
+        disk_gib,
+        ..offer("m", None, 1.0)
+    };
+    let plan = plan(
+        &resources,
+        vec![with(Some(40.0)), with(Some(400.0)), with(None)],
+    );
+    assert_eq!(plan.candidates.len(), 2, "enough, and made to order");
+    assert_eq!(
+        plan.skipped[0].reason,
+        "has 40 GiB of free disk, the task asks for 100"
     );
 }

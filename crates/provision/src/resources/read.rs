@@ -344,10 +344,11 @@ fn read_autostop(node: Node) -> Result<Option<Autostop>> {
         _ => {
             let mut fields = Fields::of("resources.autostop", node);
             let idle = fields.number("idle_minutes")?;
+            let idle = idle.map_or(Ok(Autostop::DEFAULT_IDLE), |minutes| {
+                Duration::try_from_secs_f64(minutes * 60.0).map_err(|_| wrong)
+            });
             Autostop {
-                idle: Some(idle.map_or(Autostop::DEFAULT_IDLE, |minutes| {
-                    Duration::from_secs_f64(minutes * 60.0)
-                })),
+                idle: Some(idle?),
                 down: fields.boolean("down")?.unwrap_or(false),
                 wait_for: match fields
                     .text("wait_for")?

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::gateway::{Gateway, GatewayOptions, Withdrawn};
-use super::replica::{bring_up, cluster, is_no_room, replicas_of, until_ended, watch};
+use super::replica::{Probes, bring_up, cluster, is_no_room, replicas_of, until_ended, watch};
 use super::{Fleet, FleetCommand, FleetEvent, Replica, ReplicaPhase};
 use crate::agent::AgentBinary;
 use crate::engine::{Engine, ExecOptions};
@@ -73,6 +73,7 @@ pub struct Controller {
 struct Running {
     way: Forward,
     probing: JoinHandle<()>,
+    probes: Probes,
 }
 
 /// What a task of the controller has to say.
@@ -214,16 +215,24 @@ impl Controller {
                 let Some(spec) = order.and_then(|order| order.task.service.as_ref()) else {
                     return;
                 };
-                if let Some(before) = self.running.remove(&id) {
+                let before = self.running.remove(&id);
+                let probes = before.map_or_else(Probes::begun, |before| {
                     before.probing.abort();
-                }
+                    before.probes
+                });
                 let probing = tokio::spawn(watch(
                     id,
                     way.address(),
                     spec.readiness_probe.clone(),
+                    probes.clone(),
                     self.events.0.clone(),
                 ));
-                self.running.insert(id, Running { way, probing });
+                let running = Running {
+                    way,
+                    probing,
+                    probes,
+                };
+                self.running.insert(id, running);
                 self.fleet.apply(FleetEvent::Started(id));
             }
             Told::Event(event) => {
@@ -380,6 +389,7 @@ mod tests {
         let parse = |yaml: &str| Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
         for name in ["svc-replica-1", "svc-replica-7", "svc-replica-db"] {
             let request = LaunchRequest {
+                later: Vec::new(),
                 cluster: name.into(),
                 lease: None,
                 policy: crate::FailoverPolicy::default(),
@@ -416,5 +426,57 @@ mod tests {
         world.open_ears();
         engine.down_service("svc").await.expect("down");
         assert_eq!(left(), ["svc-replica-db"], "another's");
+    }
+
+    /// A replica that was ready and is reached again, but does not answer, gets no more requests, and has
+    /// no second time to start in.
+    #[tokio::test]
+    async fn a_replica_that_is_reached_again_is_no_younger() {
+        let dir = tempfile::tempdir().expect("folder");
+        let state = Arc::new(State::open(dir.path()).expect("state"));
+        let engine = Engine::new(state, vec![Arc::new(Fake::with_offers(Vec::new()))]);
+        let yaml = "service: {readiness_probe: /, replicas: 1}\nrun: sleep 1\n";
+        let order = ServiceOrder {
+            task: Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml),
+            version: 1,
+        };
+        let options = ExecOptions {
+            setup: true,
+            base: dir.path().to_owned(),
+        };
+        let agent = AgentBinary::new("/bin/true", "").expect("/bin/true");
+        let address = ([127, 0, 0, 1], 0).into();
+        let controller = Controller::new("svc", engine, agent, options, address, order);
+        let mut controller = controller.await.expect("controller");
+        controller.fleet.step(); // asks for replica 1, which this test is
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await;
+        let listener = listener.expect("port");
+        let here = listener.local_addr().expect("bound");
+        let serving = tokio::spawn(async move {
+            use tokio::io::{AsyncReadExt, AsyncWriteExt};
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let _ = stream.read(&mut [0; 1024]).await; // a probe
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                let _ = stream.write_all(answer).await; // the prober may have gone
+            }
+        });
+        let phase = |controller: &Controller| controller.fleet.replicas()[0].phase.clone();
+        controller.take_in(Told::Reached(1, Forward::new(here, ())));
+        while phase(&controller) != ReplicaPhase::Ready {
+            let told = controller.events.1.recv().await.expect("a probe");
+            controller.take_in(told);
+        }
+        serving.abort();
+        let _ = serving.await; // and with it the listener
+        controller.take_in(Told::Reached(1, Forward::new(here, ())));
+        // What the probe before had to say may be on its way.
+        for _ in 0..10 {
+            if phase(&controller) == ReplicaPhase::NotReady {
+                return;
+            }
+            let told = controller.events.1.recv().await.expect("a probe");
+            controller.take_in(told);
+        }
+        panic!("{:?}", phase(&controller));
     }
 }

@@ -1,5 +1,7 @@
-//! One stable URL in front of replicas: bodies stream, and a request is tried again only while no
-//! byte of an answer has been seen.
+//! One stable URL in front of replicas: bodies stream both ways, and a request is tried again only while
+//! no byte of an answer has been seen.
+
+mod upload;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -8,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::service::service_fn;
@@ -17,11 +19,9 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
+use self::upload::{Attempt, Upload};
 use super::LoadBalancing;
 use crate::error::{BoxError, Error, Result};
-
-/// Bodies up to this size are kept, so that the request can be sent again; larger ones are refused.
-const MAX_BODY_BYTES: usize = 64 * 1024 * 1024;
 
 /// How long a replica may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -43,7 +43,8 @@ type AnyBody = UnsyncBoxBody<Bytes, BoxError>;
 pub struct GatewayOptions {
     /// Which replica gets the next request.
     pub load_balancing: LoadBalancing,
-    /// How long a replica may take until its response begins; for ever when `None`.
+    /// How long a replica may take until its response begins, the time for which the client is slow to
+    /// send its request left out; for ever when `None`.
     pub first_byte: Option<Duration>,
 }
 
@@ -197,31 +198,37 @@ async fn accept(listener: TcpListener, table: Arc<Table>) {
 async fn answer(table: &Table, request: Request<Incoming>) -> Response<AnyBody> {
     let (mut parts, body) = request.into_parts();
     strip(&mut parts.headers);
-    let body = match Limited::new(body, MAX_BODY_BYTES).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(_) => {
-            return plain(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "the request's body is too large, or broke off",
-            );
-        }
-    };
+    // How long the body is, is said by the body.
+    parts.headers.remove(header::TRANSFER_ENCODING);
+    parts.headers.remove(header::EXPECT); // answered here
+    let upload = Upload::new(body);
     let mut tried = Vec::new();
     while let Some(route) = table.pick(&tried) {
         let in_flight = InFlight::on(&route);
-        let mut copy = Request::new(Full::new(body.clone()));
+        let mut copy = Request::new(upload.attempt());
         *copy.method_mut() = parts.method.clone();
         *copy.uri_mut() = parts.uri.clone();
         *copy.headers_mut() = parts.headers.clone();
         let begun = exchange(route.address, copy);
         let response = match table.options.first_byte {
-            Some(limit) => tokio::time::timeout(limit, begun)
-                .await
-                .unwrap_or_else(|_| Err("no answer in time".into())),
+            Some(limit) => tokio::select! {
+                response = begun => response,
+                () = upload.owed_for(limit) => Err("no answer in time".into()),
+            },
             None => begun.await,
         };
         match response {
             Ok(response) => return stream(response, in_flight),
+            Err(_) if upload.is_broken() => {
+                return plain(StatusCode::BAD_REQUEST, "the request's body broke off");
+            }
+            Err(error) if !upload.can_be_repeated() => {
+                tracing::warn!(replica = route.id, %error, "no answer to a request too large to repeat");
+                return plain(
+                    StatusCode::BAD_GATEWAY,
+                    "the replica has not answered, and the request was too large to be kept for another; try again later",
+                );
+            }
             Err(error) => {
                 tracing::warn!(replica = route.id, %error, "no answer; the next replica is asked");
                 tried.push(route.id);
@@ -265,7 +272,7 @@ impl Table {
 /// Sends a request on a connection of its own and waits for the head of the answer.
 async fn exchange(
     address: SocketAddr,
-    request: Request<Full<Bytes>>,
+    request: Request<Attempt>,
 ) -> Result<Response<Incoming>, BoxError> {
     let stream = tokio::time::timeout(CONNECT, TcpStream::connect(address)).await??;
     stream.set_nodelay(true)?;

@@ -33,6 +33,11 @@ pub struct ProbeState {
 }
 
 impl ProbeState {
+    /// Whether a probe was ever answered.
+    pub fn was_ready(&self) -> bool {
+        self.last_ready.is_some()
+    }
+
     /// Takes in one outcome seen at `elapsed` and says what the replica is now.
     pub fn observe(
         &mut self,

@@ -57,7 +57,7 @@ pub(crate) async fn ask(address: SocketAddr, probe: &ReadinessProbe) -> ProbeOut
     } else {
         "GET"
     };
-    let path = &probe.path;
+    let path = probe.public_path();
     match tokio::time::timeout(probe.timeout, send(address, probe)).await {
         Ok(Ok(StatusCode::OK)) => ProbeOutcome::Ready,
         Ok(Ok(status)) => ProbeOutcome::Failed(format!("{verb} {path} answered {status}")),

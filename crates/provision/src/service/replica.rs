@@ -1,7 +1,7 @@
 //! One replica of a service: its machine, its commands, the way to it, its probe.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::controller::Told;
 use super::ready::ask;
-use super::{FleetEvent, ProbeState, ProbeVerdict, ReadinessProbe};
+use super::{FleetEvent, ProbeOutcome, ProbeState, ProbeVerdict, ReadinessProbe};
 use crate::agent::AgentBinary;
 use crate::engine::{Engine, ExecOptions, LaunchRequest};
 use crate::error::{Error, Result};
@@ -77,6 +77,7 @@ pub(super) async fn bring_up(
         .or_else(|| task.resources.ports.first().copied())
         .unwrap_or(8080);
     let request = LaunchRequest {
+        later: Vec::new(),
         cluster: cluster.to_owned(),
         // Its commands run for ever: what keeps it is the controller's word.
         lease: Some(Lease {
@@ -160,20 +161,40 @@ pub(super) async fn until_ended(
     }
 }
 
+/// What the probes of one replica have seen since its commands were started. It outlives the connection
+/// to the replica's machine: one that is reached again is no younger for that.
+#[derive(Debug, Clone)]
+pub(super) struct Probes(Arc<Mutex<(Instant, ProbeState)>>);
+
+impl Probes {
+    /// Of a replica whose commands were started now.
+    pub(super) fn begun() -> Self {
+        Self(Arc::new(Mutex::new((
+            Instant::now(),
+            ProbeState::default(),
+        ))))
+    }
+
+    /// What the replica is after this probe, and whether it was ever ready.
+    fn observe(&self, probe: &ReadinessProbe, outcome: ProbeOutcome) -> (ProbeVerdict, bool) {
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (started, state) = &mut *seen;
+        let verdict = state.observe(probe, started.elapsed(), outcome);
+        (verdict, state.was_ready())
+    }
+}
+
 /// Probes a replica for ever and tells what each probe means.
 pub(super) async fn watch(
     id: u32,
     address: SocketAddr,
     probe: ReadinessProbe,
+    probes: Probes,
     sender: mpsc::UnboundedSender<Told>,
 ) {
-    let started = Instant::now();
-    let mut state = ProbeState::default();
-    let mut was_ready = false;
     loop {
         let outcome = ask(address, &probe).await;
-        let verdict = state.observe(&probe, started.elapsed(), outcome);
-        was_ready |= verdict == ProbeVerdict::Ready;
+        let (verdict, was_ready) = probes.observe(&probe, outcome);
         if sender
             .send(Told::Event(FleetEvent::Probed(id, verdict)))
             .is_err()

@@ -1,6 +1,7 @@
 //! The `service:` section of a task file.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -35,7 +36,7 @@ pub enum LoadBalancing {
 /// When a replica counts as ready: `GET path` answers 200.
 ///
 /// Names and defaults are SkyPilot's.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct ReadinessProbe {
     /// The path asked for, with its leading slash.
     pub path: String,
@@ -51,6 +52,21 @@ pub struct ReadinessProbe {
     pub post_data: Option<String>,
     /// Headers of the probe.
     pub headers: BTreeMap<String, String>,
+}
+
+/// Headers, query and what is posted often hold keys: none of them is shown.
+impl fmt::Debug for ReadinessProbe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReadinessProbe")
+            .field("path", &self.public_path())
+            .field("initial_delay", &self.initial_delay)
+            .field("timeout", &self.timeout)
+            .field("interval", &self.interval)
+            .field("failure_threshold", &self.failure_threshold)
+            .field("posts", &self.post_data.is_some())
+            .field("headers", &self.headers.keys())
+            .finish()
+    }
 }
 
 impl Default for ReadinessProbe {
@@ -102,7 +118,7 @@ impl ServiceSpec {
             .map(|node| Fields::of("service.load_balancer", node));
         let stream_timeout = balancer
             .as_mut()
-            .map_or(Ok(None), |fields| fields.number("stream_timeout_seconds"))?;
+            .map_or(Ok(None), |fields| fields.seconds("stream_timeout_seconds"))?;
         let spec = ServiceSpec {
             readiness_probe: match fields.take("readiness_probe") {
                 Some(probe) => ReadinessProbe::from_node(probe)?,
@@ -114,7 +130,7 @@ impl ServiceSpec {
                 Some("round_robin") => LoadBalancing::RoundRobin,
                 _ => LoadBalancing::LeastLoad,
             },
-            stream_timeout: stream_timeout.map(Duration::from_secs_f64),
+            stream_timeout,
         };
         if let Some(node) = balancing
             .filter(|node| node.scalar_text().as_deref() == Some("instance_aware_least_load"))
@@ -176,6 +192,11 @@ fn read_policy(node: Node, balancing: Option<&Node>) -> Result<u32> {
 }
 
 impl ReadinessProbe {
+    /// The path without its query, for messages.
+    pub(crate) fn public_path(&self) -> &str {
+        self.path.split('?').next().unwrap_or_default()
+    }
+
     /// A path alone, or a mapping with the path and its times.
     fn from_node(node: Node) -> Result<Self> {
         let defaults = ReadinessProbe::default();
@@ -192,9 +213,7 @@ impl ReadinessProbe {
         }
         let mut fields = Fields::of("service.readiness_probe", node);
         let mut seconds = |name: &str, default: Duration| -> Result<Duration> {
-            Ok(fields
-                .number(name)?
-                .map_or(default, Duration::from_secs_f64))
+            Ok(fields.seconds(name)?.unwrap_or(default))
         };
         Ok(ReadinessProbe {
             path,

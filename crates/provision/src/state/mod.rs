@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, Row, TransactionBehavior, params};
 
 use crate::error::{Error, Result};
 pub use clusters::{ClusterRow, ClusterStatus};
@@ -44,13 +44,23 @@ CREATE TABLE IF NOT EXISTS nodes (
     offer TEXT NOT NULL,
     intended INTEGER NOT NULL,
     created INTEGER,
-    ended INTEGER
+    ended INTEGER,
+    seen INTEGER,
+    stopped INTEGER,
+    stopped_seconds INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS services (
     name TEXT PRIMARY KEY,
     spec TEXT NOT NULL
 );
 ";
+
+/// The columns that a file of an earlier version lacks.
+const GROWN: [(&str, &str); 3] = [
+    ("seen", "INTEGER"),
+    ("stopped", "INTEGER"),
+    ("stopped_seconds", "INTEGER NOT NULL DEFAULT 0"),
+];
 
 /// The clusters, instances and services that this owner has launched.
 ///
@@ -81,7 +91,7 @@ impl State {
             path: dir.clone(),
             source: source.into(),
         };
-        let db = Connection::open(dir.join("state.db")).map_err(failed)?;
+        let mut db = Connection::open(dir.join("state.db")).map_err(failed)?;
         db.busy_timeout(BUSY).map_err(failed)?;
         db.pragma_update(None, "journal_mode", "WAL")
             .map_err(failed)?;
@@ -89,6 +99,7 @@ impl State {
         db.pragma_update(None, "synchronous", "FULL")
             .map_err(failed)?;
         db.execute_batch(SCHEMA).map_err(failed)?;
+        grow(&mut db).map_err(failed)?;
         let fresh = "INSERT INTO owner SELECT lower(hex(randomblob(4))) WHERE NOT EXISTS (SELECT 1 FROM owner)";
         db.execute(fresh, []).map_err(failed)?;
         let owner = db
@@ -199,6 +210,25 @@ impl State {
             .and_then(|mut statement| statement.query_map(params, read)?.collect());
         rows.map_err(|error| self.failed(error))
     }
+}
+
+/// Adds the columns that are missing; another process may do the same at this moment.
+fn grow(db: &mut Connection) -> rusqlite::Result<()> {
+    let known = "SELECT count(*) FROM pragma_table_info('nodes') WHERE name = ?1";
+    let lacks = |db: &Connection, name: &str| {
+        db.query_row(known, [name], |row| row.get(0))
+            .map(|count: i64| count == 0)
+    };
+    for (name, kind) in GROWN {
+        if lacks(db, name)? {
+            let change = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            if lacks(&change, name)? {
+                change.execute(&format!("ALTER TABLE nodes ADD COLUMN {name} {kind}"), [])?;
+            }
+            change.commit()?;
+        }
+    }
+    Ok(())
 }
 
 fn seconds(time: SystemTime) -> i64 {

@@ -1,6 +1,6 @@
 //! Instances in the books: a row before each exists, until its provider says that it is gone.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::params;
 
@@ -45,6 +45,25 @@ pub struct NodeRow {
     pub created: Option<SystemTime>,
     /// When the provider confirmed that it is gone.
     pub ended: Option<SystemTime>,
+    /// Since when its provider has it in lists.
+    pub seen: Option<SystemTime>,
+    /// Since when it is stopped.
+    pub stopped: Option<SystemTime>,
+    /// How long it was stopped before.
+    pub stopped_before: Duration,
+}
+
+impl NodeRow {
+    /// How long it has run until `now`: from its creation to its end, less the time it was stopped.
+    pub fn ran(&self, now: SystemTime) -> Duration {
+        let Some(created) = self.created else {
+            return Duration::ZERO;
+        };
+        let until = self.ended.or(Some(now));
+        let until = until.into_iter().chain(self.stopped).min().unwrap_or(now);
+        let there = until.duration_since(created).unwrap_or_default();
+        there.saturating_sub(self.stopped_before)
+    }
 }
 
 impl State {
@@ -113,6 +132,24 @@ impl State {
         )
     }
 
+    /// Records that the provider has the instance in its lists, and whether it is stopped.
+    ///
+    /// # Errors
+    /// [`Error::State`](crate::Error::State).
+    pub fn seen(&self, token: &str, is_stopped: bool, now: SystemTime) -> Result<()> {
+        let (id, now) = (row_id(token), seconds(now));
+        let power = match is_stopped {
+            true => "stopped = coalesce(stopped, ?2)",
+            false => {
+                "stopped_seconds = stopped_seconds + max(0, ?2 - coalesce(stopped, ?2)), stopped = NULL"
+            }
+        };
+        self.execute(
+            &format!("UPDATE nodes SET seen = coalesce(seen, ?2), {power} WHERE id = ?1"),
+            params![id, now],
+        )
+    }
+
     /// The instances that are not confirmed gone, by cluster and rank.
     ///
     /// # Errors
@@ -156,6 +193,11 @@ impl State {
                 intended: time(row.get("intended")?),
                 created: row.get::<_, Option<i64>>("created")?.map(time),
                 ended: row.get::<_, Option<i64>>("ended")?.map(time),
+                seen: row.get::<_, Option<i64>>("seen")?.map(time),
+                stopped: row.get::<_, Option<i64>>("stopped")?.map(time),
+                stopped_before: Duration::from_secs(
+                    row.get::<_, i64>("stopped_seconds")?.unsigned_abs(),
+                ),
             })
         })
     }

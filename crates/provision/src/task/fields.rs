@@ -1,6 +1,7 @@
 //! The fields of one YAML mapping whose shape has been checked, each taken once.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::node::{Node, Value};
 use crate::error::Result;
@@ -61,6 +62,15 @@ impl Fields {
             node.number()
                 .filter(|value| value.is_finite() && *value >= 0.0)
         })
+    }
+
+    /// A time that is not negative, and not longer than there are clocks for.
+    pub(crate) fn seconds(&mut self, name: &str) -> Result<Option<Duration>> {
+        self.take_as(
+            name,
+            "must be a number of seconds that is not negative",
+            |node| Duration::try_from_secs_f64(node.number()?).ok(),
+        )
     }
 
     /// `true` or `false`.

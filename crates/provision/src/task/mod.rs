@@ -3,6 +3,7 @@
 mod builder;
 mod env;
 mod fields;
+mod masked;
 mod mounts;
 pub(crate) mod node;
 mod pipeline;
@@ -16,6 +17,8 @@ pub use builder::TaskBuilder;
 pub use env::EnvOverrides;
 pub(crate) use env::{is_env_name, substitute};
 pub(crate) use fields::Fields;
+#[cfg(any(feature = "local", feature = "ssh"))]
+pub(crate) use masked::public_part;
 pub use mounts::{FileMount, MountSource};
 use node::{Node, Value};
 pub use pipeline::Pipeline;
@@ -28,7 +31,7 @@ use crate::secret::Secret;
 use crate::service::ServiceSpec;
 
 /// A task file: setup and run commands, what they need, and the service they may be.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Task {
     /// A name for people; clusters and jobs take theirs from it when none is given.
     pub name: Option<String>,

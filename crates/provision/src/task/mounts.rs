@@ -14,7 +14,7 @@ pub struct FileMount {
 }
 
 /// Where the contents of a mount come from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum MountSource {
     /// A file or folder of the client.
     Local(String),

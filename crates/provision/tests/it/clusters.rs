@@ -12,15 +12,15 @@ use updraft_provision::{
     WaitFor,
 };
 
-struct Story {
-    engine: Engine,
-    agent: AgentBinary,
-    options: ExecOptions,
-    dir: tempfile::TempDir,
+pub(crate) struct Story {
+    pub(crate) engine: Engine,
+    pub(crate) agent: AgentBinary,
+    pub(crate) options: ExecOptions,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Story {
-    fn new(provider: impl FnOnce(&Path) -> Arc<dyn Provider>) -> Self {
+    pub(crate) fn new(provider: impl FnOnce(&Path) -> Arc<dyn Provider>) -> Self {
         let dir = tempfile::tempdir().expect("folder");
         let state = Arc::new(State::open(dir.path().join("state")).expect("state"));
         let project = dir.path().join("project");
@@ -44,8 +44,9 @@ impl Story {
         }
     }
 
-    fn request(&self) -> LaunchRequest {
+    pub(crate) fn request(&self) -> LaunchRequest {
         LaunchRequest {
+            later: Vec::new(),
             cluster: "mycluster".into(),
             lease: None,
             policy: FailoverPolicy::default(),
@@ -66,7 +67,7 @@ impl Story {
     }
 }
 
-fn task(yaml: &str) -> Task {
+pub(crate) fn task(yaml: &str) -> Task {
     Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml)
 }
 
@@ -189,47 +190,6 @@ async fn the_story_over_ssh() {
     .await;
 }
 
-/// Two nodes see each other's place, and down ends what runs on both.
-#[tokio::test]
-async fn a_task_of_two_nodes_has_two_ranks() {
-    let story =
-        Story::new(|dir| Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute")));
-    let two = task(
-        "num_nodes: 2\nrun: |\n  echo $SKYPILOT_NODE_RANK of $SKYPILOT_NUM_NODES; sleep 600\n",
-    );
-    let instances = story
-        .engine
-        .launch(&two, &story.request())
-        .await
-        .expect("launch");
-    assert_eq!(instances.len(), 2);
-    story
-        .engine
-        .exec("mycluster", &two, &story.agent, &story.options)
-        .await
-        .expect("exec");
-    for (rank, instance) in instances.iter().enumerate() {
-        let log = story
-            .dir
-            .path()
-            .join("instances")
-            .join(&instance.id.0)
-            .join("files/.updraft/jobs/1/run.log");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while std::fs::read_to_string(&log).unwrap_or_default() != format!("{rank} of 2\n") {
-            assert!(Instant::now() < deadline, "node {rank} says nothing");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-    story.engine.down("mycluster").await.expect("down");
-    assert_eq!(
-        std::fs::read_dir(story.dir.path().join("instances"))
-            .expect("root")
-            .count(),
-        0
-    );
-}
-
 /// Without rsync the same files arrive, by tar.
 #[tokio::test]
 async fn tar_copies_what_rsync_copies() {
@@ -315,109 +275,12 @@ async fn killed_at_any_call_of_autostop_the_nodes_still_end() {
     }
 }
 
-/// A story on two nodes of this machine, which end themselves when they have been idle for a second.
-async fn two_nodes() -> (Story, Vec<std::path::PathBuf>) {
-    let story =
-        Story::new(|dir| Arc::new(LocalProvider::new(dir.join("instances")).expect("absolute")));
-    let request = LaunchRequest {
-        lease: Some(Lease {
-            idle: Some(Duration::from_secs(1)),
-            down: true,
-            wait_for: WaitFor::Jobs,
-        }),
-        ..story.request()
-    };
-    let two = task("num_nodes: 2\n");
-    let launched = story
-        .engine
-        .launch_guarded(&two, &request, &story.agent)
-        .await
-        .expect("launch");
-    let root = story.dir.path().join("instances");
-    let folders = launched.iter().map(|instance| root.join(&instance.id.0));
-    let folders = folders.collect();
-    (story, folders)
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "{what}: not in a minute");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-}
-
-/// Nobody but the nodes themselves: no client asks, follows or waits.
-#[tokio::test]
-async fn a_node_that_does_nothing_stays_while_another_of_its_cluster_works() {
-    let (story, folders) = two_nodes().await;
-    // Only the head has this job. Both are held for files to be brought until a job comes: that of the
-    // second ends at once.
-    let both = task("num_nodes: 2\nrun: 'true'\n");
-    let alone = task("run: sleep 5; ls -d ../../../*/instance.json | wc -l > ~/../../../seen\n");
-    for job in [&both, &alone] {
-        let exec = story
-            .engine
-            .exec("mycluster", job, &story.agent, &story.options);
-        exec.await.expect("exec");
-    }
-    let seen = story.dir.path().join("seen");
-    until("the end of the job", || {
-        seen.exists() && !folders[0].exists()
-    })
-    .await;
-    assert_eq!(std::fs::read_to_string(seen).expect("seen").trim(), "2");
-    until("the end of the other", || !folders[1].exists()).await;
-}
-
-/// Detached, a job of two nodes that fails on one ends on the other.
-#[tokio::test]
-async fn a_detached_job_that_fails_on_one_node_ends_on_the_other() {
-    use updraft_provision::agent::Queue;
-    for (fails, other) in [(0, 1), (1, 0)] {
-        let (story, folders) = two_nodes().await;
-        let yaml = format!(
-            "num_nodes: 2\nrun: |\n  [ $SKYPILOT_NODE_RANK = {fails} ] && exit 7\n  exec sleep 600\n"
-        );
-        // Opened before the job can end its node.
-        let queue = Queue::open(folders[other].join("files/.updraft")).expect("queue");
-        let fails_once = task(&yaml);
-        let exec = story
-            .engine
-            .exec("mycluster", &fails_once, &story.agent, &story.options);
-        exec.await.expect("exec");
-        let cancelled = || {
-            let jobs = queue.jobs().expect("jobs");
-            jobs.last()
-                .is_some_and(|job| job.status == QueueStatus::Cancelled)
-        };
-        until("the end of the other part", cancelled).await;
-        until("the end of both nodes", || {
-            folders.iter().all(|folder| !folder.exists())
-        })
-        .await;
-    }
-}
-
-/// A job that one node cannot be given is taken back from the one that has it.
-#[tokio::test]
-async fn a_job_that_is_not_on_all_its_nodes_is_on_none() {
-    let (story, folders) = two_nodes().await;
-    // In the way of the second node's job.
-    std::fs::write(folders[1].join("files/.updraft/jobs/1"), "").expect("write");
-    let two = task("num_nodes: 2\nrun: exec sleep 600\n");
-    let exec = story
-        .engine
-        .exec("mycluster", &two, &story.agent, &story.options);
-    exec.await.expect_err("the second cannot take it");
-    let queue = updraft_provision::agent::Queue::open(folders[0].join("files/.updraft"));
-    let queue = queue.expect("queue");
-    until("the end of the first part", || {
-        let jobs = queue.jobs().expect("jobs");
-        matches!(jobs.as_slice(), [job] if job.status == QueueStatus::Cancelled)
-    })
-    .await;
-    story.engine.down("mycluster").await.expect("down");
 }
 
 fn runs(pid: &str) -> bool {

@@ -54,6 +54,7 @@ impl Client {
 
     async fn launch(&self, yaml: &str, lease: Lease) {
         let request = LaunchRequest {
+            later: Vec::new(),
             cluster: "c".into(),
             lease: Some(lease),
             policy: FailoverPolicy::default(),

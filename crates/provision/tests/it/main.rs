@@ -8,3 +8,4 @@ mod machines;
 mod services;
 mod ssh;
 mod sshd;
+mod together;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use updraft::provision::{MountSource, Task};
+use updraft::provision::{MountSource, Secret, Task};
 
 use super::Error;
 use super::books::values_path;
@@ -29,10 +29,20 @@ pub(super) struct Row {
 }
 
 /// Variables and secrets given on the command line.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub(super) struct Values {
     envs: Vec<(String, String)>,
     secrets: Vec<(String, String)>,
+}
+
+fn hidden(pairs: &[(String, String)]) -> Vec<(String, Secret<String>)> {
+    let hide = |(name, value): &(String, String)| (name.clone(), Secret::new(value.clone()));
+    pairs.iter().map(hide).collect()
+}
+
+fn shown(pairs: &[(String, Secret<String>)]) -> Vec<(String, String)> {
+    let show = |(name, value): &(String, Secret<String>)| (name.clone(), value.expose().clone());
+    pairs.iter().map(show).collect()
 }
 
 impl Row {
@@ -47,8 +57,8 @@ impl Row {
             cpus: self.cpus.clone(),
             memory: self.memory.clone(),
             use_spot: self.use_spot,
-            envs: values.envs.clone(),
-            secrets: values.secrets.clone(),
+            envs: hidden(&values.envs),
+            secrets: hidden(&values.secrets),
             ..TaskOptions::default()
         };
         let mut tasks = read_tasks(&options)?;
@@ -102,8 +112,8 @@ impl Row {
 impl Values {
     pub(super) fn of(options: &TaskOptions) -> Self {
         Self {
-            envs: options.envs.clone(),
-            secrets: options.secrets.clone(),
+            envs: shown(&options.envs),
+            secrets: shown(&options.secrets),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The process that keeps a service up.
 
 use std::fs::File;
+use std::io::IsTerminal;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Stdio;
 use std::time::Instant;
@@ -10,11 +11,8 @@ use updraft::provision::service::{Controller, ServiceOrder};
 
 use super::books::{Told, folder, forget, lock, log_path, row, write};
 use super::order::{Row, Values};
-use super::{Error, LOOK};
+use super::{Error, LOOK, url};
 use crate::world;
-
-/// The variable by which values of the command line reach the process: they are in no file.
-const VALUES: &str = "UPDRAFT_SERVE_VALUES";
 
 /// The process behind a service, until the service is taken down.
 pub(crate) async fn run(name: &str) -> Result<(), Error> {
@@ -29,8 +27,11 @@ pub(crate) async fn run(name: &str) -> Result<(), Error> {
     };
     let engine = world::engine()?;
     let known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
-    let values = std::env::var(VALUES).unwrap_or_default();
-    let mut values: Values = serde_json::from_str(&values).unwrap_or_default();
+    // Nobody else can read them there, and no job inherits them.
+    let mut values = match std::io::stdin() {
+        terminal if terminal.is_terminal() => Values::default(),
+        pipe => serde_json::from_reader(pipe).unwrap_or_default(),
+    };
     let options = ExecOptions {
         setup: true,
         base: known.base.clone(),
@@ -105,7 +106,7 @@ fn tell(
     problem: Option<&str>,
 ) -> Result<(), Error> {
     let mut report = controller.report();
-    report.url = format!("http://127.0.0.1:{port}");
+    report.url = url(port);
     let told = Told {
         report,
         asked,
@@ -124,12 +125,15 @@ pub(super) fn spawn(name: &str, values: &Values) -> Result<(), Error> {
     let log = File::create(log_path(name))?;
     let mut command = std::process::Command::new(std::env::current_exe()?);
     command.args(["serve", "run", name]);
-    command.env(VALUES, serde_json::to_string(values)?);
     command
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(log.try_clone()?)
         .stderr(log);
     command.process_group(0);
-    command.spawn()?;
-    Ok(())
+    let mut child = command.spawn()?;
+    let pipe = child
+        .stdin
+        .take()
+        .ok_or("the service's process has no input")?;
+    Ok(serde_json::to_writer(pipe, values)?)
 }

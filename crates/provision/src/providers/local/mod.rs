@@ -2,6 +2,7 @@
 
 mod transport;
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -38,6 +39,9 @@ pub struct LocalProvider {
 struct Record {
     cluster: String,
     token: String,
+    /// Tags for people.
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
 }
 
 impl LocalProvider {
@@ -48,6 +52,13 @@ impl LocalProvider {
     pub fn new(root: impl AsRef<Path>) -> Result<Self> {
         let root = std::path::absolute(root.as_ref()).map_err(Error::io(root.as_ref()))?;
         Ok(Self { root })
+    }
+
+    /// What is free where the instances are, or will be.
+    fn disk_gib(&self) -> Option<f64> {
+        let there = self.root.ancestors().find(|folder| folder.exists())?;
+        let disk = rustix::fs::statvfs(there).ok()?;
+        Some(disk.f_bavail as f64 * disk.f_frsize as f64 / (1024.0 * 1024.0 * 1024.0))
     }
 
     fn dir(&self, id: &InstanceId) -> PathBuf {
@@ -72,6 +83,7 @@ impl LocalProvider {
             id: id.clone(),
             token: record.token,
             cluster: record.cluster,
+            labels: record.labels,
             state: match self.dir(id).join(STOPPED).exists() {
                 true => InstanceState::Stopped,
                 false => InstanceState::Running,
@@ -95,6 +107,11 @@ impl Provider for LocalProvider {
         }
     }
 
+    /// The folder is the truth.
+    fn settles(&self) -> Duration {
+        Duration::ZERO
+    }
+
     async fn offers(&self) -> Result<Vec<Offer>> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(vec![Offer {
@@ -104,6 +121,7 @@ impl Provider for LocalProvider {
             zone: None,
             cpus: cpus as f64,
             memory_gib: memory_gib().unwrap_or(0.0),
+            disk_gib: self.disk_gib(),
             accelerator: None,
             spot: false,
             usd_per_hour: 0.0,
@@ -116,6 +134,7 @@ impl Provider for LocalProvider {
         std::fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
         let record = Record {
             cluster: request.cluster.clone(),
+            labels: request.labels.clone(),
             token: request.token.clone(),
         };
         let path = dir.join("instance.json");

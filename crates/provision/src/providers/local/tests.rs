@@ -145,3 +145,46 @@ async fn a_command_for_an_instance_that_is_gone_leaves_nothing() {
     assert!(put.await.is_err());
     assert!(!dir.exists());
 }
+
+#[tokio::test]
+async fn a_tasks_files_are_there_before_its_setup() {
+    let (provider, guard) = provider();
+    let work = guard.path().join("work");
+    std::fs::create_dir(&work).expect("folder");
+    std::fs::write(work.join("words"), "of the workdir\n").expect("file");
+    let yaml = format!(
+        "workdir: {work}\nfile_mounts: {{~/in/words: {work}/words}}\nsetup: cat words\nrun: cat ../in/words\n",
+        work = work.display()
+    );
+    let mut job = exec(&provider, &yaml).await;
+    let got = lines(&mut job).await;
+    assert_eq!(got, ["of the workdir", "of the workdir"]);
+    assert_eq!(job.status(), Some(JobStatus::Succeeded));
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_would_keep_is_refused() {
+    let (provider, _guard) = provider();
+    let options = LaunchOptions {
+        cluster: "c".into(),
+        lease: Lease {
+            idle: Some(Duration::from_secs(60)),
+            down: true,
+            wait_for: crate::WaitFor::None,
+        },
+    };
+    let task = Task::from_yaml("{}", &EnvOverrides::new()).expect("task");
+    let launched = launch(Arc::new(provider.clone()), &task, &options).await;
+    let error = launched.expect_err("this machine ends nothing by itself");
+    assert!(matches!(error, crate::Error::InvalidTask { .. }), "{error}");
+    assert_eq!(provider.list_owned(None).await.expect("list"), []);
+    // A provider that can is told.
+    let folder = tempfile::tempdir().expect("folder");
+    let world = Arc::new(crate::Fake::new().with_dir(folder.path()));
+    launch(world.clone(), &task, &options)
+        .await
+        .expect("launch");
+    assert_eq!(world.list_owned(None).await.expect("list").len(), 1);
+    world.pass(std::time::SystemTime::now() + Duration::from_secs(3600));
+    assert_eq!(world.list_owned(None).await.expect("list"), []);
+}

@@ -62,7 +62,7 @@ impl HostTransport for LocalTransport {
         }
         let mut bash = Command::new("bash");
         bash.arg("-c").arg(&command.script);
-        bash.current_dir(command.workdir.as_deref().map_or(files, PathBuf::from));
+        bash.current_dir(files.join(command.workdir.as_deref().unwrap_or_default()));
         // What escapes the group of this command is to record its own here.
         bash.env(groups::FOLDER, self.dir.join("groups"));
         bash.envs(

@@ -4,6 +4,9 @@ mod alias;
 mod hosts;
 mod transport;
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -80,6 +83,9 @@ pub struct SshProvider {
 struct Record {
     token: String,
     cluster: String,
+    /// Tags for people.
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
 }
 
 impl SshProvider {
@@ -154,6 +160,7 @@ async fn read(
         id: id_of(host, &record.token),
         token: record.token,
         cluster: record.cluster,
+        labels: record.labels,
         state: match state {
             "stopped" => InstanceState::Stopped,
             _ => InstanceState::Running,
@@ -170,6 +177,7 @@ async fn read(
 async fn offer(host: &SshHost, transport: &SshTransport) -> Option<(bool, Offer)> {
     let script = format!(
         "nproc; while read -r name kib unit; do [ $name = MemTotal: ] && echo $kib; done < /proc/meminfo; \
+         df -Pk . | while read -r _ _ _ free _; do echo $free; done; \
          [ -e {DIR}/instance.json ] && echo taken; true"
     );
     let said = transport.ask(&script).await;
@@ -187,6 +195,7 @@ async fn offer(host: &SshHost, transport: &SshTransport) -> Option<(bool, Offer)
         zone: None,
         cpus: numbers.first().copied().unwrap_or(0.0),
         memory_gib: numbers.get(1).copied().unwrap_or(0.0) / (1024.0 * 1024.0),
+        disk_gib: numbers.get(2).map(|kib| kib / (1024.0 * 1024.0)),
         accelerator: host.accelerator.clone(),
         spot: false,
         usd_per_hour: 0.0,
@@ -229,6 +238,12 @@ impl Provider for SshProvider {
         }
     }
 
+    /// The machine is the truth. What arrives over a connection that has broken costs nothing, and is
+    /// found by its owner.
+    fn settles(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// Asks every machine; one that cannot be reached is left out with a warning, and those that
     /// somebody has come last.
     async fn offers(&self) -> Result<Vec<Offer>> {
@@ -250,6 +265,7 @@ impl Provider for SshProvider {
         let record = Record {
             token: request.token.clone(),
             cluster: request.cluster.clone(),
+            labels: request.labels.clone(),
         };
         let json = serde_json::to_string(&record).unwrap_or_default();
         // The link is the taking: it fails if somebody was first.

@@ -252,3 +252,106 @@ async fn without_replicas_the_answer_says_so() {
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(body.expect("body"), "no replica is ready; try again later");
 }
+
+/// Sends a request whose body is cut into chunks, the next of which is asked for each time.
+async fn begin_upload(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.expect("connect");
+    let head = "POST /v1/x HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.expect("head");
+    stream
+}
+
+#[tokio::test]
+async fn a_request_streams_as_it_comes() {
+    let (sender, mut pieces) = tokio::sync::mpsc::unbounded_channel();
+    let reads = Backend::new(move |mut stream| {
+        let sender = sender.clone();
+        async move {
+            let (mut text, mut buffer) = (String::new(), [0; 1024]);
+            while !text.ends_with("0\r\n\r\n") {
+                let read = stream.read(&mut buffer).await.expect("read");
+                text.push_str(&String::from_utf8_lossy(&buffer[..read]));
+                sender.send(text.clone()).expect("heard");
+            }
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+            stream.write_all(answer).await.expect("answer");
+        }
+    })
+    .await;
+    let gateway = gateway(&[&reads], LoadBalancing::LeastLoad).await;
+    let mut client = begin_upload(gateway.address()).await;
+    // Each piece is there before the next is sent.
+    for word in ["one", "two"] {
+        let piece = format!("3\r\n{word}\r\n");
+        client.write_all(piece.as_bytes()).await.expect("piece");
+        let arrived = async {
+            while let Some(text) = pieces.recv().await {
+                if text.contains(word) {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), arrived)
+            .await
+            .expect("the piece is passed on before the request is whole");
+    }
+    client.write_all(b"0\r\n\r\n").await.expect("end");
+    let mut buffer = [0; 1024];
+    let read = client.read(&mut buffer).await.expect("answer");
+    assert!(buffer[..read].starts_with(b"HTTP/1.1 200 OK"));
+}
+
+#[tokio::test]
+async fn a_large_request_arrives_whole_and_is_sent_once() {
+    let large = "x".repeat(3 * upload::REPLAY_BYTES);
+    let lengths = Arc::new(Mutex::new(Vec::new()));
+    let kept = lengths.clone();
+    let rude = Backend::new(move |mut stream| {
+        let kept = kept.clone();
+        async move {
+            let request = read_request(&mut stream).await;
+            let body = request.split_once("\r\n\r\n").expect("a body").1;
+            kept.lock().expect("kept").push(body.len()); // and closes without a word
+        }
+    })
+    .await;
+    let good = Backend::saying("good").await;
+    let gateway = gateway(&[&rude], LoadBalancing::RoundRobin).await;
+    gateway.route(&[(1, rude.address)]);
+    let (status, said) = post(gateway.address(), &large).await;
+    assert_eq!(status, StatusCode::BAD_GATEWAY);
+    assert!(said.expect("body").contains("too large to be kept"));
+    assert_eq!(*lengths.lock().expect("kept"), [large.len()]);
+    gateway.route(&[(2, good.address)]);
+    let (status, said) = post(gateway.address(), &large).await;
+    assert_eq!(
+        (status, said.expect("body").as_str()),
+        (StatusCode::OK, "good")
+    );
+}
+
+#[tokio::test]
+async fn a_slow_client_is_not_the_replicas_fault() {
+    let good = Backend::saying("good").await;
+    let options = GatewayOptions {
+        first_byte: Some(Duration::from_secs(2)),
+        ..GatewayOptions::default()
+    };
+    let any = "127.0.0.1:0".parse().expect("address");
+    let gateway = Gateway::bind(any, options).await.expect("bind");
+    gateway.route(&[(1, good.address)]);
+    let mut client = TcpStream::connect(gateway.address())
+        .await
+        .expect("connect");
+    let head = "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na";
+    client.write_all(head.as_bytes()).await.expect("half");
+    while good.seen() == 0 {
+        tokio::task::yield_now().await;
+    }
+    // Longer than the replica may be: no answer can be owed before the request is whole.
+    tokio::time::sleep(Duration::from_millis(2200)).await;
+    client.write_all(b"b").await.expect("the other half");
+    let mut buffer = [0; 1024];
+    let read = client.read(&mut buffer).await.expect("answer");
+    assert!(buffer[..read].starts_with(b"HTTP/1.1 200 OK"));
+}
