@@ -113,7 +113,10 @@ const MAX_REASON_BYTES: usize = 500;
 /// Cuts a reason that quotes a whole row.
 fn shorten(reason: &mut String) {
     if reason.len() > MAX_REASON_BYTES {
-        reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
+        let whole = (0..=MAX_REASON_BYTES)
+            .rev()
+            .find(|&at| reason.is_char_boundary(at));
+        reason.truncate(whole.unwrap_or(0));
         reason.push('…');
     }
 }

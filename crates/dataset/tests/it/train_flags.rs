@@ -13,10 +13,10 @@ use updraft_store::{CancelToken, NoProgress, Store};
 
 /// One message in OpenAI's words, as it is standardized.
 fn convert(message: Value) -> Result<Value, String> {
-    let row = json!({ "messages": [message] });
+    let mut row = serde_json::Map::from_iter([("messages".to_owned(), Value::from(vec![message]))]);
     let formats = Formats::default();
     let format = formats.get("openai").expect("built in");
-    match format.convert(&mut row.as_object().expect("an object").clone())? {
+    match format.convert(&mut row)? {
         Record::Conversation(conversation) => {
             Ok(serde_json::to_value(&conversation.messages[0]).expect("JSON"))
         }
@@ -25,8 +25,8 @@ fn convert(message: Value) -> Result<Value, String> {
 }
 
 #[track_caller]
-fn check(message: Value, expected: Value) {
-    assert_eq!(convert(message).expect("a message"), expected);
+fn check(message: Value, expected: &Value) {
+    assert_eq!(&convert(message).expect("a message"), expected);
 }
 
 #[track_caller]
@@ -49,14 +49,14 @@ fn whether_a_message_is_trained_is_said_in_several_words() {
         json!("false"),
         json!("False"),
     ] {
-        check(said("train", no), weight(0.0));
+        check(said("train", no), &weight(0.0));
     }
-    check(said("train", json!(true)), weight(1.0));
-    check(said("weight", json!(0)), weight(0.0));
-    check(said("loss_weight", json!(1)), weight(1.0));
+    check(said("train", json!(true)), &weight(1.0));
+    check(said("weight", json!(0)), &weight(0.0));
+    check(said("loss_weight", json!(1)), &weight(1.0));
     check(
         said("train", Value::Null),
-        json!({ "role": "assistant", "content": "b" }),
+        &json!({ "role": "assistant", "content": "b" }),
     );
     check_reason(
         said("train", json!("perhaps")),
@@ -72,9 +72,9 @@ fn whether_a_message_is_trained_is_said_in_several_words() {
 fn other_roles_are_trained_if_they_say_so() {
     let user = |key: &str| json!({ "role": "user", "content": "b", key: 1 });
     let trained = json!({ "role": "user", "content": "b", "weight": 1.0 });
-    check(user("train"), trained.clone());
-    check(user("loss_weight"), trained);
-    check(user("weight"), json!({ "role": "user", "content": "b" }));
+    check(user("train"), &trained);
+    check(user("loss_weight"), &trained);
+    check(user("weight"), &json!({ "role": "user", "content": "b" }));
 }
 
 #[test]
@@ -83,17 +83,17 @@ fn parts_of_a_message_become_details_of_its_text() {
     let details = json!([detail(0, 1, false), detail(2, 2, true)]);
     check(
         json!({ "role": "assistant", "content": "éàb", "train_detail": details, "train": null }),
-        json!({ "role": "assistant", "content": "éàb", "train_detail": details }),
+        &json!({ "role": "assistant", "content": "éàb", "train_detail": details }),
     );
     check(
         json!({ "role": "assistant", "content": [
             { "type": "text", "text": "éà", "train": false }, { "type": "text", "text": "" }, { "type": "text", "text": "b" },
         ] }),
-        json!({ "role": "assistant", "content": "éàb", "train_detail": details }),
+        &json!({ "role": "assistant", "content": "éàb", "train_detail": details }),
     );
     check(
         json!({ "role": "user", "content": [{ "type": "text", "text": "ab" }, { "type": "text", "text": "c", "train": 1 }] }),
-        json!({ "role": "user", "content": "abc", "train_detail": details }),
+        &json!({ "role": "user", "content": "abc", "train_detail": details }),
     );
     let with =
         |detail: Value| json!({ "role": "assistant", "content": "ab", "train_detail": detail });

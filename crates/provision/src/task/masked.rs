@@ -45,7 +45,7 @@ impl<T: fmt::Debug> fmt::Debug for Masked<'_, T> {
 impl Task {
     /// The text with stars for every value that may be a secret.
     fn masked(&self, text: &str) -> String {
-        let secrets = self.secrets.values().map(|value| value.expose());
+        let secrets = self.secrets.values().map(crate::Secret::expose);
         let envs = self.envs.values().filter(|value| value.len() >= SHORT);
         let mut values: Vec<&String> = secrets.chain(envs).filter(|v| !v.is_empty()).collect();
         // A value that is part of another must not leave the other's rest.
