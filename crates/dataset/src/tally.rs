@@ -11,9 +11,11 @@ use updraft_store::{
 
 use crate::{Error, Result};
 
-/// A manifest itself lists at most this many rejects of each shard; an object beside the shard
-/// lists the others ([`rejects`](crate::rejects) reads them all).
-pub const MAX_LISTED_REJECTS: usize = 100;
+/// A manifest itself lists at most this many rejects; objects beside the shards list the others
+/// ([`rejects`](crate::rejects) reads them all).
+pub const MAX_LISTED_REJECTS: usize = 1000;
+/// And at most this many of one shard: journals are read at once.
+const MAX_LISTED_OF_SHARD: usize = 50;
 
 /// A stage stops early only after this many rows, so that a bad start is not taken for the whole.
 const MIN_ROWS_TO_JUDGE: u64 = 10_000;
@@ -44,7 +46,11 @@ impl Tally {
     pub(crate) fn reject(&mut self, mut reject: Reject) -> Result<()> {
         self.add("rejected", 1);
         shorten(&mut reject.reason);
-        if self.rejects.len() < MAX_LISTED_REJECTS {
+        self.list(reject, MAX_LISTED_OF_SHARD)
+    }
+
+    fn list(&mut self, reject: Reject, most: usize) -> Result<()> {
+        if self.rejects.len() < most {
             self.rejects.push(reject);
             return Ok(());
         }
@@ -53,11 +59,15 @@ impl Tally {
 
     /// Writes the rejects of a shard that the manifest will not list itself.
     pub(crate) async fn put_rejects(&mut self, writer: &StageWriter, index: u32) -> Result<()> {
+        self.put_list(writer, &format!("{index:05}")).await
+    }
+
+    async fn put_list(&mut self, writer: &StageWriter, of: &str) -> Result<()> {
         let lines = std::mem::take(&mut self.more);
         let rows = lines.rows;
         if rows > 0 {
             let list = Hashed::new(lines.finish()?);
-            let name = format!("rejects-{index:05}-{}.jsonl.zst", &list.sha256()[..16]);
+            let name = format!("rejects-{of}-{}.jsonl.zst", &list.sha256()[..16]);
             let object = writer.put_hashed(&name, &list).await?;
             self.more_rejects.push(object.with_rows(rows));
         }
@@ -65,13 +75,14 @@ impl Tally {
     }
 
     /// Adds what comes after.
-    pub(crate) fn append(&mut self, next: Self) {
+    pub(crate) fn append(&mut self, next: Self) -> Result<()> {
         self.objects.extend(next.objects);
         for (count, more) in next.counts {
             *self.counts.entry(count).or_default() += more;
         }
-        self.rejects.extend(next.rejects);
         self.more_rejects.extend(next.more_rejects);
+        let mut rejects = next.rejects.into_iter();
+        rejects.try_for_each(|reject| self.list(reject, MAX_LISTED_REJECTS))
     }
 
     pub(crate) fn into_journal(self, cursor: Value) -> JournalEntry {
@@ -84,14 +95,16 @@ impl Tally {
         }
     }
 
-    pub(crate) fn into_draft(self) -> ManifestDraft {
-        ManifestDraft {
+    /// What the whole stage commits, once the rejects are written that the manifest cannot hold.
+    pub(crate) async fn into_draft(mut self, writer: &StageWriter) -> Result<ManifestDraft> {
+        self.put_list(writer, "others").await?;
+        Ok(ManifestDraft {
             objects: self.objects,
             counts: self.counts,
             rejects: self.rejects,
             more_rejects: self.more_rejects,
             ..ManifestDraft::default()
-        }
+        })
     }
 }
 

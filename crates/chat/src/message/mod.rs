@@ -113,6 +113,12 @@ impl Message {
         Message::new(Role::Assistant, Content::Text(text.into()))
     }
 
+    /// Its parts, if there are any.
+    pub(crate) fn details(&self) -> Option<&[TrainDetail]> {
+        let details = self.train_detail.as_deref();
+        details.filter(|details| !details.is_empty())
+    }
+
     /// The model's thoughts, under whichever of their three names.
     pub fn reasoning(&self) -> Option<&str> {
         let other = |name| self.extra.get(name).and_then(Value::as_str);
@@ -129,8 +135,9 @@ pub struct TrainDetail {
     pub begin_offset: usize,
     /// The last character: it belongs to the part.
     pub end_offset: usize,
-    /// Whether the part is trained.
-    pub train: bool,
+    /// Whether the part is trained; without it, as the message would be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train: Option<bool>,
 }
 
 // By hand, because serde reads a struct with a flattened map through copies of

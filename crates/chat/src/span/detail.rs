@@ -11,6 +11,7 @@ use crate::message::{Content, Message, Role, TrainDetail};
 pub(super) fn trained(
     message: &Message,
     details: &[TrainDetail],
+    otherwise: bool,
     rendered: &str,
     marks: &[Mark],
 ) -> Option<Vec<Range<usize>>> {
@@ -22,18 +23,22 @@ pub(super) fn trained(
         .iter()
         .filter(|mark| rendered[mark.range.clone()] == content[core.clone()]);
     let mark = &whole.next().filter(|_| whole.next().is_none())?.range;
-    // What surrounds the core is there only where the template has not trimmed it.
-    let (before, after) = (&content[..core.start], &content[core.end..]);
-    let kept_before = rendered[..mark.start].ends_with(before);
-    let kept_after = rendered[mark.end..].starts_with(after);
-    let from = if kept_before { 0 } else { core.start };
-    let to = if kept_after { content.len() } else { core.end };
+    // Blanks around the core may be the template's own. Thoughts before it are not, if they are there.
+    let before = &content[..core.start];
+    let thoughts = before.len() - before.trim_start().len();
+    let from = match rendered[..mark.start].ends_with(before) {
+        true => thoughts,
+        false => core.start,
+    };
+    let to = core.end;
     let place = |at: usize| mark.start + at.clamp(from, to) - core.start;
 
     let mut bytes: Vec<usize> = content.char_indices().map(|(at, _)| at).collect();
     bytes.push(content.len());
     let byte = |offset: usize| bytes[offset.min(bytes.len() - 1)];
-    let details = details.iter().filter(|detail| detail.train);
+    let details = details
+        .iter()
+        .filter(|detail| detail.train.unwrap_or(otherwise));
     let places = details.map(|detail| {
         place(byte(detail.begin_offset))..place(byte(detail.end_offset.saturating_add(1)))
     });

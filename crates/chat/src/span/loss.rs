@@ -28,14 +28,21 @@ impl Default for LossOptions {
 }
 
 impl LossOptions {
-    /// Whether anything of a message is trained: not if its weight is 0, else what its details
-    /// say, else always if its weight is given, else by its role.
+    /// Whether anything of a message is trained, were it only its end: as its weight says, else if
+    /// it has details, else by its role.
     pub fn trains(&self, message: &Message) -> bool {
         match (message.weight, &message.train_detail) {
-            (Some(0.0), _) => false,
-            (_, Some(details)) => details.iter().any(|detail| detail.train),
-            (Some(_), None) => true,
+            (Some(weight), _) => weight != 0.0,
+            (None, Some(details)) => !details.is_empty(),
             (None, None) => self.roles_to_train.contains(&message.role),
+        }
+    }
+
+    /// Whether those parts of a message are trained that do not say it themselves.
+    pub(super) fn trains_otherwise(&self, message: &Message) -> bool {
+        match message.weight {
+            Some(weight) => weight != 0.0,
+            None => self.roles_to_train.contains(&message.role),
         }
     }
 }

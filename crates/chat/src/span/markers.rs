@@ -85,10 +85,11 @@ impl TurnMarkers {
         at + found.map(String::len).max().unwrap_or(0)
     }
 
-    /// The bytes of the end marker that a text ends with.
-    pub(super) fn end_of(&self, text: &str) -> usize {
+    /// Where the end marker begins that a text ends with, blanks aside.
+    pub(super) fn last_in(&self, text: &str) -> Option<usize> {
+        let text = text.trim_end();
         let found = self.ends.iter().filter(|end| text.ends_with(end.as_str()));
-        found.map(String::len).max().unwrap_or(0)
+        found.map(|end| text.len() - end.len()).min()
     }
 }
 

@@ -128,9 +128,7 @@ struct Find<'a> {
 impl Find<'_> {
     /// Whether a message is trained as templates and markers see it: an assistant's, and whole.
     fn is_plain(&self, message: &Message) -> bool {
-        message.role == Role::Assistant
-            && message.train_detail.is_none()
-            && self.loss.trains(message)
+        message.role == Role::Assistant && message.details().is_none() && self.loss.trains(message)
     }
 
     /// Whether only the marks of a message's strings can tell what is trained of it.
@@ -155,15 +153,21 @@ impl Find<'_> {
             (Some(_), Some(marks)) => marks,
             (Some(index), None) => return Err(Rejection::NotLocated { index }),
         };
-        let mut odd = marks.iter().filter(|mark| is_odd(&messages[mark.message]));
-        let overlaps = |span: &Range<usize>, mark: &Mark| {
-            span.start < mark.range.end && mark.range.start < span.end
+        // The marks in a span, or else the one before it: a span may hold a turn's end alone.
+        let of = |span: &Range<usize>| {
+            let from = marks.partition_point(|mark| mark.range.end <= span.start);
+            let to = marks.partition_point(|mark| mark.range.start < span.end);
+            &marks[if from < to {
+                from
+            } else {
+                from.saturating_sub(1)
+            }..to]
         };
-        let kept = spans
-            .iter()
-            .filter(|span| !odd.clone().any(|mark| overlaps(span, mark)));
+        let is_kept =
+            |span: &&Range<usize>| !of(span).iter().any(|mark| is_odd(&messages[mark.message]));
+        let kept = spans.iter().filter(is_kept);
         let mut turns: Vec<Turn> = kept.map(|span| self.tagged_turn(span)).collect();
-        if odd.next().is_some() {
+        if messages.iter().any(|message| self.needs_marks(message)) {
             turns.extend(self.marked_turns(marks, |message| self.needs_marks(message))?);
             turns.sort_by_key(|turn| turn.said.first().map(|said| said.start));
         }
@@ -173,15 +177,11 @@ impl Find<'_> {
     /// A tag's span, whether its turn's end is in it or follows.
     fn tagged_turn(&self, span: &Range<usize>) -> Turn {
         let end = self.markers.end_at(self.text, span.end);
-        match self.markers.end_of(&self.text[span.clone()]) {
-            0 => Turn {
-                said: std::iter::once(span.clone()).collect(),
-                end: (end > span.end).then_some(span.end..end),
-            },
-            len => Turn {
-                said: std::iter::once(span.start..span.end - len).collect(),
-                end: Some(span.end - len..end),
-            },
+        let inside = self.markers.last_in(&self.text[span.clone()]);
+        let said_to = inside.map_or(span.end, |at| span.start + at);
+        Turn {
+            said: std::iter::once(span.start..said_to).collect(),
+            end: (said_to < end).then_some(said_to..end),
         }
     }
 
@@ -205,13 +205,14 @@ impl Find<'_> {
             let next = marks.get(at + run.len());
             let limit = next.map_or(self.text.len(), |mark| mark.range.start);
             let (said_to, end) = self.closing(message, last..limit).ok_or_else(lost)?;
-            let said = match &message.train_detail {
+            let said = match message.details() {
                 None => {
                     let from = self.opening(message, previous_end..run[0].range.start);
                     std::iter::once(from..said_to).collect()
                 }
                 Some(details) => {
-                    detail::trained(message, details, self.text, run).ok_or_else(lost)?
+                    let otherwise = self.loss.trains_otherwise(message);
+                    detail::trained(message, details, otherwise, self.text, run).ok_or_else(lost)?
                 }
             };
             previous_end = end.as_ref().map_or(said_to, |end| end.end);

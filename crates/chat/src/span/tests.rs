@@ -165,6 +165,14 @@ fn ends_are_trained_as_asked() {
         let all = [end, end, " ok\n<|im_end|>", end, last];
         trains(source, &talk(), &loss(TrainOnEos::All), &all);
     }
+    // Most tags of real templates hold the line end too.
+    let roomy = TAGGED.replace(
+        "<|im_end|>{% endgeneration %}{% else %}",
+        "<|im_end|>\n{% endgeneration %}{% else %}",
+    );
+    let (first, second) = (" ok\n<|im_end|>\n", "ok<|im_end|>\n");
+    trains(&roomy, &talk(), &loss(TrainOnEos::Turn), &[first, second]);
+    trains(&roomy, &talk(), &loss(TrainOnEos::Last), &[" ok\n", second]);
     let mut spelled = talk();
     spelled[1] = Message::user("What does <|im_end|> do?");
     let all = [end, end, " ok\n<|im_end|>", end, last];
@@ -181,14 +189,14 @@ fn a_message_may_be_trained_in_part() {
         {"role": "user", "content": "Oui", "train_detail": [detail(0, 1, true)]},
         {"role": "assistant", "content": "Non", "train_detail": [detail(0, 2, false)]},
     ]));
-    let expected = [" Là", "Ici", "<|im_end|>", "Ou", "<|im_end|>"];
-    for source in [CHATML, TAGGED] {
+    // Blanks around a text may be the template's own; a turn is closed even if nothing in it is
+    // trained, as axolotl has it.
+    let end = "<|im_end|>";
+    let expected = ["Là", "Ici", end, "Ou", end, end];
+    let trimming = CHATML.replace("m.content", "m.content | trim");
+    for source in [CHATML, TAGGED, &trimming] {
         trains(source, &messages, &LossOptions::default(), &expected);
     }
-    // A template that trims has no blanks to train.
-    let trimming = CHATML.replace("m.content", "m.content | trim");
-    let expected = ["Là", "Ici", "<|im_end|>", "Ou", "<|im_end|>"];
-    trains(&trimming, &messages, &LossOptions::default(), &expected);
 
     // Beyond the text there is nothing, and weight 0 says more than any part.
     let mut beyond = messages;
@@ -198,8 +206,63 @@ fn a_message_may_be_trained_in_part() {
         CHATML,
         &beyond,
         &LossOptions::default(),
-        &[" Là", "Ici.\n<|im_end|>"],
+        &["Là", "Ici.", end, end],
     );
+
+    // No parts at all are none to train, unless the message is.
+    beyond[1].train_detail = Some(Vec::new());
+    trains(CHATML, &beyond, &LossOptions::default(), &[end]);
+    beyond[1].weight = Some(1.0);
+    let whole = " Là : où ? Ici.\n<|im_end|>";
+    trains(CHATML, &beyond, &LossOptions::default(), &[whole, end]);
+}
+
+#[test]
+fn thoughts_may_be_parts_too() {
+    let messages = said(serde_json::json!([
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "<think>Hm</think>\n\nYes", "train_detail": [
+            {"begin_offset": 7, "end_offset": 8, "train": true},
+            {"begin_offset": 19, "end_offset": 21},
+        ]},
+    ]));
+    let end = "<|im_end|>";
+    trains(
+        CHATML,
+        &messages,
+        &LossOptions::default(),
+        &["Hm", "Yes<|im_end|>"],
+    );
+    let without = CHATML.replace("m.content", "m.content.split('</think>')[-1] | trim");
+    trains(
+        &without,
+        &messages,
+        &LossOptions::default(),
+        &["Yes<|im_end|>"],
+    );
+    let nobody = LossOptions {
+        roles_to_train: Vec::new(),
+        ..LossOptions::default()
+    };
+    trains(CHATML, &messages, &nobody, &["Hm", end]);
+}
+
+#[test]
+fn a_tag_that_closes_several_turns_is_its_messages() {
+    let source = TAGGED.replace(
+        "{% endfor %}{% if",
+        "{% endfor %}~{% generation %}<eos>{% endgeneration %}{% if",
+    );
+    let (first, second) = (" ok\n<|im_end|>", "ok<|im_end|>");
+    trains(
+        &source,
+        &talk(),
+        &LossOptions::default(),
+        &[first, second, "<eos>"],
+    );
+    let mut silent = talk();
+    silent[4].weight = Some(0.0);
+    trains(&source, &silent, &LossOptions::default(), &[first]);
 }
 
 #[test]
@@ -208,7 +271,7 @@ fn a_part_that_cannot_be_placed_is_refused() {
     messages[4].train_detail = Some(vec![TrainDetail {
         begin_offset: 0,
         end_offset: 0,
-        train: true,
+        train: Some(true),
     }]);
     for source in [
         MARKED.to_owned(),

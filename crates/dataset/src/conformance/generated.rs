@@ -70,7 +70,8 @@ impl Source for Generated {
         let starts = (from.row..self.rows).step_by(BATCH_ROWS as usize);
         let batch = move |start: u64| {
             let (file, end) = (file.clone(), this.rows.min(start + BATCH_ROWS));
-            Ok(Batch::deferred(move || {
+            let bytes = (end - start) as usize * this.row_bytes;
+            let rows = move || {
                 let row = |index| Row {
                     origin: Origin {
                         file: file.clone(),
@@ -83,7 +84,8 @@ impl Source for Generated {
                     value: Ok(object(this.row(index))),
                 };
                 (start..end).map(row).collect()
-            }))
+            };
+            Ok(Batch::deferred(rows).with_bytes(bytes))
         };
         Ok(stream::iter(starts).map(batch).boxed())
     }

@@ -78,6 +78,11 @@ fn read(mut fields: Map<String, Value>, messages: &mut Vec<Message>) -> Result<(
         if messages.len() == before {
             return Err("has no content".to_owned());
         }
+        for message in &mut messages[before..] {
+            if message.role == Role::Assistant {
+                train::read(&mut fields, message)?;
+            }
+        }
         return Ok(());
     }
     let word = match ROLE_KEYS.iter().find_map(|key| fields.get(*key)) {
@@ -220,7 +225,7 @@ fn read_parts(parts: Vec<Value>, message: &mut Message) -> Result<(), String> {
         }
     }
     message.reasoning_content = reasoning;
-    message.train_detail = flags.into_details(&message.role);
+    flags.put(message);
     message.content = if content.is_empty() && message.tool_calls.is_some() {
         Content::Null
     } else if content.iter().all(|part| matches!(part, Part::Text(_))) {

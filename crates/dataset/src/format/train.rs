@@ -12,12 +12,13 @@ pub(super) fn read(fields: &mut Map<String, Value>, message: &mut Message) -> Re
             .map(|weight| Some(weight as f32))
             .ok_or_else(|| format!("has a {key} that is not a number")),
     };
-    message.weight = match (flag(fields)?, weight_of("loss_weight")?) {
+    let said = match (flag(fields)?, weight_of("loss_weight")?) {
         (Some(train), _) => Some(f32::from(u8::from(train))),
         (None, Some(weight)) => Some(weight),
         // OpenAI knows weights of the assistant's messages only.
         (None, None) => weight_of("weight")?.filter(|_| message.role == Role::Assistant),
     };
+    message.weight = said.or(message.weight);
     let details = match fields.shift_remove("train_detail") {
         None | Some(Value::Null) => return Ok(()),
         Some(Value::Array(details)) => details,
@@ -47,7 +48,7 @@ fn detail(value: &Value) -> Result<TrainDetail, String> {
     let detail = TrainDetail {
         begin_offset: offset("begin_offset")?,
         end_offset: offset("end_offset")?,
-        train: flag(fields)?.ok_or_else(odd)?,
+        train: Some(flag(fields)?.ok_or_else(odd)?),
     };
     if detail.begin_offset > detail.end_offset {
         return Err("has a train_detail that ends before it begins".to_owned());
@@ -81,21 +82,29 @@ impl PartFlags {
         self.0.push((text.chars().count(), flag));
     }
 
-    /// The same as details of the whole text, if a part says anything. A part without a flag is
-    /// trained as its message would be: if it is the assistant's.
-    pub(super) fn into_details(self, role: &Role) -> Option<Vec<TrainDetail>> {
-        self.0.iter().find(|(_, flag)| flag.is_some())?;
+    /// The same for the message of all the texts: if no part is trained, it is not; if a part says
+    /// anything, they are its details.
+    pub(super) fn put(self, message: &mut Message) {
+        let is_no = |(_, flag): &(usize, Option<bool>)| *flag == Some(false);
+        if !self.0.is_empty() && self.0.iter().all(is_no) {
+            message.weight = Some(0.0);
+        } else if self.0.iter().any(|(_, flag)| flag.is_some()) {
+            message.train_detail = Some(self.into_details());
+        }
+    }
+
+    fn into_details(self) -> Vec<TrainDetail> {
         let mut begin_offset = 0;
         let details = self.0.into_iter().filter(|&(chars, _)| chars > 0);
-        let details = details.map(|(chars, flag)| {
+        let details = details.map(|(chars, train)| {
             let detail = TrainDetail {
                 begin_offset,
                 end_offset: begin_offset + chars - 1,
-                train: flag.unwrap_or(*role == Role::Assistant),
+                train,
             };
             begin_offset += chars;
             detail
         });
-        Some(details.collect())
+        details.collect()
     }
 }

@@ -196,7 +196,7 @@ impl Import<'_> {
         let gather = Gather::start(&self, format, start, shards, &all).await?;
         let mut written = self.write_all(gather);
         while let Some(tally) = written.try_next().await? {
-            all.append(tally);
+            all.append(tally)?;
         }
         drop(written);
         self.commit(all, &name).await
@@ -223,7 +223,7 @@ impl Import<'_> {
             }
             place = Some(next);
             shards = expected + 1;
-            all.append(entry.into());
+            all.append(entry.into())?;
         }
         if place.is_some() {
             tracing::info!(stage = %self.writer.id(), shards, "import goes on after its finished shards");
@@ -346,7 +346,7 @@ impl Import<'_> {
             });
         }
         self.cancel.check()?;
-        let mut draft = all.into_draft();
+        let mut draft = all.into_draft(&self.writer).await?;
         draft.schema = Some(shard::describe(&schema()));
         draft.attributes.insert("format".to_owned(), format.into());
         Ok(self.writer.clone().commit(draft).await?)

@@ -56,11 +56,12 @@ pub async fn copy_raw(
     let shards = gather.shards().map_ok(|shard| write(&writer, shard));
     let mut written = shards.try_buffered(SHARDS_IN_FLIGHT).boxed();
     while let Some(tally) = written.try_next().await? {
-        all.append(tally);
+        all.append(tally)?;
     }
     drop(written);
     cancel.check()?;
-    Ok(writer.commit(all.into_draft()).await?)
+    let draft = all.into_draft(&writer).await?;
+    Ok(writer.commit(draft).await?)
 }
 
 #[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
@@ -79,7 +80,7 @@ async fn resume(writer: &StageWriter) -> Result<(Tally, u32, Place)> {
             _ => break,
         }
         shards = expected + 1;
-        all.append(entry.into());
+        all.append(entry.into())?;
     }
     Ok((all, shards, place))
 }

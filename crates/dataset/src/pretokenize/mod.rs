@@ -28,7 +28,7 @@ pub use tokenize::Overflow;
 use tokenize::{Tokenize, Tokenized, Unfit};
 
 /// Raised whenever the same shards would become other tokens or other shards.
-const STAGE_VERSION: u32 = 1;
+const STAGE_VERSION: u32 = 2;
 /// Shards in memory at a time: one tokenizing while the other is fetched or written.
 const SHARDS_IN_FLIGHT: usize = 2;
 
@@ -189,7 +189,7 @@ impl Pretokenize<'_> {
         let (mut all, mut seen) = (Tally::default(), 0);
         let mut shards = self.shards(inputs(objects), journal, total);
         while let Some((rows, tally)) = shards.try_next().await? {
-            all.append(tally);
+            all.append(tally)?;
             seen += rows;
             self.limit
                 .check_early(all.count("rejected"), seen, &all.rejects)?;
@@ -296,7 +296,7 @@ impl Pretokenize<'_> {
             });
         }
         self.cancel.check()?;
-        let mut draft = all.into_draft();
+        let mut draft = all.into_draft(&self.writer).await?;
         draft.schema = Some(shard::describe(&examples::schema()));
         self.tokenize.work.report();
         Ok(self.writer.commit(draft).await?)

@@ -1,6 +1,6 @@
 //! CSV and TSV with a header line; every column is a string.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::Read as _;
 use std::sync::Arc;
 
@@ -17,6 +17,8 @@ use crate::{Error, Result};
 const BLOCK_BYTES: usize = 128 << 10;
 /// A batch is handed out when its records have this many bytes.
 const BATCH_BYTES: usize = 512 << 10;
+/// What a field takes beside its text.
+const FIELD_BYTES: usize = 64;
 /// More fields than any table has columns: the rest of such a record is not kept.
 const MAX_FIELDS: usize = 1 << 20;
 
@@ -48,14 +50,21 @@ pub(super) fn open(
 
 /// The columns' names. Of equal ones the later get a number.
 fn header<'a>(file: &str, fields: impl Iterator<Item = &'a [u8]>) -> Result<Arc<[String]>> {
-    let (mut names, mut taken) = (Vec::new(), HashSet::new());
+    let mut names = Vec::new();
+    // The number to try next for a name that is taken.
+    let mut taken: HashMap<String, u32> = HashMap::new();
     for field in fields {
         let field = field.strip_prefix(b"\xef\xbb\xbf").unwrap_or(field);
         let name = std::str::from_utf8(field)
             .map_err(|err| Error::corrupt(file, format!("a column name is not UTF-8: {err}")))?;
-        let numbered = (1..).map(|number| format!("{name}.{number}"));
-        let mut candidates = std::iter::once(name.to_owned()).chain(numbered);
-        names.extend(candidates.find(|name| taken.insert(name.clone())));
+        let mut free = name.to_owned();
+        while taken.contains_key(&free) {
+            let number = taken.entry(name.to_owned()).or_default();
+            *number += 1;
+            free = format!("{name}.{number}");
+        }
+        taken.insert(free.clone(), 0);
+        names.push(free);
     }
     Ok(names.into())
 }
@@ -70,12 +79,15 @@ impl BatchReader for CsvReader {
     fn next_batch(&mut self) -> Result<Option<Batch>> {
         let (mut rows, mut size) = (Vec::new(), 0);
         while size < BATCH_BYTES {
+            let before = self.records.byte;
             let value = match self.records.next()? {
                 Record::None => break,
                 Record::TooLong => Err(too_long()),
                 Record::Fields => self.value(),
             };
-            size += self.records.len;
+            // An empty field takes memory too.
+            let read = usize::try_from(self.records.byte - before).unwrap_or(usize::MAX);
+            size += read.min(MAX_ROW_BYTES) + self.records.num_fields * FIELD_BYTES;
             rows.push(self.row(value));
         }
         Ok((!rows.is_empty()).then(|| Batch::new(rows).with_bytes(size)))
@@ -147,10 +159,15 @@ enum Record {
 
 impl Records {
     fn new(file: &DataFile, start: u64, io: &Io, delimiter: u8) -> Result<Self> {
+        let mut core = ReaderBuilder::new().delimiter(delimiter).build();
+        if start > 0 {
+            // Only a file's own first bytes are a byte-order mark; an empty line is nothing.
+            core.read_record(b"\n", &mut [0; 8], &mut [0; 1]);
+        }
         Ok(Self {
             name: file.name.clone(),
             bytes: bytes::open(file, start, io)?,
-            core: ReaderBuilder::new().delimiter(delimiter).build(),
+            core,
             block: Vec::new(),
             parsed: 0,
             ended: false,

@@ -18,10 +18,13 @@ use super::files::Kind;
 /// assert_eq!(default_name("s3://bucket/chats-2.5.jsonl.zst", &options), "chats-2.5");
 /// options.split = "test".to_owned();
 /// assert_eq!(default_name("openai/gsm8k", &options), "openai/gsm8k-test");
+/// assert_eq!(default_name("../.chats", &SourceOptions::default()), "chats");
+/// assert_eq!(default_name(".", &SourceOptions::default()), "dataset");
 /// ```
 pub fn default_name(spec: &str, options: &SourceOptions) -> String {
     let spec = spec.trim_end_matches('/');
-    let is_hub = spec.split('/').count() == 2 && !Path::new(spec).exists();
+    let is_hub =
+        spec.split('/').count() == 2 && !spec.starts_with('.') && !Path::new(spec).exists();
     let last = spec.rsplit('/').next().unwrap_or(spec);
     let stem = || {
         let stem = last.strip_suffix(".gz").or(last.strip_suffix(".zst"));
@@ -40,9 +43,8 @@ pub fn default_name(spec: &str, options: &SourceOptions) -> String {
         .fold(name.to_owned(), |name, part| format!("{name}-{part}"));
     let is_kept = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
     let name = name.replace(|c| !is_kept(c), "_");
-    if name.is_empty() {
-        "dataset".to_owned()
-    } else {
-        name
+    match name.trim_matches('.') {
+        "" => "dataset".to_owned(),
+        name => name.to_owned(),
     }
 }

@@ -84,8 +84,10 @@ impl Batch {
         Self { inner, bytes }
     }
 
-    /// The same batch, known to take about this much memory.
-    pub(crate) fn with_bytes(self, bytes: usize) -> Self {
+    /// The same batch, known to take about this much memory: an import holds fewer batches at a
+    /// time where they are large.
+    #[must_use]
+    pub fn with_bytes(self, bytes: usize) -> Self {
         Self { bytes, ..self }
     }
 

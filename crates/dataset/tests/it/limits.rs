@@ -55,38 +55,48 @@ async fn rejects_are_counted_and_listed_in_order() {
     );
 }
 
+/// One shard of more rejects than its journal lists, and many shards of few.
 #[tokio::test]
 async fn a_manifest_of_many_rejects_stays_small_and_none_is_lost() {
-    let store = Store::memory();
-    let lenient = ImportOptions {
-        max_reject_rate: 1.0,
-        ..ImportOptions::default()
-    };
-    let imported = import_into(&store, &some_bad(4000, 2), &lenient)
-        .await
-        .expect("no limit");
-    let manifest = imported.manifest().await.expect("manifest");
-    assert_eq!(
-        (manifest.rejects.len(), manifest.counts["rejected"]),
-        (MAX_LISTED_REJECTS, 2000)
-    );
-    let all: Vec<_> = rejects(&imported)
-        .await
-        .expect("rejects")
-        .try_collect()
-        .await
-        .expect("lists");
-    assert!(
-        all.iter()
-            .map(|reject| reject.row)
-            .eq((0..2000).map(|i| 2 * i + 1))
-    );
-    assert_eq!(all[1999].source, "rows:4000");
-    let kept = updraft_store::garbage(&store, imported.id())
-        .await
-        .expect("garbage");
-    let is_list = |path: &str| path.contains("/rejects-");
-    assert!(!kept.iter().any(|object| is_list(&object.path)), "{kept:?}");
+    for (max_rows, listed, lists) in [(10_000, 50, 1), (10, MAX_LISTED_REJECTS, 1), (800, 250, 5)] {
+        let store = Store::memory();
+        let mut lenient = ImportOptions {
+            max_reject_rate: 1.0,
+            ..ImportOptions::default()
+        };
+        lenient.shards.max_rows = max_rows;
+        let imported = import_into(&store, &some_bad(4000, 2), &lenient)
+            .await
+            .expect("no limit");
+        let manifest = imported.manifest().await.expect("manifest");
+        assert_eq!(manifest.counts["rejected"], 2000);
+        assert_eq!(
+            (manifest.rejects.len(), manifest.more_rejects.len()),
+            (listed, lists)
+        );
+        let all = rejects(&imported).await.expect("rejects");
+        let mut all: Vec<_> = all.try_collect().await.expect("lists");
+        all.sort_by_key(|reject| reject.row);
+        assert!(
+            all.iter()
+                .map(|reject| reject.row)
+                .eq((0..2000).map(|i| 2 * i + 1))
+        );
+        assert_eq!(all[1999].source, "rows:4000");
+        let kept = updraft_store::garbage(&store, imported.id())
+            .await
+            .expect("garbage");
+        assert!(
+            !kept.iter().any(|object| object.path.contains("/rejects-")),
+            "{kept:?}"
+        );
+
+        // What the import left out is not in the next stage's way, shards of nothing included.
+        let ready = pretokenize_into(&store, &imported, &PretokenizeOptions::default())
+            .await
+            .expect("a pretokenize");
+        assert_eq!(ready.counts()["rows"], 2000);
+    }
 }
 
 #[tokio::test]

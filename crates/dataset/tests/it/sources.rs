@@ -1,6 +1,7 @@
 //! Every kind of file, plain and compressed, local and in a store, held to the promises of a
 //! source; and bytes that are not what they claim.
 
+use futures::TryStreamExt as _;
 use std::fs;
 use std::sync::Arc;
 
@@ -108,6 +109,10 @@ source_tests!(
     file("rows.json.gz", gzip(ARRAY.as_bytes())).await
 );
 source_tests!(json_array_long, file("rows.json", long_array()).await);
+source_tests!(
+    csv_joined,
+    file("rows.csv", "a,b\n1,2\n\n\u{feff}a,b\n\u{feff}\"3\",4\n").await
+);
 source_tests!(csv_long, file("rows.csv", long_records()).await);
 source_tests!(json_array_object, object("rows.json", ARRAY).await);
 source_tests!(json_objects, file("rows.json", OBJECTS).await);
@@ -212,6 +217,19 @@ async fn csv_fields_are_the_columns_of_the_header() {
 }
 
 #[tokio::test]
+async fn empty_fields_fill_a_batch_too() {
+    let source = file("rows.csv", "a,b\n".to_owned() + &",\n".repeat(50_000)).await;
+    let batches = source.open(Cursor::default()).await.expect("opened");
+    let lengths: Vec<usize> = batches
+        .map_ok(|batch| batch.rows().len())
+        .try_collect()
+        .await
+        .expect("read");
+    assert_eq!(lengths.iter().sum::<usize>(), 50_000);
+    assert!(lengths.iter().all(|&rows| rows < 5_000), "{lengths:?}");
+}
+
+#[tokio::test]
 async fn equal_columns_of_a_csv_get_numbers() {
     let twice = "a,b,a,a.1,a\n1,2,3,4,5\n6,7,8,9,\"5\"\" long\"";
     let expected = [
@@ -219,6 +237,8 @@ async fn equal_columns_of_a_csv_get_numbers() {
         r#"2 {"a":"6","b":"7","a.1":"8","a.1.1":"9","a.2":"5\" long"}"#,
     ];
     assert_eq!(shown(&file("rows.csv", twice).await).await, expected);
+    let many = format!("{}\n{}\n", ",".repeat(20_000), ",".repeat(20_000));
+    assert_eq!(rows(&file("rows.csv", many).await).await.len(), 1);
     // A quote inside a field without quotes is text, in the last record too.
     let inch = "a\n1\n5\" pipe";
     let expected = [r#"1 {"a":"1"}"#, r#"2 {"a":"5\" pipe"}"#];

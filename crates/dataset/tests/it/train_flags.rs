@@ -78,6 +78,19 @@ fn other_roles_are_trained_if_they_say_so() {
 }
 
 #[test]
+fn turns_named_by_their_keys_have_flags_too() {
+    let row = json!({ "conversations": [{ "user": "a", "assistant": "b", "train": false }] });
+    let formats = Formats::default();
+    let format = formats.get("sharegpt").expect("built in");
+    let mut row = row.as_object().expect("an object").clone();
+    let Ok(Record::Conversation(conversation)) = format.convert(&mut row) else {
+        panic!("not a conversation");
+    };
+    let weights = conversation.messages.iter().map(|message| message.weight);
+    assert_eq!(weights.collect::<Vec<_>>(), [None, Some(0.0)]);
+}
+
+#[test]
 fn parts_of_a_message_become_details_of_its_text() {
     let detail = |begin: u32, end: u32, train: bool| json!({ "begin_offset": begin, "end_offset": end, "train": train });
     let details = json!([detail(0, 1, false), detail(2, 2, true)]);
@@ -87,13 +100,19 @@ fn parts_of_a_message_become_details_of_its_text() {
     );
     check(
         json!({ "role": "assistant", "content": [
-            { "type": "text", "text": "éà", "train": false }, { "type": "text", "text": "" }, { "type": "text", "text": "b" },
+            { "type": "text", "text": "éà", "train": false }, { "type": "text", "text": "", "train": true }, { "type": "text", "text": "b", "train": true },
         ] }),
         &json!({ "role": "assistant", "content": "éàb", "train_detail": details }),
     );
+    // A part that does not say it is as its message is.
+    let unsaid = json!([{ "begin_offset": 0, "end_offset": 1 }, detail(2, 2, false)]);
     check(
-        json!({ "role": "user", "content": [{ "type": "text", "text": "ab" }, { "type": "text", "text": "c", "train": 1 }] }),
-        &json!({ "role": "user", "content": "abc", "train_detail": details }),
+        json!({ "role": "user", "train": true, "content": [{ "type": "text", "text": "ab" }, { "type": "text", "text": "c", "train": 0 }] }),
+        &json!({ "role": "user", "content": "abc", "weight": 1.0, "train_detail": unsaid }),
+    );
+    check(
+        json!({ "role": "assistant", "content": [{ "type": "text", "text": "a", "train": false }] }),
+        &json!({ "role": "assistant", "content": "a", "weight": 0.0 }),
     );
     let with =
         |detail: Value| json!({ "role": "assistant", "content": "ab", "train_detail": detail });
