@@ -13,9 +13,25 @@ const PAGE: usize = 3;
 /// Objects by `bucket/key`, and uploads by their number.
 #[derive(Debug, Default)]
 pub(super) struct Objects {
-    objects: BTreeMap<String, Bytes>,
+    objects: BTreeMap<String, Object>,
     uploads: BTreeMap<String, BTreeMap<u32, Bytes>>,
     num_uploads: u64,
+}
+
+/// Bytes and what tells them from others, which takes too long to be made for every request.
+#[derive(Debug)]
+struct Object {
+    bytes: Bytes,
+    etag: String,
+}
+
+impl From<Bytes> for Object {
+    fn from(bytes: Bytes) -> Self {
+        Self {
+            etag: etag(&bytes),
+            bytes,
+        }
+    }
 }
 
 fn etag(bytes: &[u8]) -> String {
@@ -55,10 +71,10 @@ impl Objects {
     }
 
     fn get(&self, path: &str, request: &Request) -> Reply {
-        let Some(bytes) = self.objects.get(path) else {
+        let Some(object) = self.objects.get(path) else {
             return Reply::error(404, "NoSuchKey");
         };
-        let etag = etag(bytes);
+        let Object { bytes, etag } = object;
         if request
             .header("if-match")
             .is_some_and(|wanted| wanted != etag)
@@ -72,7 +88,7 @@ impl Objects {
             Some(first..size.min(last.parse::<usize>().map_or(size, |last| last + 1)))
         });
         let reply = Reply::default()
-            .with("etag", etag)
+            .with("etag", etag.clone())
             .with("last-modified", "Sun, 22 Nov 2026 00:00:00 GMT");
         let (status, reply, body) = match range {
             Some(range) if range.start >= size => return Reply::error(416, "InvalidRange"),
@@ -90,15 +106,18 @@ impl Objects {
     }
 
     fn put(&mut self, path: String, request: &Request) -> Reply {
-        let there = self.objects.get(&path).map(|bytes| etag(bytes));
+        let there = self.objects.get(&path).map(|object| &object.etag);
         let must_be_new = request.header("if-none-match") == Some("*");
         let wanted = request.header("if-match");
-        if (must_be_new && there.is_some()) || (wanted.is_some() && wanted != there.as_deref()) {
+        if (must_be_new && there.is_some())
+            || (wanted.is_some() && wanted != there.map(String::as_str))
+        {
             return Reply::error(412, "PreconditionFailed");
         }
-        let etag = etag(&request.body);
-        self.objects.insert(path, request.body.clone());
-        Reply::new(200).with("etag", etag)
+        let object = Object::from(request.body.clone());
+        let reply = Reply::new(200).with("etag", object.etag.clone());
+        self.objects.insert(path, object);
+        reply
     }
 
     fn begin(&mut self) -> Reply {
@@ -127,12 +146,13 @@ impl Objects {
         parts
             .values()
             .for_each(|part| whole.extend_from_slice(part));
-        let etag = etag(&whole);
-        self.objects.insert(path, whole.freeze());
-        Reply::new(200).body(format!(
+        let object = Object::from(whole.freeze());
+        let reply = Reply::new(200).body(format!(
             "<CompleteMultipartUploadResult><ETag>{}</ETag></CompleteMultipartUploadResult>",
-            escape(&etag)
-        ))
+            escape(&object.etag)
+        ));
+        self.objects.insert(path, object);
+        reply
     }
 
     fn delete_many(&mut self, bucket: &str, request: &Request) -> Reply {
@@ -152,15 +172,15 @@ impl Objects {
     fn list(&self, bucket: &str, request: &Request) -> Reply {
         let query = |name: &str| request.query.get(name).map_or("", String::as_str);
         let (prefix, after) = (query("prefix"), query("continuation-token"));
-        let in_bucket = self.objects.iter().filter_map(|(path, bytes)| {
+        let in_bucket = self.objects.iter().filter_map(|(path, object)| {
             let key = path.strip_prefix(bucket)?.strip_prefix('/')?;
-            (key.starts_with(prefix) && key > after).then_some((key, bytes))
+            (key.starts_with(prefix) && key > after).then_some((key, object))
         });
         let found: Vec<_> = in_bucket.take(PAGE + 1).collect();
         let is_cut = found.len() > PAGE;
         let mut body = format!("<ListBucketResult><IsTruncated>{is_cut}</IsTruncated>");
-        for (key, bytes) in found.iter().take(PAGE) {
-            let (key, etag, size) = (escape(key), escape(&etag(bytes)), bytes.len());
+        for (key, object) in found.iter().take(PAGE) {
+            let (key, etag, size) = (escape(key), escape(&object.etag), object.bytes.len());
             body += &format!(
                 "<Contents><Key>{key}</Key><LastModified>2026-11-22T00:00:00.000Z</LastModified><ETag>{etag}</ETag><Size>{size}</Size></Contents>"
             );
