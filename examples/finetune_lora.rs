@@ -11,6 +11,11 @@
 //! (`runs/`) and checkpoints, from which the same command goes on after an interruption. On SIGTERM
 //! and Ctrl-C it writes one more and exits with 143; on a second one it exits at once. Data, base and settings must be the same then, or be given another `--out`.
 //!
+//! Several processes train one run together where torchrun, SkyPilot or Kubernetes says that there are several
+//! (`torchrun --no-python --nproc_per_node 2 -- finetune_lora …`): each is given the same arguments, takes its share of every
+//! step's `--gradient_accumulation_steps` micro-batches, and with `--device cuda` the GPU of its `LOCAL_RANK`. The first one
+//! writes; for the others to go on after an interruption they must see the same `--out`.
+//!
 //! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
 //! option by its own name. Besides:
 //!
@@ -19,10 +24,10 @@
 //! --adapter FOLDER         go on from this adapter, with its settings
 //! --report_to NAMES        jsonl,tensorboard unless said otherwise; mlflow and wandb with the
 //!                          features of their names and the servers that the environment names
-//! --device cuda            train on the first GPU, on the second with cuda:1; needs the feature `cuda`
+//! --device cuda            train on a GPU, the first or that of LOCAL_RANK; on the second with cuda:1; needs the feature `cuda`
 //! --push_to_hub OWNER/NAME upload the result as HF_TOKEN; needs the feature `push`
 //! --eval_fraction 0.05     held out of training
-//! --logging_steps 10       --threads, as many as there are cores
+//! --logging_steps 10       --threads, as many as there are cores for each process
 //! ```
 
 #![expect(clippy::print_stdout, reason = "a program talks to a person")]
@@ -30,6 +35,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
@@ -38,14 +44,19 @@ use serde_json::{Map, Value};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use updraft::chat::{Chat, ChatFiles, Conversation, Example, Message, TemplateFiles};
+use updraft::model::memory::MemoryEstimate;
 use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads, peft};
 use updraft::store::{CancelToken, Store};
 use updraft::train::metrics::{RunInfo, Sink, TextLines};
-use updraft::train::{Checkpoints, Error, ExampleSource, MemorySource, TrainConfig, Trainer};
-use updraft::train::{FUSED, LORA_MODEL, check_memory, evaluate, export, gemm_ceiling, model_card};
+use updraft::train::{
+    Checkpoints, Error, ExamplePlan, ExampleSource, FUSED, LORA_MODEL, Launch, MemorySource,
+    TcpCollective, TrainConfig, Trainer, check_memory, evaluate, export, gemm_ceiling, model_card,
+};
 
 /// What a shell says of a program that SIGTERM ended.
 const STOPPED: u8 = 128 + 15;
+/// How long the processes of a run wait for each other at its beginning.
+const MEETING: Duration = Duration::from_secs(600);
 
 fn main() -> Result<ExitCode> {
     // What the libraries warn of.
@@ -61,7 +72,10 @@ fn main() -> Result<ExitCode> {
     let (base, data) = (options.need("base")?, options.need("data")?);
     let out = options.need("out")?;
     let eval_fraction: f64 = options.take("eval_fraction", "0.05")?;
+    let launch = Launch::from_env(|name| std::env::var(name).ok())?;
+    let leads = launch.as_ref().is_none_or(|launch| launch.rank == 0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (threads / local("LOCAL_WORLD_SIZE").unwrap_or(1).max(1)).max(1);
     let threads = Threads::new(options.take("threads", &threads.to_string())?)?;
     let logging_steps = options.take("logging_steps", "10")?;
     let report_to: String = options.take("report_to", "jsonl,tensorboard")?;
@@ -159,19 +173,27 @@ fn main() -> Result<ExitCode> {
         Decoder::load(config, weights, dtype, &Device::Cpu, &threads)
     };
     let is_on_cpu = device == "cpu";
-    let checked = TrainConfig {
-        // The limit is the host's.
-        ignore_memory_estimate: config.ignore_memory_estimate || !is_on_cpu,
-        ..config.clone()
-    };
-    let estimate = check_memory(&files.config, &lora, source.plan(), &checked, &threads)?;
-    let decoder = match is_on_cpu {
-        true => load(dtype)?,
-        false => load_on_gpu(&device, &files, dtype, &threads)?,
+    let (estimate, decoder) = match is_on_cpu {
+        true => {
+            let fits = check_memory(&files.config, &lora, source.plan(), &config, &threads)?;
+            (fits, load(dtype)?)
+        }
+        false => load_on_gpu(&device, &files, &lora, source.plan(), &config, &threads)?,
     };
     let (trained, all) = (adapter.num_parameters(), files.config.num_parameters());
     println!("{trained} parameters are trained over a model of {all}");
     println!("training takes about {} MiB", estimate.total() >> 20);
+
+    // Where several processes train together, this one meets the others.
+    let meet = |launch: &Launch| {
+        let (rank, count) = (launch.rank, launch.num_workers);
+        println!(
+            "worker {rank} of {count} meets the others at {}",
+            launch.master
+        );
+        TcpCollective::join(launch, MEETING)
+    };
+    let workers = launch.as_ref().map(meet).transpose()?;
 
     // A spot notice, or Ctrl-C: the trainer writes a checkpoint.
     let runtime = Runtime::new()?;
@@ -184,7 +206,6 @@ fn main() -> Result<ExitCode> {
     let path = Path::new(&out);
     let mut trainer = Trainer::new(&decoder, adapter, &source, config.clone())?
         .with_base(files.fingerprint())
-        .with_observer(TextLines::new(std::io::stdout(), logging_steps))
         .with_cancel(cancel.clone())
         .with_checkpoints(checkpoints.clone(), runtime.handle().clone());
     if is_on_cpu {
@@ -192,6 +213,9 @@ fn main() -> Result<ExitCode> {
     }
     if let Some(held_out) = &held_out {
         trainer = trainer.with_evaluation(held_out);
+    }
+    if let Some(workers) = workers {
+        trainer = trainer.with_workers(workers);
     }
     if let Some(checkpoint) = runtime.block_on(checkpoints.latest(decoder.config()))? {
         println!("continuing after step {}", checkpoint.state.cursor.step);
@@ -201,26 +225,22 @@ fn main() -> Result<ExitCode> {
         .with_identity(trainer.identity().key())
         .with_params(&lora)?
         .with_params(&config)?;
-    for name in report_to.split(',').filter(|name| !name.is_empty()) {
-        trainer = trainer.with_observer(Sink::named(name, path)?.open(&run)?);
-    }
-    let first = held_out.as_ref().map(|held_out| {
-        let batch_size = config.per_device_eval_batch_size as usize;
-        evaluate(
-            &decoder,
-            None,
-            held_out,
-            batch_size,
-            std::slice::from_ref(&cancel),
-        )
-    });
-    let trained = first.transpose().and_then(|first| {
-        if let Some((eval_loss, _)) = first {
-            println!("{{'eval_loss': {eval_loss:.4}, 'epoch': 0}}");
+    if leads {
+        trainer = trainer.with_observer(TextLines::new(std::io::stdout(), logging_steps));
+        for name in report_to.split(',').filter(|name| !name.is_empty()) {
+            trainer = trainer.with_observer(Sink::named(name, path)?.open(&run)?);
         }
-        trainer.run()
-    });
-    match trained {
+    }
+    let tokens = std::slice::from_ref(&cancel);
+    if let Some(held_out) = held_out.as_ref().filter(|_| leads) {
+        let batch_size = config.per_device_eval_batch_size as usize;
+        match evaluate(&decoder, None, held_out, batch_size, tokens) {
+            Ok((eval_loss, _)) => println!("{{'eval_loss': {eval_loss:.4}, 'epoch': 0}}"),
+            Err(Error::Cancelled { .. }) => {} // which the run tells the other workers
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match trainer.run() {
         Err(Error::Cancelled { step }) => {
             println!("stopped after step {step}; the same command goes on from there");
             return Ok(ExitCode::from(STOPPED));
@@ -229,17 +249,20 @@ fn main() -> Result<ExitCode> {
         Ok(_) => {} // Its last line is the report.
     }
     let (adapter, log) = trainer.into_parts();
+    if !leads {
+        println!("the first worker writes the result");
+        return Ok(ExitCode::SUCCESS);
+    }
 
     // Export the adapter and the merged model; both are read back and compared before they count.
-    let decoder = match dtype {
-        DType::F32 => decoder,
+    let decoder = match (dtype, is_on_cpu) {
+        (DType::F32, true) => decoder,
         _ => {
             drop(decoder);
             load(DType::F32)?
         }
     };
     let card = model_card(&data, &lora, &config, &log);
-    let tokens = std::slice::from_ref(&cancel);
     match export(path, &files, decoder, &adapter, &card, &probe, tokens) {
         Err(Error::Cancelled { .. }) => {
             println!("stopped after the last step; the same command writes the result");
@@ -260,41 +283,56 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The base on a GPU: `cuda` is the first, `cuda:1` the second.
+/// A number that torchrun tells the processes of one machine.
+fn local(variable: &str) -> Option<usize> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// The base on a GPU if the run fits there: `cuda` is the first, or this process's of several; `cuda:1` the second.
 #[cfg(feature = "cuda")]
 fn load_on_gpu(
     device: &str,
     files: &ModelFiles,
-    dtype: DType,
+    lora: &LoraConfig,
+    data: &ExamplePlan,
+    config: &TrainConfig,
     threads: &Threads,
-) -> Result<Decoder> {
+) -> Result<(MemoryEstimate, Decoder)> {
     let name = device
         .strip_prefix("cuda")
         .map(|rest| rest.trim_start_matches(':'));
     let ordinal = name.and_then(|ordinal| match ordinal {
-        "" => Some(0),
+        "" => Some(local("LOCAL_RANK").unwrap_or(0)),
         ordinal => ordinal.parse().ok(),
     });
     let ordinal = ordinal.with_context(|| format!("--device {device}: say cpu, cuda or cuda:1"))?;
     let gpu = updraft::model::Gpu::new(ordinal)?;
-    let visible = updraft::model::Gpu::count()?;
-    if visible > 1 {
+    let (visible, used) = (
+        updraft::model::Gpu::count()?,
+        local("LOCAL_WORLD_SIZE").unwrap_or(1),
+    );
+    if visible > used {
         tracing::warn!(
-            "{visible} GPUs are visible and this run uses one; CUDA_VISIBLE_DEVICES hides the others"
+            "{visible} GPUs are visible and this run uses {used}: start a process for each \
+             (torchrun --no-python --nproc_per_node {visible}), or hide the others with CUDA_VISIBLE_DEVICES"
         );
     }
     println!("training on {}", gpu.name()?);
-    Ok(Decoder::load_on_gpu(
-        &files.config,
-        &files.weights,
-        dtype,
-        &gpu,
-        threads,
-    )?)
+    let estimate = updraft::train::check_gpu_memory(&files.config, lora, data, config, &gpu)?;
+    let (model, weights) = (&files.config, &files.weights);
+    let decoder = Decoder::load_on_gpu(model, weights, config.dtype(), &gpu, threads)?;
+    Ok((estimate, decoder))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn load_on_gpu(device: &str, _: &ModelFiles, _: DType, _: &Threads) -> Result<Decoder> {
+fn load_on_gpu(
+    device: &str,
+    _: &ModelFiles,
+    _: &LoraConfig,
+    _: &ExamplePlan,
+    _: &TrainConfig,
+    _: &Threads,
+) -> Result<(MemoryEstimate, Decoder)> {
     anyhow::bail!("--device {device} needs a build with --features cuda (or say cpu)")
 }
 

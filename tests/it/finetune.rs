@@ -76,6 +76,62 @@ fn stopped_by_sigterm_it_says_so_and_the_same_command_ends_in_the_same_bits() {
     assert_eq!(written(dir.path(), "stopped"), written(dir.path(), "calm"));
 }
 
+/// Two processes as torchrun starts them, sharing each step's two micro-batches: the losses of one process, and one result.
+#[test]
+fn two_processes_train_one_run() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let losses = |said: &[u8]| -> Vec<f64> {
+        let lines = std::str::from_utf8(said).expect("text").lines();
+        let lines = lines.filter_map(|line| line.split_once("'loss': ")?.1.split_once(','));
+        lines
+            .map(|(loss, _)| loss.parse().expect("a number"))
+            .collect()
+    };
+    let of_two = |out: &str| {
+        let mut command = finetune(dir.path(), out);
+        command.args(["--gradient_accumulation_steps", "2"]);
+        command
+    };
+    let alone = of_two("alone").output().expect("it starts");
+    assert!(alone.status.success());
+
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+    let port = free.local_addr().expect("bound").port().to_string();
+    drop(free);
+    let worker = |rank: &str| {
+        let mut command = of_two("together");
+        command.env("RANK", rank).env("WORLD_SIZE", "2");
+        command.env("LOCAL_RANK", rank).env("LOCAL_WORLD_SIZE", "2");
+        command
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", &port);
+        command.spawn().expect("it starts")
+    };
+    let [first, second] = ["0", "1"].map(worker);
+    let ends = [first, second].map(|child| child.wait_with_output().expect("it ends"));
+    let [first, second] = ends.map(|end| {
+        assert!(end.status.success());
+        end.stdout
+    });
+    let (together, alone) = (losses(&first), losses(&alone.stdout));
+    assert_eq!((together.len(), alone.len()), (24, 24));
+    for (together, alone) in together.iter().zip(&alone) {
+        // Four places are printed.
+        assert!((together - alone).abs() < 1.5e-4, "{together} {alone}");
+    }
+    let second = String::from_utf8_lossy(&second);
+    assert!(
+        second.contains("the first worker writes the result"),
+        "{second}"
+    );
+    let [adapter, merged] = written(dir.path(), "together");
+    let [other, other_merged] = written(dir.path(), "alone");
+    assert_eq!(
+        (adapter.len(), merged.len()),
+        (other.len(), other_merged.len())
+    );
+}
+
 /// Other data, and a base that is another model of the same shape: refused, and what is there stays.
 #[test]
 fn another_runs_checkpoint_is_refused_and_stays() {

@@ -1,27 +1,25 @@
 //! The training loop.
 
+mod pause;
 mod report;
 mod resume;
+mod step;
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use updraft_kernels::clip;
-use updraft_kernels::noise::derive;
 use updraft_model::{Adapter, Decoder, Gradients, Parameter};
 use updraft_store::{CancelToken, sha256_hex};
 
-use crate::batch::{Noise, noisy_parts};
 use crate::checkpoints::Checkpoints;
 use crate::collective::{Alone, Collective};
-use crate::evaluation::{EvalRecord, best, evaluate, patience_is_out};
+use crate::evaluation::{EvalRecord, patience_is_out};
 use crate::flops::Work;
 use crate::identity::values_of;
 use crate::loader::{StepExamples, StepReader, read_ahead};
 use crate::loss_scale::LossScale;
-use crate::memory::out_of_gpu_memory;
 use crate::observer::{Observer, StepRecord, StepStats};
 use crate::optim::{self, Optimizer};
 use crate::plan::{Cursor, RunPlan};
@@ -262,8 +260,7 @@ impl<'a> Trainer<'a> {
             {
                 match self.next(&steps)? {
                     ControlFlow::Continue(examples) => {
-                        let done = self.decoder.threads().install(|| self.step(&examples));
-                        done.map_err(|error| self.explained(error))?;
+                        self.decoder.threads().install(|| self.step(&examples))?;
                     }
                     ControlFlow::Break(()) => return self.cancelled(),
                 }
@@ -282,21 +279,6 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(report)
-    }
-
-    /// A GPU that ran out of memory says what it was asked for; what fits is known here.
-    fn explained(&self, error: Error) -> Error {
-        let asked = match &error {
-            Error::Model(error) => error.out_of_gpu_memory(),
-            _ => None,
-        };
-        match asked {
-            Some(bytes) => {
-                let (lora, data) = (self.adapter.config(), self.source.plan());
-                out_of_gpu_memory(self.decoder, lora, data, &self.config, bytes)
-            }
-            None => error,
-        }
     }
 
     /// Workers that train apart from each other would not notice.
@@ -359,124 +341,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// One optimizer step.
-    fn step(&mut self, examples: &StepExamples) -> Result<()> {
-        let step = self.cursor.step + 1;
-        let all = || examples.micro_batches.iter().flatten();
-        let trained_tokens: u64 = all()
-            .map(|example| u64::from(example.trained_tokens()))
-            .sum();
-        if trained_tokens == 0 {
-            return Err(Error::EmptyStep { step });
-        }
-
-        self.gradients.zero()?;
-        let factor = self.loss_scale.map_or(1.0, |scale| scale.factor());
-        let mut loss_sum = 0.0;
-        let mut noise = Noise {
-            step_seed: derive(self.config.seed, step),
-            first_example: 0,
-            neftune_noise_alpha: self.config.neftune_noise_alpha.unwrap_or(0.0),
-        };
-        for (place, micro_batch) in examples.micro_batches.iter().enumerate() {
-            if !self.workers.takes(place) {
-                noise.first_example += micro_batch.len() as u64;
-                continue;
-            }
-            let num_parts = self.decoder.num_parts();
-            let vocab_size = self.decoder.config().vocab_size;
-            let parts = noisy_parts(micro_batch, num_parts, vocab_size, noise)?;
-            noise.first_example += micro_batch.len() as u64;
-            if parts.is_empty() {
-                continue; // Another micro-batch of the step has trained tokens.
-            }
-            loss_sum += self.decoder.loss_and_backward(
-                &parts,
-                &self.adapter,
-                trained_tokens as f64 / factor,
-                &mut self.gradients,
-                self.config.activations(),
-            )?;
-        }
-        self.gradients.update(|values| self.workers.sum(values))??;
-        let loss = self.workers.sum_f64(loss_sum)? / trained_tokens as f64;
-        if !loss.is_finite() {
-            return Err(Error::LossNotFinite { step, loss });
-        }
-        let mut grad_norm = self
-            .gradients
-            .with(|values| clip::sum_of_squares(values).sqrt())?
-            / factor;
-        let overflowed = !grad_norm.is_finite();
-        let skipped = match &mut self.loss_scale {
-            Some(scale) => {
-                let skipped = scale.overflows();
-                scale.update(overflowed);
-                skipped
-            }
-            None => 0,
-        };
-        let learning_rate = self.schedule.learning_rate(self.cursor.step - skipped);
-        if !overflowed {
-            self.update(grad_norm, factor, learning_rate)?;
-        } else if self.loss_scale.is_some_and(|scale| !scale.is_exhausted()) {
-            grad_norm = 0.0;
-        } else {
-            return Err(Error::GradientNotFinite {
-                step,
-                norm: grad_norm,
-            });
-        }
-
-        for example in all() {
-            self.work.add(example);
-        }
-        self.cursor = examples.next.clone();
-        self.log.push(StepRecord {
-            step,
-            epoch: examples.epoch,
-            loss,
-            learning_rate,
-            grad_norm,
-            tokens: all().map(|example| example.len() as u64).sum(),
-            trained_tokens,
-            examples: all().count() as u64,
-            overflowed,
-        });
-        Ok(())
-    }
-
-    /// Takes the loss scale out of the gradients, clips them and moves the parameters.
-    fn update(&mut self, grad_norm: f64, factor: f64, learning_rate: f64) -> Result<()> {
-        let coefficient = clip::coefficient(grad_norm, self.config.max_grad_norm) / factor;
-        if coefficient < 1.0 {
-            let threads = self.decoder.threads();
-            self.gradients
-                .update(|values| clip::scale(threads, coefficient, values))?;
-        }
-        self.optimizer.begin_step(learning_rate);
-        let Self {
-            adapter,
-            gradients,
-            optimizer,
-            parameters,
-            ..
-        } = self;
-        gradients.with(|gradients| {
-            adapter.update(|values| {
-                parameters
-                    .iter()
-                    .try_for_each(|Parameter { name, range, .. }| {
-                        optimizer.update(
-                            name,
-                            &mut values[range.clone()],
-                            &gradients[range.clone()],
-                        )
-                    })
-            })
-        })??
-    }
-
     fn report(&mut self, began: Instant, resumed_from: u64) {
         let record = self.log.last().expect("a step was just logged");
         let new = &self.log[resumed_from as usize..];
@@ -489,121 +353,5 @@ impl<'a> Trainer<'a> {
         for observer in &mut self.observers {
             observer.on_step(&stats);
         }
-    }
-
-    /// Whether no step is left to be done.
-    fn is_over(&self) -> bool {
-        self.cursor.step == self.plan.total_steps() || patience_is_out(&self.evals, &self.config)
-    }
-
-    /// What follows a step: an evaluation and a checkpoint where they are due, unless some worker
-    /// is cancelled.
-    fn finish_step(&mut self) -> Result<ControlFlow<()>> {
-        if self.evaluation_is_due() && self.evaluate()?.is_break() {
-            return Ok(ControlFlow::Break(()));
-        }
-        if self.cursor.step.is_multiple_of(self.config.save_steps) || self.is_over() {
-            self.save()?;
-        }
-        // There is no step after the last, but its held-out loss says as much.
-        if self.is_over() && self.has_evaluated() {
-            self.prune()?;
-        }
-        Ok(ControlFlow::Continue(()))
-    }
-
-    /// Whether the newest evaluation is of the newest step.
-    fn has_evaluated(&self) -> bool {
-        let newest = self.evals.last();
-        newest.is_some_and(|eval| eval.step == self.cursor.step)
-    }
-
-    fn evaluation_is_due(&self) -> bool {
-        let step = self.cursor.step;
-        let every = |every: u64| step.is_multiple_of(every);
-        let now = self.config.eval_steps.is_some_and(every) || step == self.plan.total_steps();
-        now && step > 0 && self.held_out.is_some() && !self.has_evaluated()
-    }
-
-    /// Evaluates on the first worker, until it is cancelled.
-    fn evaluate(&mut self) -> Result<ControlFlow<()>> {
-        const CANCELLED: [f64; 2] = [0.0, -1.0];
-        let Some(held_out) = self.held_out else {
-            return Ok(ControlFlow::Continue(()));
-        };
-        let step = self.cursor.step;
-        let batch_size = self.config.per_device_eval_batch_size as usize;
-        let adapter = Some(&self.adapter);
-        let own = match self.workers.leads() {
-            true => match evaluate(self.decoder, adapter, held_out, batch_size, &self.cancels) {
-                Ok((loss, tokens)) => [loss, tokens as f64],
-                Err(Error::Cancelled { .. }) => CANCELLED,
-                Err(error) => return Err(error),
-            },
-            false => [0.0, 0.0],
-        };
-        // What follows from it must follow on all workers.
-        let told = self.workers.of_the_first(own)?;
-        if told == CANCELLED {
-            return Ok(ControlFlow::Break(()));
-        }
-        let [eval_loss, trained_tokens] = told;
-        if !eval_loss.is_finite() {
-            return Err(Error::EvalLossNotFinite {
-                step,
-                loss: eval_loss,
-            });
-        }
-        let eval = EvalRecord {
-            step,
-            epoch: self.log.last().map_or(0.0, |record| record.epoch),
-            eval_loss,
-            trained_tokens: trained_tokens as u64,
-        };
-        self.evals.push(eval);
-        if self.config.load_best_model_at_end && best(&self.evals) == Some(&eval) {
-            self.best = Some(self.adapter.to_dtype(self.adapter.dtype())?);
-        }
-        for observer in &mut self.observers {
-            observer.on_evaluation(&eval);
-        }
-        Ok(ControlFlow::Continue(()))
-    }
-
-    fn cancelled(&mut self) -> Result<()> {
-        if self.cursor.step > 0 {
-            self.save()?;
-        }
-        Err(Error::Cancelled {
-            step: self.cursor.step,
-        })
-    }
-
-    fn save(&mut self) -> Result<()> {
-        let step = self.cursor.step;
-        let all_finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
-        if !self.adapter.with(all_finite)? {
-            return Err(Error::ParametersNotFinite { step });
-        }
-        self.check_adapters()?;
-        let place = self.checkpoints.as_ref().filter(|_| self.workers.leads());
-        let Some((checkpoints, runtime)) = place else {
-            return Ok(());
-        };
-        runtime.block_on(checkpoints.save(&self.snapshot()))?;
-        self.unproven = Some(step);
-        for observer in &mut self.observers {
-            observer.on_checkpoint(step);
-        }
-        Ok(())
-    }
-
-    /// Deletes what a checkpoint made superfluous, now that the run has gone on from it.
-    fn prune(&mut self) -> Result<()> {
-        let place = self.checkpoints.as_ref().filter(|_| self.workers.leads());
-        if let (Some((checkpoints, runtime)), Some(step)) = (place, self.unproven.take()) {
-            runtime.block_on(checkpoints.prune(step))?;
-        }
-        Ok(())
     }
 }

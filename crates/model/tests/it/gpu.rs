@@ -199,6 +199,18 @@ fn nothing_is_copied_twice() {
 }
 
 #[test]
+fn a_micro_batch_is_one_part_whatever_the_threads() {
+    for gpu in tiny::gpus() {
+        let world = World::new(Architecture::Qwen2);
+        let (config, weights) = (&world.config, &world.weights);
+        let threads = Threads::new(3).expect("threads");
+        let there = Decoder::load_on_gpu(config, weights, DType::F32, &gpu, &threads);
+        assert_eq!(there.expect("loads").num_parts(), 1);
+        assert_eq!(world.decoder(DType::F32, 3).num_parts(), 3);
+    }
+}
+
+#[test]
 fn logits_are_those_of_the_cpu() {
     for gpu in tiny::gpus() {
         let world = World::new(Architecture::Llama);

@@ -31,7 +31,8 @@ impl Launch {
     /// What the environment of torchrun, SkyPilot or an indexed job of Kubernetes says, in this order; `None` where
     /// none does, or where there is one process only. `variable` looks up one variable.
     ///
-    /// The meeting point is `MASTER_ADDR` and `MASTER_PORT` as torch reads them; SkyPilot names its nodes in
+    /// The meeting point is `MASTER_ADDR` and `MASTER_PORT` as torch reads them, or the port beside it where torchrun itself
+    /// listens at that one (`TORCHELASTIC_USE_AGENT_STORE`, its default: `torchrun --no-python`). SkyPilot names its nodes in
     /// `SKYPILOT_NODE_IPS`, the first of which is it, and the port is 29500 unless `MASTER_PORT` is set.
     ///
     /// # Errors
@@ -76,6 +77,14 @@ impl Launch {
         let host = variable("MASTER_ADDR").or_else(first_node);
         let host = host.ok_or_else(|| missing("MASTER_ADDR"))?;
         let port = variable("MASTER_PORT").unwrap_or(DEFAULT_PORT.to_owned());
+        let port: u16 = port.parse().map_err(|_| Error::Launch {
+            variable: "MASTER_PORT",
+            problem: format!("is {port:?}, not a port"),
+        })?;
+        let port = match variable("TORCHELASTIC_USE_AGENT_STORE").as_deref() {
+            Some("True") => port.checked_add(1).unwrap_or(port - 1),
+            _ => port,
+        };
         let master = match host.contains(':') {
             true => format!("[{host}]:{port}"),
             false => format!("{host}:{port}"),
@@ -126,6 +135,13 @@ mod tests {
             ("SKYPILOT_NUM_NODES", "2"),
             ("SKYPILOT_NODE_IPS", "10.0.0.1\n10.0.0.2"),
         ];
+        let agent = [
+            ("RANK", "1"),
+            ("WORLD_SIZE", "2"),
+            ("MASTER_ADDR", "localhost"),
+            ("MASTER_PORT", "65535"),
+            ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+        ];
         let kubernetes = [
             ("JOB_COMPLETION_INDEX", "0"),
             ("JOB_COMPLETIONS", "2"),
@@ -133,6 +149,7 @@ mod tests {
         ];
         for (variables, expected) in [
             (&torch[..], of(3, 8, "[fd00::1]:1234")),
+            (&agent, of(1, 2, "localhost:65534")),
             (&sky, of(1, 2, "10.0.0.1:29500")),
             (&kubernetes, of(0, 2, "job-0.job:29500")),
             (&[], None),
@@ -157,6 +174,15 @@ mod tests {
             (
                 &[("RANK", "0"), ("WORLD_SIZE", "2")],
                 "MASTER_ADDR is not set",
+            ),
+            (
+                &[
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "2"),
+                    ("MASTER_ADDR", "here"),
+                    ("MASTER_PORT", "tcp://10.0.0.1:80"),
+                ],
+                "MASTER_PORT is \"tcp://10.0.0.1:80\", not a port",
             ),
         ] {
             let error = launch(variables).expect_err("refused").to_string();
