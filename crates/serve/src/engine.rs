@@ -124,6 +124,12 @@ pub struct ModelInfo {
     pub longest_token_bytes: usize,
 }
 
+/// Bytes of a text that is tokenized at most, whatever the context: tokenizers take forty times as
+/// much while they work.
+const MAX_TEXT_BYTES: usize = 4 << 20;
+/// The same for each token of a long context.
+const MAX_BYTES_PER_TOKEN: usize = 8;
+
 impl ModelInfo {
     /// Refuses a text of so many bytes that it cannot fit the context, whatever its tokens are.
     pub(crate) fn check_text(&self, bytes: usize) -> Result<()> {
@@ -139,15 +145,7 @@ impl ModelInfo {
             false => Ok(()),
         }
     }
-}
 
-/// Bytes of a text that is tokenized at most, whatever the context: tokenizers take forty times as
-/// much while they work.
-const MAX_TEXT_BYTES: usize = 4 << 20;
-/// The same for each token of a long context.
-const MAX_BYTES_PER_TOKEN: usize = 8;
-
-impl ModelInfo {
     /// Refuses a text that would take too much to tokenize, be it to fit or to be cut.
     pub(crate) fn check_work(&self, param: &str, bytes: usize) -> Result<()> {
         let most = MAX_BYTES_PER_TOKEN.saturating_mul(self.max_model_len as usize);

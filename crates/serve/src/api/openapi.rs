@@ -106,7 +106,7 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
     let chat = common(json!({
         "messages": messages, "logprobs": boolean(), "top_logprobs": integer(0, 20),
         "add_generation_prompt": boolean(), "continue_final_message": boolean(), "echo": boolean(),
-        "max_completion_tokens": integer(1, u32::MAX),
+        "max_completion_tokens": integer(1, u32::MAX), "reasoning_effort": nullable("string"),
     }));
     let text = common(json!({
         "prompt": text_or_texts(), "echo": boolean(), "logprobs": integer(0, 20),
