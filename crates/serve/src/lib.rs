@@ -39,6 +39,7 @@
 //!   refuse null.
 //! - Lists are bounded: 1,024 stop token ids, bad words and biases, 20 named log-probabilities, 4 stop
 //!   strings of 1,024 bytes (`/completion` takes 16); more is a 400.
+//! - `include_stop_str_in_output` keeps stop strings; the text of a stop token is never told.
 //! - A stop string counts if it ends after `min_tokens`, wherever it begins, as vLLM's: the text then
 //!   ends where it begins.
 //! - Bodies are bounded by what they grow to: fields that are kept as they come hold 262,144 values,
