@@ -118,7 +118,9 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
         "max_output_tokens": integer(1, u32::MAX), "temperature": number(0.0, 2.0),
         "top_p": number(0.01, 1.0), "stream": boolean(), "store": boolean(),
         "background": boolean(), "previous_response_id": nullable("string"),
-        "metadata": nullable("object"),
+        "metadata": {
+            "type": ["object", "null"], "maxProperties": 16, "additionalProperties": string(),
+        },
     });
     let embedding = json!({
         "model": nullable("string"), "input": text_or_texts(),
