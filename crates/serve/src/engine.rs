@@ -124,6 +124,12 @@ pub struct ModelInfo {
     pub longest_token_bytes: usize,
 }
 
+/// Bytes of a text that is tokenized at most, whatever the context: tokenizers take forty times as
+/// much while they work.
+const MAX_TEXT_BYTES: usize = 4 << 20;
+/// The same for each token of a long context.
+const MAX_BYTES_PER_TOKEN: usize = 8;
+
 impl ModelInfo {
     /// Refuses a text of so many bytes that it cannot fit the context, whatever its tokens are.
     pub(crate) fn check_text(&self, bytes: usize) -> Result<()> {
@@ -136,6 +142,20 @@ impl ModelInfo {
                 max_tokens: 1,
                 max_model_len: self.max_model_len,
             }),
+            false => Ok(()),
+        }
+    }
+
+    /// Refuses a text that would take too much to tokenize, be it to fit or to be cut.
+    pub(crate) fn check_work(&self, param: &str, bytes: usize) -> Result<()> {
+        let most = MAX_BYTES_PER_TOKEN.saturating_mul(self.max_model_len as usize);
+        let most = most.max(MAX_TEXT_BYTES);
+        match bytes > most {
+            true => {
+                let message =
+                    format!("a text of {bytes} bytes is too long; at most {most} are read");
+                Err(Error::invalid(param, message))
+            }
             false => Ok(()),
         }
     }

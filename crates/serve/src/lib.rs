@@ -39,10 +39,12 @@
 //!   refuse null.
 //! - Lists are bounded: 1,024 stop token ids, bad words and biases, 20 named log-probabilities, 4 stop
 //!   strings of 1,024 bytes (`/completion` takes 16); more is a 400.
+//! - `include_stop_str_in_output` keeps stop strings; the text of a stop token is never told.
 //! - A stop string counts if it ends after `min_tokens`, wherever it begins, as vLLM's: the text then
 //!   ends where it begins.
 //! - Bodies are bounded by what they grow to: fields that are kept as they come hold 262,144 values,
-//!   an answer that is told whole 8,388,608 log-probabilities, and `/detokenize` takes 262,144 tokens.
+//!   an answer that is told whole 8,388,608 log-probabilities, `/detokenize` takes 262,144 tokens, and a
+//!   text that is tokenized has 4 MiB, or eight bytes for each token of a longer context.
 //! - `text_offset` counts characters of the text: tokens that hold parts of one share its place.
 //! - Who closes their side of a connection has gone, and what they asked for is cancelled.
 //! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.

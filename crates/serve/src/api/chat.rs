@@ -66,8 +66,8 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     let echoed = chat_fields.echoed();
     app.check_choices(1, form.num_choices)?;
     let info = app.info(&model)?;
-    let fits = (!fields.truncates()).then_some(&info);
-    let prompt_ids = prompt(&app, &chat, chat_fields, fits).await?;
+    let excess = Excess::of(&fields);
+    let prompt_ids = prompt(&app, &chat, chat_fields, &info, excess).await?;
     let prompt_ids = fields.truncated(prompt_ids, info.max_model_len)?;
     let arrived = body.arrived();
     drop(body);
@@ -147,13 +147,31 @@ impl ChatFields {
     }
 }
 
-/// Renders and tokenizes on a thread that may block: a long conversation takes a while. If it must
-/// fit a model's context, what cannot is refused before it is tokenized.
+/// What becomes of a conversation that is longer than the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Excess {
+    /// It is refused before it is tokenized.
+    Refused,
+    /// It is cut, or only counted.
+    Tokenized,
+}
+
+impl Excess {
+    pub(crate) fn of(fields: &Fields) -> Self {
+        match fields.truncates() {
+            true => Self::Tokenized,
+            false => Self::Refused,
+        }
+    }
+}
+
+/// Renders and tokenizes on a thread that may block: a long conversation takes a while.
 pub(crate) async fn prompt(
     app: &Shared,
     chat: &Arc<Chat>,
     fields: ChatFields,
-    fits: Option<&ModelInfo>,
+    info: &ModelInfo,
+    excess: Excess,
 ) -> Result<Vec<u32>> {
     let continue_final_message = fields.continue_final_message.unwrap_or(false);
     if continue_final_message && fields.add_generation_prompt == Some(true) {
@@ -178,13 +196,19 @@ pub(crate) async fn prompt(
         let known = conversation.variables.entry("reasoning_effort");
         known.or_insert(Value::String(effort));
     }
-    let (chat, fits) = (Arc::clone(chat), fits.cloned());
+    let (chat, info) = (Arc::clone(chat), info.clone());
     app.encode(move || {
         let refuse = |error: &updraft_chat::Error| Error::invalid("messages", one_line(error));
-        if let Some(info) = fits.filter(|info| info.check_text(said(&conversation)).is_err()) {
+        let check = |bytes: usize| {
+            if excess == Excess::Refused {
+                info.check_text(bytes)?;
+            }
+            info.check_work("messages", bytes)
+        };
+        if check(said(&conversation)).is_err() {
             // A template need not say everything.
             let text = chat.template().render(&conversation, &options);
-            info.check_text(text.map_err(|error| refuse(&error))?.len())?;
+            check(text.map_err(|error| refuse(&error))?.len())?;
         }
         let prompt = chat.prompt(&conversation, &options);
         prompt.map_err(|error| refuse(&error))

@@ -58,6 +58,7 @@ pub(crate) async fn create(State(app): State<App>, body: JsonBody) -> Result<Res
     if !fields.truncates() {
         prompt.check_size(&info)?;
     }
+    prompt.check_work("prompt", &info)?;
     let prefix = match text_fields.add_special_tokens.unwrap_or(true) {
         true => info.text_prefix,
         false => Vec::new(),

@@ -78,6 +78,7 @@ pub(crate) async fn create(
     let model = app.model_or_default(fields.model)?;
     let (chat, info) = (app.chat(&model)?, app.info(&model)?);
     fields.input.check_size(&info)?;
+    fields.input.check_work("input", &info)?;
     let inputs = fields
         .input
         .into_prompts(&app, "input", &chat, info.text_prefix);

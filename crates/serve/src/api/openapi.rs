@@ -106,7 +106,7 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
     let chat = common(json!({
         "messages": messages, "logprobs": boolean(), "top_logprobs": integer(0, 20),
         "add_generation_prompt": boolean(), "continue_final_message": boolean(), "echo": boolean(),
-        "max_completion_tokens": integer(1, u32::MAX),
+        "max_completion_tokens": integer(1, u32::MAX), "reasoning_effort": nullable("string"),
     }));
     let text = common(json!({
         "prompt": text_or_texts(), "echo": boolean(), "logprobs": integer(0, 20),
@@ -118,7 +118,9 @@ fn bodies() -> Vec<(&'static str, &'static str, Value, Answer)> {
         "max_output_tokens": integer(1, u32::MAX), "temperature": number(0.0, 2.0),
         "top_p": number(0.01, 1.0), "stream": boolean(), "store": boolean(),
         "background": boolean(), "previous_response_id": nullable("string"),
-        "metadata": nullable("object"),
+        "metadata": {
+            "type": ["object", "null"], "maxProperties": 16, "additionalProperties": string(),
+        },
     });
     let embedding = json!({
         "model": nullable("string"), "input": text_or_texts(),

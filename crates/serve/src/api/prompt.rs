@@ -55,6 +55,17 @@ impl Prompt {
         }
     }
 
+    /// Refuses what would take too much to tokenize.
+    pub(crate) fn check_work(&self, param: &str, info: &ModelInfo) -> Result<()> {
+        let texts = match self {
+            Self::Text(text) => std::slice::from_ref(text),
+            Self::Texts(texts) => texts,
+            Self::Ids(_) | Self::IdLists(_) => &[],
+        };
+        let mut texts = texts.iter();
+        texts.try_for_each(|text| info.check_work(param, text.len()))
+    }
+
     /// The tokens of each prompt.
     pub(crate) async fn into_prompts(
         self,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use updraft_chat::{Chat, EncodePolicy, TokenizerExt};
 
 use super::capped::Capped;
-use super::chat::{self, ChatFields};
+use super::chat::{self, ChatFields, Excess};
 use super::error::ApiError;
 use super::json::JsonBody;
 use super::logprobs::token_text;
@@ -89,6 +89,7 @@ pub(crate) async fn tokenize(
         .unwrap_or(fields.content.is_none());
     let tokens = match fields.prompt.or(fields.content) {
         Some(text) => {
+            info.check_work("prompt", text.len())?;
             let chat = chat.clone();
             let mut ids = if adds { info.text_prefix } else { Vec::new() };
             app.encode(move || {
@@ -102,7 +103,10 @@ pub(crate) async fn tokenize(
             })
             .await?
         }
-        None => chat::prompt(&app, &chat, body.read::<ChatFields>()?, None).await?,
+        None => {
+            let fields = body.read::<ChatFields>()?;
+            chat::prompt(&app, &chat, fields, &info, Excess::Tokenized).await?
+        }
     };
     let (strings, pieces) = (fields.return_token_strs, fields.with_pieces);
     let (has_strings, has_pieces) = (strings.unwrap_or(false), pieces.unwrap_or(false));

@@ -325,6 +325,33 @@ async fn texts_that_cannot_fit_are_not_tokenized() {
     let cut = json!({"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1});
     let usage = server.post("/v1/completions", &cut).await.json()["usage"].clone();
     assert_eq!(usage["prompt_tokens"], 5, "unless it is to be cut: {usage}");
+    // Whether it is to be cut or only counted: a tokenizer takes much more than the text.
+    let text = "x".repeat((4 << 20) + 1);
+    let messages = json!([{"role": "user", "content": text}]);
+    for (path, body, param) in [
+        (
+            CHAT,
+            json!({"messages": messages, "truncate_prompt_tokens": 5}),
+            "messages",
+        ),
+        (
+            "/v1/completions",
+            json!({"prompt": ["x", text], "truncate_prompt_tokens": 5}),
+            "prompt",
+        ),
+        ("/tokenize", json!({"content": text}), "prompt"),
+        ("/tokenize", json!({"messages": messages}), "messages"),
+        (
+            "/chat/completions/input_tokens",
+            json!({"messages": messages}),
+            "messages",
+        ),
+    ] {
+        let error = server.post(path, &body).await.error(400, None);
+        assert_eq!(error["param"], param, "{path}: {error}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains("4194304"), "{path}: {message}");
+    }
     // Too many are refused before the first is looked at.
     let many = json!({"prompt": vec![""; 200]});
     let error = server.post("/v1/completions", &many).await.error(400, None);

@@ -6,7 +6,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use updraft_serve::{EchoEngine, Error, ServeOptions, listen};
+use updraft_chat::Chat;
+use updraft_serve::{
+    EchoEngine, Engine, EngineStats, Error, GenerateRequest, ModelInfo, ServeOptions, TokenStream,
+    listen,
+};
 
 use crate::client::Server;
 
@@ -228,4 +232,50 @@ async fn operators_see_what_goes_on() {
             metrics.body
         );
     }
+}
+
+/// A decoder whose thread has ended.
+#[derive(Debug)]
+struct Ended(EchoEngine);
+
+#[async_trait::async_trait]
+impl Engine for Ended {
+    fn models(&self) -> Vec<ModelInfo> {
+        self.0.models()
+    }
+
+    fn chat(&self, model: &str) -> Option<Arc<Chat>> {
+        self.0.chat(model)
+    }
+
+    async fn generate(&self, _: GenerateRequest) -> updraft_serve::Result<TokenStream> {
+        let reason = "the engine has stopped";
+        Err(Error::Unavailable { reason })
+    }
+
+    fn stats(&self) -> Vec<EngineStats> {
+        let alive = EngineStats::idle("alive");
+        let ended = EngineStats {
+            alive: false,
+            ..EngineStats::idle("echo")
+        };
+        vec![alive, ended]
+    }
+}
+
+/// One dead decoder of several is enough for a balancer to look elsewhere, and for clients to come
+/// again; operators can still see why.
+#[tokio::test]
+async fn a_dead_engine_is_not_healthy() {
+    let engine = Arc::new(Ended(EchoEngine::new(["echo"])));
+    let server = Server::start(engine, ServeOptions::default()).await;
+    for path in ["/health", "/ping"] {
+        server.get(path).await.error(503, None);
+    }
+    for stream in [false, true] {
+        let answer = server.post(PATH, &long(stream)).await;
+        answer.error(503, None);
+        assert!(answer.header("retry-after").is_some());
+    }
+    assert_eq!(server.get("/metrics").await.status, 200);
 }

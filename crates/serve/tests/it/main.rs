@@ -9,6 +9,7 @@ mod candle;
 mod chat;
 mod client;
 mod completions;
+mod conventions;
 mod extras;
 mod hostile;
 mod life;

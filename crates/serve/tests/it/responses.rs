@@ -108,6 +108,11 @@ async fn what_responses_cannot_do_is_named() {
             "input[0].role",
         ),
         (json!({"input": []}), "messages"),
+        (json!({"metadata": {"a": 5}}), "metadata.a"),
+        (
+            json!({"metadata": (0..17).map(|n| (n.to_string(), json!("x"))).collect::<serde_json::Map<_, _>>()}),
+            "metadata",
+        ),
         (json!({"prompt": {"id": "pmpt_1"}}), "prompt"),
         (json!({"top_logprobs": 2}), "top_logprobs"),
         (
@@ -214,9 +219,11 @@ async fn the_document_lists_every_path() {
 #[tokio::test]
 async fn what_was_said_can_be_answered_on() {
     let server = Server::echo().await;
-    let first = server.post(PATH, &json!({"input": "hi"})).await.json();
+    let asked = json!({"input": "hi", "metadata": {"b": "x", "a": "y"}, "temperature": 0.1});
+    let first = server.post(PATH, &asked).await.json();
     let id = first["id"].as_str().expect("a string");
     assert!(id.starts_with("resp_") && first["store"] == true);
+    assert_eq!(first["metadata"], asked["metadata"]);
     let path = format!("{PATH}/{id}");
     assert_eq!(server.get(&path).await.json(), first);
     let body = json!({"input": "there", "previous_response_id": id});

@@ -18,7 +18,7 @@ use self::answer::Answer;
 use self::prompts::{Biases, Part, PromptField, is_one_prompt};
 use self::samplers::Others;
 use super::capped::Capped;
-use super::chat::{ChatFields, prompt};
+use super::chat::{ChatFields, Excess, prompt};
 use super::constrain::FormatFields;
 use super::draws::DrawFields;
 use super::error::ApiError;
@@ -174,8 +174,10 @@ pub(crate) async fn input_tokens(
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let fields: ModelField = body.read()?;
-    let chat = app.chat(&app.model_or_default(fields.model)?)?;
-    let ids = prompt(&app, &chat, body.read::<ChatFields>()?, None).await?;
+    let model = app.model_or_default(fields.model)?;
+    let (chat, info) = (app.chat(&model)?, app.info(&model)?);
+    let asked = body.read::<ChatFields>()?;
+    let ids = prompt(&app, &chat, asked, &info, Excess::Tokenized).await?;
     Ok(Json(
         json!({"object": "response.input_tokens", "input_tokens": ids.len()}),
     ))

@@ -44,7 +44,10 @@ impl Part {
     /// Refuses what cannot fit the context, before anybody tokenizes it.
     pub(super) fn check_size(&self, info: &ModelInfo) -> Result<()> {
         match self {
-            Self::Text(text) | Self::Named(Some(text)) => info.check_text(text.len()),
+            Self::Text(text) | Self::Named(Some(text)) => {
+                info.check_text(text.len())?;
+                info.check_work("prompt", text.len())
+            }
             Self::List(parts) => parts.iter().try_for_each(|part| part.check_size(info)),
             Self::Id(_) | Self::Named(None) | Self::Media => Ok(()),
         }

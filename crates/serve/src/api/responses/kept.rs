@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 use updraft_chat::{Message, Role};
@@ -31,29 +32,45 @@ struct Entries {
 
 #[derive(Debug)]
 struct Entry {
+    id: String,
     owner: Owner,
-    response: Value,
-    conversation: Vec<Message>,
-    /// Its place among all by age; set when it is kept, as its size is.
+    /// As JSON: a value takes up to forty times as much.
+    response: String,
+    /// What was said up to its end, as JSON too.
+    conversation: String,
+    /// Its place among all by age; set when it is kept.
     number: u64,
-    bytes: usize,
     /// Ends what makes it, if it is still being made.
     cancel: Option<Arc<Notify>>,
 }
 
 impl Entry {
-    /// Counted before the entries are locked: an answer may be long.
-    fn weighed(self) -> Self {
-        let said = serde_json::to_vec(&self.conversation).map_or(0, |json| json.len());
-        let bytes = said + self.response.to_string().len();
-        Self { bytes, ..self }
+    /// Written before the entries are locked: an answer may be long.
+    fn new(owner: Owner, response: &Value, said: &[Message], cancel: Option<Arc<Notify>>) -> Self {
+        Self {
+            id: response["id"].as_str().unwrap_or_default().to_owned(),
+            owner,
+            response: response.to_string(),
+            conversation: serde_json::to_string(said).expect("messages have string keys only"),
+            number: 0,
+            cancel,
+        }
     }
+
+    fn bytes(&self) -> usize {
+        self.response.len() + self.conversation.len()
+    }
+}
+
+/// What an entry was written from.
+fn read<T: DeserializeOwned>(json: &str) -> T {
+    serde_json::from_str(json).expect("this room wrote it")
 }
 
 impl Entries {
     fn remove(&mut self, id: &str) -> Option<Entry> {
         let entry = self.by_id.remove(id)?;
-        self.bytes -= entry.bytes;
+        self.bytes -= entry.bytes();
         self.by_age.remove(&entry.number);
         if let Some(cancel) = &entry.cancel {
             cancel.notify_one();
@@ -71,33 +88,41 @@ impl Kept {
     }
 
     pub(crate) fn get(&self, id: &str, owner: Owner) -> Option<Value> {
-        let entries = self.lock();
-        let entry = entries.by_id.get(id).filter(|entry| entry.owner == owner);
-        entry.map(|entry| entry.response.clone())
+        let response = self.of(id, owner, |entry| entry.response.clone())?;
+        Some(read(&response))
     }
 
     /// Everything said up to the end of a response; none if it did not come to an answer.
     pub(crate) fn conversation(&self, id: &str, owner: Owner) -> Option<Vec<Message>> {
-        let entries = self.lock();
-        let entry = entries.by_id.get(id).filter(|entry| entry.owner == owner)?;
+        let entry = |entry: &Entry| (entry.response.clone(), entry.conversation.clone());
+        let (response, conversation) = self.of(id, owner, entry)?;
+        let response: Value = read(&response);
         let has_answer = ["completed", "incomplete"]
             .iter()
-            .any(|end| entry.response["status"] == *end);
-        has_answer.then(|| entry.conversation.clone())
+            .any(|end| response["status"] == *end);
+        has_answer.then(|| read(&conversation))
+    }
+
+    fn of<T>(&self, id: &str, owner: Owner, take: impl FnOnce(&Entry) -> T) -> Option<T> {
+        let entries = self.lock();
+        let entry = entries.by_id.get(id).filter(|entry| entry.owner == owner);
+        entry.map(take)
     }
 
     /// Ends a response that is being made; one that has ended stays as it is.
     pub(crate) fn cancel(&self, id: &str, owner: Owner) -> Option<Value> {
         let mut entries = self.lock();
-        let entry = entries
-            .by_id
-            .get_mut(id)
-            .filter(|entry| entry.owner == owner)?;
+        let Entries { by_id, bytes, .. } = &mut *entries;
+        let entry = by_id.get_mut(id).filter(|entry| entry.owner == owner)?;
+        let mut response: Value = read(&entry.response);
         if let Some(cancel) = entry.cancel.take() {
             cancel.notify_one();
-            entry.response["status"] = json!("cancelled");
+            response["status"] = json!("cancelled");
+            *bytes -= entry.bytes();
+            entry.response = response.to_string();
+            *bytes += entry.bytes();
         }
-        Some(entry.response.clone())
+        Some(response)
     }
 
     /// `false` if there is none.
@@ -113,25 +138,22 @@ impl Kept {
     /// Keeps the end of a response that was begun, unless it was forgotten or cancelled meanwhile.
     fn finish(&self, entry: Entry) {
         let is_wanted = |known: &Entry| known.cancel.is_some();
-        let entry = entry.weighed();
-        let id = entry.response["id"].as_str().unwrap_or_default();
         let mut entries = self.lock();
-        if entries.by_id.get(id).is_some_and(is_wanted) {
+        if entries.by_id.get(&entry.id).is_some_and(is_wanted) {
             self.keep(&mut entries, entry);
         }
     }
 
     fn insert(&self, entry: Entry) {
-        let entry = entry.weighed();
         self.keep(&mut self.lock(), entry);
     }
 
     fn keep(&self, entries: &mut Entries, mut entry: Entry) {
-        let id = entry.response["id"].as_str().unwrap_or_default().to_owned();
+        let id = entry.id.clone();
         entries.remove(&id);
         entry.number = entries.next;
         entries.next += 1;
-        entries.bytes += entry.bytes;
+        entries.bytes += entry.bytes();
         entries.by_age.insert(entry.number, id.clone());
         entries.by_id.insert(id, entry);
         while entries.by_id.len() > self.max_responses || entries.bytes > MAX_BYTES {
@@ -162,14 +184,8 @@ impl Keeping {
     pub(super) fn begin(&self, response: &Value) -> impl Future<Output = ()> + Send + 'static {
         let cancel = Arc::new(Notify::new());
         let notified = cancel.clone();
-        self.app.kept.insert(Entry {
-            owner: self.owner,
-            response: response.clone(),
-            conversation: Vec::new(),
-            number: 0,
-            bytes: 0,
-            cancel: Some(cancel),
-        });
+        let begun = Entry::new(self.owner, response, &[], Some(cancel));
+        self.app.kept.insert(begun);
         async move { notified.notified().await }
     }
 
@@ -177,14 +193,7 @@ impl Keeping {
     pub(super) fn end(&self, response: &Value, text: &str) {
         let mut conversation = self.conversation.clone();
         conversation.push(Message::new(Role::Assistant, text));
-        let entry = Entry {
-            owner: self.owner,
-            response: response.clone(),
-            conversation,
-            number: 0,
-            bytes: 0,
-            cancel: None,
-        };
+        let entry = Entry::new(self.owner, response, &conversation, None);
         match response["background"] == true {
             true => self.app.kept.finish(entry),
             false => self.app.kept.insert(entry),
@@ -198,14 +207,9 @@ mod tests {
     use crate::auth::Owner;
 
     fn entry(id: &str, text: &str) -> Entry {
-        Entry {
-            owner: Owner::default(),
-            response: json!({"id": id, "status": "completed"}),
-            conversation: vec![Message::new(Role::User, text)],
-            number: 0,
-            bytes: 0,
-            cancel: None,
-        }
+        let response = json!({"id": id, "status": "completed"});
+        let said = [Message::new(Role::User, text)];
+        Entry::new(Owner::default(), &response, &said, None)
     }
 
     #[test]
@@ -243,10 +247,9 @@ mod tests {
     #[test]
     fn what_was_deleted_or_cancelled_does_not_come_back() {
         let kept = Kept::new(4);
-        let begun = |id: &str| Entry {
-            response: json!({"id": id, "status": "in_progress"}),
-            cancel: Some(Arc::new(Notify::new())),
-            ..entry(id, "x")
+        let begun = |id: &str| {
+            let response = json!({"id": id, "status": "in_progress"});
+            Entry::new(Owner::default(), &response, &[], Some(Arc::default()))
         };
         let everybody = Owner::default();
         ["a", "b", "c"].iter().for_each(|id| kept.insert(begun(id)));
@@ -258,6 +261,10 @@ mod tests {
         assert!(kept.get("a", everybody).is_none());
         let cancelled = kept.get("b", everybody).expect("it is kept");
         assert_eq!(cancelled["status"], "cancelled");
+        let entries = kept.lock();
+        let bytes = entries.by_id.values().map(Entry::bytes).sum::<usize>();
+        assert_eq!(entries.bytes, bytes, "the books are right");
+        drop(entries);
         assert!(kept.conversation("b", everybody).is_none(), "no answer");
         assert!(kept.conversation("c", everybody).is_some());
     }

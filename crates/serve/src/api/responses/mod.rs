@@ -4,19 +4,21 @@ mod events;
 mod input;
 pub(crate) mod kept;
 
+use std::collections::BTreeMap;
+
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use updraft_chat::{Message, Role};
 
 use self::events::Answer;
 use self::input::Input;
 use self::kept::Keeping;
 use super::capped::Capped;
-use super::chat::{ChatFields, prompt};
+use super::chat::{ChatFields, Excess, prompt};
 use super::constrain;
 use super::error::ApiError;
 use super::fields::{Fields, Form};
@@ -29,6 +31,8 @@ use crate::constraint::Constraint;
 use crate::error::{Error, Result};
 use crate::generate::{self, TextStream};
 
+/// Texts to keep beside a response at most, as OpenAI's.
+const MAX_METADATA: usize = 16;
 /// What an answer may be asked to include at most; OpenAI knows eight such things.
 const MAX_INCLUDES: usize = 64;
 /// The one of them that would be in a text answer.
@@ -54,7 +58,7 @@ struct ResponseFields {
     #[serde(default)]
     store: Option<bool>,
     #[serde(default)]
-    metadata: Option<Map<String, Value>>,
+    metadata: Option<Capped<BTreeMap<String, String>, MAX_METADATA>>,
     /// What thinking templates may read.
     #[serde(default)]
     reasoning: Option<Reasoning>,
@@ -104,9 +108,9 @@ pub(crate) async fn create(
     let instructions = instructions.map(|text| Message::new(Role::System, text));
     let messages = instructions.into_iter().chain(conversation.clone());
     let info = app.info(&model)?;
-    let fits = (!fields.truncates()).then_some(&info);
+    let excess = Excess::of(&fields);
     let asked = ChatFields::of(messages.collect(), effort);
-    let prompt_ids = prompt(&app, &chat, asked, fits).await?;
+    let prompt_ids = prompt(&app, &chat, asked, &info, excess).await?;
     let arrived = body.arrived();
     drop(body);
     let fields = fields.with_max_tokens("max_output_tokens", max_output_tokens)?;
@@ -259,13 +263,14 @@ impl ResponseFields {
     fn envelope(&self, app: &Shared, model: &str, fields: &Fields) -> Value {
         let format = self.text.as_ref().and_then(|text| text.format.clone());
         let draws = fields.draws();
+        let Capped(metadata) = self.metadata.clone().unwrap_or_default();
         json!({
             "id": app.id("resp_"), "object": "response",
             "created_at": app.options.clock.unix_seconds(), "status": "in_progress",
             "background": self.background.unwrap_or(false), "error": null,
             "incomplete_details": null, "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
-            "metadata": self.metadata.clone().unwrap_or_default(), "model": model, "output": [],
+            "metadata": metadata, "model": model, "output": [],
             "parallel_tool_calls": true, "previous_response_id": self.previous_response_id,
             "store": self.keep(app), "temperature": draws.temperature,
             "text": {"format": format.unwrap_or_else(|| json!({"type": "text"}))},
