@@ -25,23 +25,43 @@ fn one(world: &World, line: &str) -> Value {
 #[test]
 fn every_verb_answers_programs_in_json_alone() {
     let world = World::new();
-    world.write("talks.yaml", "name: talks\nrun: echo one; echo '{'; echo two >&2\n");
-    world.write("two.yaml", "name: a\nrun: echo a\n---\nname: b\nrun: echo b\n");
+    world.write(
+        "talks.yaml",
+        "name: talks\nrun: echo one; echo '{'; echo two >&2\n",
+    );
+    world.write(
+        "two.yaml",
+        "name: a\nrun: echo a\n---\nname: b\nrun: echo b\n",
+    );
 
     assert_eq!(one(&world, "status"), serde_json::json!([]));
     assert_eq!(one(&world, "check")[0]["provider"], "local");
-    assert!(one(&world, "gpus").as_array().is_some_and(|all| !all.is_empty()));
+    assert!(
+        one(&world, "gpus")
+            .as_array()
+            .is_some_and(|all| !all.is_empty())
+    );
     assert_eq!(one(&world, "launch --dryrun talks.yaml")["num_nodes"], 1);
 
     // Followed: the number, the lines, and the end.
     let told = lines(&world, "launch -c c talks.yaml -y");
     assert_eq!(told[0]["job_id"], 1);
-    let mut output: Vec<_> = told.iter().filter_map(|line| line["line"].as_str()).collect();
+    let mut output: Vec<_> = told
+        .iter()
+        .filter_map(|line| line["line"].as_str())
+        .collect();
     output.sort_unstable(); // the two streams of a process have no order between them
     assert_eq!(output, ["one", "two", "{"]);
     let end = told.last().expect("an end");
-    assert_eq!((&end["status"], &end["exit_code"]), (&"SUCCEEDED".into(), &0.into()));
-    assert_eq!(lines(&world, "launch -c c two.yaml -y").len(), 6, "a pipeline");
+    assert_eq!(
+        (&end["status"], &end["exit_code"]),
+        (&"SUCCEEDED".into(), &0.into())
+    );
+    assert_eq!(
+        lines(&world, "launch -c c two.yaml -y").len(),
+        6,
+        "a pipeline"
+    );
     assert_eq!(lines(&world, "exec c talks.yaml").len(), 5);
     let detached = one(&world, "exec c talks.yaml -d");
     assert_eq!(detached["cluster"], "c");
@@ -61,7 +81,10 @@ fn every_verb_answers_programs_in_json_alone() {
 
     world.write("svc.yaml", SERVICE);
     let begun = one(&world, "serve up -n web svc.yaml --env WORD=one -y -d");
-    assert_eq!((&begun["name"], &begun["version"]), (&"web".into(), &1.into()));
+    assert_eq!(
+        (&begun["name"], &begun["version"]),
+        (&"web".into(), &1.into())
+    );
     assert_eq!(one(&world, "serve status")[0]["name"], "web");
     let updated = one(&world, "serve update web svc.yaml --env WORD=two");
     assert_eq!(updated["url"], begun["url"]);
@@ -72,7 +95,12 @@ fn every_verb_answers_programs_in_json_alone() {
 #[test]
 fn errors_are_not_in_the_answer() {
     let world = World::new();
-    for line in ["down nothing -y", "queue nothing", "launch missing.yaml -y", "fly"] {
+    for line in [
+        "down nothing -y",
+        "queue nothing",
+        "launch missing.yaml -y",
+        "fly",
+    ] {
         let output = world.run(&format!("{line} -o json"));
         assert!(!output.status.success(), "{line}");
         assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{line}");
@@ -83,6 +111,9 @@ fn errors_are_not_in_the_answer() {
     assert_eq!(output.status.code(), Some(100));
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let end: Value = serde_json::from_str(said.lines().last().expect("an end")).expect("JSON");
-    assert_eq!((&end["status"], &end["exit_code"]), (&"FAILED".into(), &7.into()));
+    assert_eq!(
+        (&end["status"], &end["exit_code"]),
+        (&"FAILED".into(), &7.into())
+    );
     world.ok("down c -y");
 }

@@ -93,3 +93,22 @@ fn a_service_survives_a_bad_version_and_its_own_process() {
     );
     assert!(!world.path().join("home/services/web.values-2").exists());
 }
+
+/// Whoever removes the folder of the state has no other way to end the service's process.
+#[test]
+fn a_service_goes_with_its_folder() {
+    let world = World::new();
+    world.write("svc.yaml", SERVICE);
+    world.ok("serve up -n web svc.yaml --env WORD=one -y");
+    let process = format!("/proc/{}/cmdline", process_of(&world, "web"));
+    // Whatever still writes there may be in the way.
+    while std::fs::remove_dir_all(world.path().join("home")).is_err() {
+        std::thread::yield_now();
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let runs = || std::fs::read(&process).is_ok_and(|words| !words.is_empty());
+    while runs() {
+        assert!(std::time::Instant::now() < deadline, "it goes on");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}

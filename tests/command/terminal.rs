@@ -68,28 +68,58 @@ fn a_cluster_is_launched_and_ended_when_somebody_agrees() {
     let world = World::new();
     let declined = on_terminal(&world, "launch -c c task.yaml -d", "n");
     assert!(declined.asked(), "{}", declined.screen);
-    assert!(declined.screen.contains("localhost"), "the plan is shown: {}", declined.screen);
+    assert!(
+        declined.screen.contains("localhost"),
+        "the plan is shown: {}",
+        declined.screen
+    );
     assert_eq!((declined.code, clusters(&world).as_str()), (Some(1), "[]"));
     let agreed = on_terminal(&world, "launch -c c task.yaml -d", "");
     assert!(agreed.asked(), "Enter is yes");
     assert_eq!(agreed.code, Some(0), "{}", agreed.screen);
     // It is there already: nothing new is taken.
     let again = on_terminal(&world, "launch -c c task.yaml -d", "n");
-    assert_eq!((again.asked(), again.code), (false, Some(0)), "{}", again.screen);
+    assert_eq!(
+        (again.asked(), again.code),
+        (false, Some(0)),
+        "{}",
+        again.screen
+    );
     let kept = on_terminal(&world, "down c", "no");
-    assert_eq!((kept.asked(), kept.code), (true, Some(1)), "{}", kept.screen);
+    assert_eq!(
+        (kept.asked(), kept.code),
+        (true, Some(1)),
+        "{}",
+        kept.screen
+    );
     assert_ne!(clusters(&world), "[]");
     let ended = on_terminal(&world, "down c", "y");
-    assert_eq!((ended.asked(), ended.code), (true, Some(0)), "{}", ended.screen);
+    assert_eq!(
+        (ended.asked(), ended.code),
+        (true, Some(0)),
+        "{}",
+        ended.screen
+    );
     assert_eq!(clusters(&world), "[]");
 }
 
 #[test]
 fn who_has_said_yes_is_not_asked() {
     let world = World::new();
-    for line in ["launch -c c task.yaml -d -y", "exec c task.yaml -d", "stop c", "start c", "down c -y"] {
+    for line in [
+        "launch -c c task.yaml -d -y",
+        "exec c task.yaml -d",
+        "stop c",
+        "start c",
+        "down c -y",
+    ] {
         let seen = on_terminal(&world, line, "n");
-        assert_eq!((seen.asked(), seen.code), (false, Some(0)), "{line}: {}", seen.screen);
+        assert_eq!(
+            (seen.asked(), seen.code),
+            (false, Some(0)),
+            "{line}: {}",
+            seen.screen
+        );
     }
     assert_eq!(clusters(&world), "[]");
 }
@@ -99,14 +129,34 @@ fn a_service_is_begun_and_ended_when_somebody_agrees() {
     let world = World::new();
     world.write("svc.yaml", SERVICE);
     let declined = on_terminal(&world, "serve up -n web svc.yaml --env WORD=x", "n");
-    assert_eq!((declined.asked(), declined.code), (true, Some(1)), "{}", declined.screen);
+    assert_eq!(
+        (declined.asked(), declined.code),
+        (true, Some(1)),
+        "{}",
+        declined.screen
+    );
     assert_eq!(world.ok("serve status -o json").trim(), "[]");
     let agreed = on_terminal(&world, "serve up -n web svc.yaml --env WORD=x", "y");
-    assert_eq!((agreed.asked(), agreed.code), (true, Some(0)), "{}", agreed.screen);
+    assert_eq!(
+        (agreed.asked(), agreed.code),
+        (true, Some(0)),
+        "{}",
+        agreed.screen
+    );
     let kept = on_terminal(&world, "serve down web", "n");
-    assert_eq!((kept.asked(), kept.code), (true, Some(1)), "{}", kept.screen);
+    assert_eq!(
+        (kept.asked(), kept.code),
+        (true, Some(1)),
+        "{}",
+        kept.screen
+    );
     let ended = on_terminal(&world, "serve down web -y", "n");
-    assert_eq!((ended.asked(), ended.code), (false, Some(0)), "{}", ended.screen);
+    assert_eq!(
+        (ended.asked(), ended.code),
+        (false, Some(0)),
+        "{}",
+        ended.screen
+    );
     assert_eq!(world.ok("serve status -o json").trim(), "[]");
 }
 

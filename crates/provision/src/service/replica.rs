@@ -241,7 +241,10 @@ mod tests {
         let running = || async { world.list_owned(None).await.expect("list").len() };
         world.pass(begun + LEASE - RENEW);
         assert_eq!(running().await, 1, "a controller that is late by a minute");
-        engine.keep("s-replica-1", &agent, LEASE).await.expect("kept");
+        engine
+            .keep("s-replica-1", &agent, LEASE)
+            .await
+            .expect("kept");
         world.pass(begun + LEASE + RENEW);
         assert_eq!(running().await, 1, "it has said that it is there");
         world.pass(SystemTime::now() + 3 * LEASE);

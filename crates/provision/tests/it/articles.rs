@@ -46,7 +46,10 @@ fn the_second_articles_files_mean_what_they_say() {
     let order = ["T4:1", "A100-80GB:1", "A100-80GB:8"].map(str::to_owned);
     assert_eq!(names(&train), (true, order.to_vec()));
     assert_eq!(train.envs["AWS_ACCESS_KEY_ID"], "tid_ours");
-    assert_eq!(train.envs["MODEL_NAME"], "makers/Large-7B", "of the env file");
+    assert_eq!(
+        train.envs["MODEL_NAME"], "makers/Large-7B",
+        "of the env file"
+    );
     assert_eq!(train.envs["BUCKET_NAME"], "ours", "of the task");
     let setup = train.setup.as_deref().unwrap_or_default();
     assert!(setup.contains("\n[default]\n"), "a here-document: {setup}");
@@ -73,6 +76,7 @@ fn the_second_articles_files_mean_what_they_say() {
 
 /// The YAML blocks of the articles themselves, beside the fixtures.
 #[test]
+#[expect(clippy::print_stderr, reason = "a test that skips says why")]
 fn the_articles_own_files_are_read_verbatim() {
     let Some(fixtures) = std::env::var_os("UPDRAFT_FIXTURES") else {
         eprintln!("skipped: UPDRAFT_FIXTURES is not set");

@@ -106,6 +106,7 @@ async fn stopped_hours_are_not_billed() {
     let later = |hours: u32| SystemTime::now() + hours * HOUR;
     let hours = |at: SystemTime| {
         let costs = engine.cost_report(at).expect("costs");
+        assert_ne!(costs[0].running, costs[0].stopped);
         (costs[0].hours.round() as u32, costs[0].running)
     };
     assert_eq!(hours(later(3)), (3, true));
