@@ -20,6 +20,7 @@ pub struct Fake {
     pub(crate) offers: Vec<Offer>,
     dir: Option<PathBuf>,
     settles: Duration,
+    boots: u32,
     state: Mutex<State>,
 }
 
@@ -32,6 +33,7 @@ struct State {
     deadlines: BTreeMap<InstanceId, SystemTime>,
     hidden: BTreeSet<InstanceId>,
     disks: Vec<Option<u32>>,
+    looks: BTreeMap<InstanceId, u32>,
 }
 
 /// What goes wrong with the next `create`.
@@ -69,6 +71,7 @@ impl Fake {
             offers,
             dir: None,
             settles: Duration::ZERO,
+            boots: 0,
             state: Mutex::default(),
         }
     }
@@ -84,6 +87,11 @@ impl Fake {
     /// Takes so long until lists have what was created: what [`Provider::settles`] says.
     pub fn with_settling(self, settles: Duration) -> Self {
         Self { settles, ..self }
+    }
+
+    /// Instances start for as long as they have not been described so often.
+    pub fn with_boots(self, boots: u32) -> Self {
+        Self { boots, ..self }
     }
 
     /// Shows what was created by a [`Fault::Hidden`].
@@ -175,7 +183,10 @@ impl Provider for Fake {
             token: request.token.clone(),
             cluster: request.cluster.clone(),
             labels: request.labels.clone(),
-            state: InstanceState::Running,
+            state: match self.boots {
+                0 => InstanceState::Running,
+                _ => InstanceState::Starting,
+            },
             endpoint: self.dir.clone().map(|dir| Endpoint::Local { dir }),
             usd_per_hour: request.offer.usd_per_hour,
         };
@@ -198,11 +209,18 @@ impl Provider for Fake {
     }
 
     async fn describe(&self, id: &InstanceId) -> Result<Instance> {
-        let state = self.state();
-        let found = state.shown().find(|instance| instance.id == *id);
-        found
-            .cloned()
-            .ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })
+        let mut state = self.state();
+        let found = state.shown().find(|instance| instance.id == *id).cloned();
+        let found = found.ok_or_else(|| Error::NoSuchInstance { id: id.to_string() })?;
+        if found.state == InstanceState::Starting {
+            let looks = state.looks.entry(id.clone()).or_default();
+            *looks += 1;
+            if *looks >= self.boots {
+                state.find(id)?.state = InstanceState::Running;
+                return Ok(state.find(id)?.clone());
+            }
+        }
+        Ok(found)
     }
 
     async fn list_owned(&self, _near: Option<&Offer>) -> Result<Vec<Instance>> {

@@ -208,6 +208,7 @@ pub(crate) async fn check(json: bool, screen: &Screen) -> Outcome {
             .map(|(name, answer)| {
                 let said = match answer {
                     Ok(0) => "nothing to offer".to_owned(),
+                    Ok(1) => "1 offer".to_owned(),
                     Ok(offers) => format!("{offers} offers"),
                     Err(error) => error.to_string(),
                 };
@@ -272,7 +273,12 @@ pub(crate) fn cost_report(json: bool, screen: &Screen) -> Result<(), Error> {
             vec![
                 line.cluster.clone(),
                 format!("{}x {}", line.instances, line.instance_type),
-                if line.running { "runs" } else { "ended" }.to_owned(),
+                match (line.running, line.stopped) {
+                    (true, _) => "runs",
+                    (false, true) => "stopped",
+                    (false, false) => "ended",
+                }
+                .to_owned(),
                 format!("{:.2}", line.hours),
                 format!("{:.2}", line.usd),
             ]

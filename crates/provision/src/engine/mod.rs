@@ -99,6 +99,8 @@ pub struct CostLine {
     pub instances: u32,
     /// Whether one still runs.
     pub running: bool,
+    /// Whether one is stopped.
+    pub stopped: bool,
     /// The sum of the hours they ran; stopped ones do not.
     pub hours: f64,
     /// Hours times list price.
@@ -321,6 +323,7 @@ impl Engine {
         for node in self.state.all_nodes()? {
             let hours = node.ran(now).as_secs_f64() / 3600.0;
             let running = node.ended.is_none() && node.stopped.is_none();
+            let stopped = node.ended.is_none() && node.stopped.is_some();
             let usd = hours * node.offer.usd_per_hour;
             let same = |line: &&mut CostLine| {
                 line.cluster == node.cluster && line.instance_type == node.offer.instance_type
@@ -329,6 +332,7 @@ impl Engine {
                 Some(line) => {
                     line.instances += 1;
                     line.running |= running;
+                    line.stopped |= stopped;
                     line.hours += hours;
                     line.usd += usd;
                 }
@@ -337,6 +341,7 @@ impl Engine {
                     instance_type: node.offer.instance_type,
                     instances: 1,
                     running,
+                    stopped,
                     hours,
                     usd,
                 }),

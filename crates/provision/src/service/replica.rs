@@ -209,3 +209,45 @@ pub(super) async fn watch(
         tokio::time::sleep(pause).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::task::EnvOverrides;
+    use crate::{Fake, Provider, State};
+
+    /// Whatever becomes of its controller, a replica ends ten minutes after it was last heard of.
+    #[tokio::test]
+    async fn a_replica_outlives_its_controller_by_its_lease() {
+        let dir = tempfile::tempdir().expect("folder");
+        let (node, script) = (dir.path().join("node"), dir.path().join("agent"));
+        std::fs::create_dir(&node).expect("folder");
+        std::fs::write(&script, "case $1 in submit) echo 1 ;; esac\n").expect("write");
+        let agent = AgentBinary::new("/bin/sh", script.to_str().expect("utf-8")).expect("sh");
+        let world = Arc::new(Fake::new().with_dir(node));
+        let state = Arc::new(State::open(dir.path()).expect("state"));
+        let engine = Engine::new(state, vec![world.clone()]);
+        let options = ExecOptions {
+            setup: true,
+            base: dir.path().to_owned(),
+        };
+        let yaml = "service: {readiness_probe: /}\nrun: sleep 600\n";
+        let task = Task::from_yaml(yaml, &EnvOverrides::new()).expect(yaml);
+        let begun = SystemTime::now();
+        let up = bring_up(&engine, &agent, &options, "s-replica-1", 1, task).await;
+        up.expect("up");
+        let running = || async { world.list_owned(None).await.expect("list").len() };
+        world.pass(begun + LEASE - RENEW);
+        assert_eq!(running().await, 1, "a controller that is late by a minute");
+        engine
+            .keep("s-replica-1", &agent, LEASE)
+            .await
+            .expect("kept");
+        world.pass(begun + LEASE + RENEW);
+        assert_eq!(running().await, 1, "it has said that it is there");
+        world.pass(SystemTime::now() + 3 * LEASE);
+        assert_eq!(running().await, 0, "nobody has");
+    }
+}

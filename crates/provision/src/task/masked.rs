@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{MountSource, Task};
+use super::{MountSource, Secret, Task};
 
 /// Values shorter than this are words of everyday, not keys; secrets are hidden whatever their length.
 const SHORT: usize = 4;
@@ -11,7 +11,7 @@ const SHORT: usize = 4;
 /// What the file's text was filled with, in paths, mounts and probes, is starred as well.
 impl fmt::Debug for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let stars = |name: &String| (name.clone(), super::Secret::new(String::new()));
+        let stars = |name: &String| (name.clone(), Secret::new(String::new()));
         let envs: std::collections::BTreeMap<_, _> = self.envs.keys().map(stars).collect();
         f.debug_struct("Task")
             .field("name", &self.name)
@@ -45,7 +45,7 @@ impl<T: fmt::Debug> fmt::Debug for Masked<'_, T> {
 impl Task {
     /// The text with stars for every value that may be a secret.
     fn masked(&self, text: &str) -> String {
-        let secrets = self.secrets.values().map(crate::Secret::expose);
+        let secrets = self.secrets.values().map(Secret::expose);
         let envs = self.envs.values().filter(|value| value.len() >= SHORT);
         let mut values: Vec<&String> = secrets.chain(envs).filter(|v| !v.is_empty()).collect();
         // A value that is part of another must not leave the other's rest.

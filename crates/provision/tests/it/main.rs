@@ -1,6 +1,7 @@
 //! What the crate promises, over its public interface.
 
 mod agent;
+mod articles;
 mod cases;
 mod clusters;
 mod lab;

@@ -106,6 +106,7 @@ async fn stopped_hours_are_not_billed() {
     let later = |hours: u32| SystemTime::now() + hours * HOUR;
     let hours = |at: SystemTime| {
         let costs = engine.cost_report(at).expect("costs");
+        assert_ne!(costs[0].running, costs[0].stopped);
         (costs[0].hours.round() as u32, costs[0].running)
     };
     assert_eq!(hours(later(3)), (3, true));
@@ -200,4 +201,31 @@ async fn a_cluster_does_for_every_task_of_a_pipeline() {
         text.contains("does not do for `huge`: has 16 cpus"),
         "{text}"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_launch_waits_for_what_starts_and_not_for_ever() {
+    let dir = tempfile::tempdir().expect("folder");
+    let world = Arc::new(Fake::new().with_boots(90));
+    let begun = tokio::time::Instant::now();
+    let slow = engine(&dir, world.clone());
+    let launched = slow.launch(&one(), &request()).await.expect("launch");
+    assert_eq!(launched[0].state, InstanceState::Running);
+    assert_eq!(begun.elapsed().as_secs(), 90, "a look each second");
+    slow.down("c").await.expect("down");
+
+    let world = Arc::new(Fake::new().with_boots(u32::MAX));
+    let never = engine(&dir, world.clone());
+    let begun = tokio::time::Instant::now();
+    let error = never.launch(&one(), &request()).await.expect_err("never");
+    assert_eq!(begun.elapsed().as_secs(), 1800);
+    let Error::LaunchedInPart { source, .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert!(matches!(**source, Error::Unavailable { .. }), "{source}");
+    assert!(source.to_string().contains("start an instance"), "{source}");
+    // It may come up yet, and is still in the books.
+    assert_eq!(never.state().open_nodes().expect("rows").len(), 1);
+    never.down("c").await.expect("down");
+    assert_eq!(world.list_owned(None).await.expect("list"), []);
 }
