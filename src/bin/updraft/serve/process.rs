@@ -54,6 +54,10 @@ pub(crate) async fn run(name: &str) -> Result<(), Error> {
             continue;
         }
         looked = Instant::now();
+        // Open files outlive their folder: nothing else would tell that nobody can ask for anything more.
+        if !folder().exists() {
+            return Ok(controller.down().await?);
+        }
         match row(&engine, name) {
             Ok(Some(now)) if now.down => {
                 controller.down().await?;
