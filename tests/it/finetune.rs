@@ -105,9 +105,11 @@ fn two_processes_train_one_run() {
         command
             .env("MASTER_ADDR", "127.0.0.1")
             .env("MASTER_PORT", &port);
-        command.spawn().expect("it starts")
+        command
     };
-    let [first, second] = ["0", "1"].map(worker);
+    // Each command writes the questions anew, so both are made before one reads them.
+    let commands = ["0", "1"].map(worker);
+    let [first, second] = commands.map(|mut command| command.spawn().expect("it starts"));
     let ends = [first, second].map(|child| child.wait_with_output().expect("it ends"));
     let [first, second] = ends.map(|end| {
         assert!(end.status.success());
