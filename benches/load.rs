@@ -117,7 +117,10 @@ struct Load<'a> {
 
 impl Load<'_> {
     async fn run(&self) -> Result<Times> {
-        let http = reqwest::Client::new();
+        // llama-server closes connections it has answered a hundred times on, in mid question.
+        let http = reqwest::Client::builder()
+            .pool_max_idle_per_host(0)
+            .build()?;
         let begun = Instant::now();
         let clients = (0..self.clients).map(|client| {
             let http = &http;

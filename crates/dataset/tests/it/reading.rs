@@ -83,34 +83,33 @@ async fn the_order_is_the_one_row_tells_and_has_each_row_once() {
     );
 }
 
+/// Any number of workers, stopped anywhere, and any number after them.
 #[tokio::test]
 async fn any_workers_take_over_from_any_others() {
     let stage = ready().await;
     let reader = Reader::open(&stage, shuffled()).await.expect("reader");
     let whole = read(&reader, 0, 0).await;
-    for (before, after) in [(1, 3), (3, 1), (2, 5), (5, 2), (4, 4), (7, 3)] {
-        for stop in [0, 1, 13, 50, 94, 95] {
-            let mut taken: Vec<Option<Example>> = vec![None; ROWS as usize];
-            for (workers, range) in [(before, 0..stop), (after, stop..ROWS)] {
+    for stop in 0..=ROWS {
+        let resumed = read(&reader, 0, stop).await;
+        for (before, after) in (1..=8).flat_map(|before| (1..=8).map(move |after| (before, after)))
+        {
+            let mut taken: Vec<Option<&Example>> = vec![None; ROWS as usize];
+            let runs = [(before, 0..stop, &whole), (after, stop..ROWS, &resumed)];
+            for (workers, places, examples) in runs {
                 for index in 0..workers {
                     let worker = Worker::new(index, workers).expect("valid");
-                    let examples = read(&reader, 0, range.start).await;
-                    for (place, example) in range
+                    let mine = places
                         .clone()
                         .zip(examples)
-                        .filter(|(place, _)| worker.takes(*place))
-                    {
-                        assert!(
-                            taken[place as usize].replace(example).is_none(),
-                            "place {place} twice"
-                        );
+                        .filter(|(place, _)| worker.takes(*place));
+                    for (place, example) in mine {
+                        let twice = taken[place as usize].replace(example);
+                        assert!(twice.is_none(), "place {place} twice");
                     }
                 }
             }
-            let taken: Option<Vec<Example>> = taken.into_iter().collect();
-            assert_eq!(
-                taken.as_deref(),
-                Some(&whole[..]),
+            assert!(
+                taken.into_iter().eq(whole.iter().map(Some)),
                 "{before} workers, then {after} from {stop}"
             );
         }
