@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use updraft::DatasetSource;
 use updraft::chat::{Chat, ChatFiles, TemplateFiles};
 use updraft::dataset::{
-    ImportOptions, PretokenizeOptions, Reader, ReaderOptions, SourceOptions, import, pretokenize,
-    resolve_source_with,
+    ImportOptions, MemorySource, PretokenizeOptions, Reader, ReaderOptions, Source, SourceOptions,
+    import, pretokenize, resolve_source_with,
 };
 use updraft::model::{Threads, import_model};
 use updraft::store::{CancelToken, FinishedStage, Store};
@@ -36,13 +37,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
     // Neither import needs the other.
     let (standardized, base) = tokio::try_join!(
         stage("import", &events, async {
-            let source = resolve_source_with(
-                &dataset_source(settings)?,
-                &SourceOptions::default(),
-                &events,
-                &cancel,
-            )
-            .await?;
+            let source = dataset_source(settings, &events, &cancel).await?;
             Ok(import(
                 &store,
                 &dataset,
@@ -167,26 +162,21 @@ pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What `resolve_source` is given: for `letters` a file that is generated now, the same each time.
-fn dataset_source(settings: &Settings) -> Result<String> {
-    if settings.dataset != "letters" || PathBuf::from("letters").exists() {
-        return Ok(settings.dataset.clone());
+/// Where the rows come from: `letters` are generated now, the same each time.
+async fn dataset_source(
+    settings: &Settings,
+    events: &Events,
+    cancel: &CancelToken,
+) -> Result<Arc<dyn Source>> {
+    if settings.dataset == "letters" && !Path::new("letters").exists() {
+        let (seed, count) = LETTERS;
+        let rows: Vec<Value> = letters::conversations(seed, count)
+            .map(|line| serde_json::from_str(&line))
+            .collect::<Result<_, _>>()?;
+        return Ok(Arc::new(MemorySource::new("letters", rows)?));
     }
-    let (seed, count) = LETTERS;
-    let dir = std::env::temp_dir().join("updraft-letters");
-    let path = dir.join("letters.jsonl");
-    let lines: Vec<String> = letters::conversations(seed, count).collect();
-    let half_written = dir.join(format!("letters-{}", std::process::id()));
-    std::fs::create_dir_all(&dir)
-        .and_then(|()| std::fs::write(&half_written, lines.join("\n")))
-        .and_then(|()| std::fs::rename(&half_written, &path))
-        .with_context(|| {
-            format!(
-                "could not write the generated conversations to {}",
-                path.display()
-            )
-        })?;
-    Ok(path.display().to_string())
+    let options = SourceOptions::default();
+    Ok(resolve_source_with(&settings.dataset, &options, events, cancel).await?)
 }
 
 /// A spot notice or a launcher's cancel: the trainer writes a checkpoint, then the stage ends. A
