@@ -18,7 +18,8 @@ pub(super) fn read(fields: &mut Map<String, Value>, message: &mut Message) -> Re
         // OpenAI knows weights of the assistant's messages only.
         (None, None) => weight_of("weight")?.filter(|_| message.role == Role::Assistant),
     };
-    message.weight = said.or(message.weight);
+    // Parts that are all left out stay so, whatever their message says.
+    message.weight = message.weight.or(said);
     let details = match fields.shift_remove("train_detail") {
         None | Some(Value::Null) => return Ok(()),
         Some(Value::Array(details)) => details,

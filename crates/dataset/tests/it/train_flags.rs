@@ -114,6 +114,10 @@ fn parts_of_a_message_become_details_of_its_text() {
         json!({ "role": "assistant", "content": [{ "type": "text", "text": "a", "train": false }] }),
         &json!({ "role": "assistant", "content": "a", "weight": 0.0 }),
     );
+    check(
+        json!({ "role": "assistant", "train": true, "content": [{ "type": "text", "text": "a", "train": false }] }),
+        &json!({ "role": "assistant", "content": "a", "weight": 0.0 }),
+    );
     let with =
         |detail: Value| json!({ "role": "assistant", "content": "ab", "train_detail": detail });
     check_reason(

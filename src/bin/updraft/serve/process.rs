@@ -27,10 +27,13 @@ pub(crate) async fn run(name: &str) -> Result<(), Error> {
     };
     let engine = world::engine()?;
     let known = row(&engine, name)?.ok_or_else(|| format!("no service `{name}`"))?;
-    // Nobody else can read them there, and no job inherits them.
+    // Nobody else can read them there, and no job inherits them. Where they do not come whole,
+    // whoever gave them has died: without them the service would be another.
     let mut values = match std::io::stdin() {
         terminal if terminal.is_terminal() => Values::default(),
-        pipe => serde_json::from_reader(pipe).unwrap_or_default(),
+        pipe => serde_json::from_reader(pipe).map_err(|error| {
+            format!("the values of `{name}` did not come ({error}): run `updraft serve up` again")
+        })?,
     };
     let options = ExecOptions {
         setup: true,
