@@ -15,7 +15,7 @@ use candle_core::{DType, Device};
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use updraft::model::{Batch, BlockTables, Decoder, KvPages, ModelConfig, Threads, Weights, tiny};
+use updraft::model::{Batch, BlockTables, Decoder, ModelConfig, Threads, Weights, tiny};
 
 /// Tokens that each sequence makes.
 const LENGTH: u32 = 64;
@@ -31,14 +31,10 @@ const CONFIG: &[u8] = br#"{
 /// The time in which `batch` sequences make [`LENGTH`] tokens each.
 fn generate(decoder: &Decoder, batch: u32) -> Duration {
     let blocks_each = LENGTH.div_ceil(BLOCK_SIZE);
-    let mut pages = KvPages::new(
-        decoder.config(),
-        (batch * blocks_each) as usize,
-        BLOCK_SIZE as usize,
-        decoder.dtype(),
-        &Device::Cpu,
-    )
-    .expect("pages");
+    let num_blocks = (batch * blocks_each) as usize;
+    let mut pages = decoder
+        .new_pages(num_blocks, BLOCK_SIZE as usize)
+        .expect("pages");
     let tables: Vec<Vec<u32>> = (0..batch)
         .map(|s| (s * blocks_each..(s + 1) * blocks_each).collect())
         .collect();
@@ -58,7 +54,8 @@ fn generate(decoder: &Decoder, batch: u32) -> Duration {
             .forward(&step, &[], Some(&mut pages))
             .expect("a sound batch");
         let logits = decoder.logits(&hidden).expect("its own hidden states");
-        let likeliest = logits.argmax(1).expect("logits");
+        let likeliest = logits.to_tensor().and_then(|logits| Ok(logits.argmax(1)?));
+        let likeliest = likeliest.expect("logits");
         tokens = likeliest.to_vec1().expect("token ids");
     }
     started.elapsed()

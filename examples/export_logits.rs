@@ -76,5 +76,5 @@ fn logits(decoder: &Decoder, ids: &[u32], adapters: &[&Adapter]) -> Result<Tenso
         .map(|(index, _)| Some(index))
         .collect();
     let hidden = decoder.forward(&batch, adapters, None)?;
-    Ok(decoder.logits(&hidden)?)
+    Ok(decoder.logits(&hidden)?.to_tensor()?)
 }

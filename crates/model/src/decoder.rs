@@ -10,6 +10,7 @@ use crate::batch::Batch;
 use crate::bridge::RopeTable;
 use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
+use crate::hidden::{Hidden, Logits};
 use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{KvPages, Places};
 use crate::layers::{
@@ -238,6 +239,11 @@ impl Decoder {
         false
     }
 
+    /// Zeros in its number type, where it computes.
+    pub(crate) fn zeros(&self, dims: &[usize]) -> Result<Tensor> {
+        self.norm.weight().zeros(dims)
+    }
+
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
@@ -279,6 +285,8 @@ impl Decoder {
 
     /// Runs a batch and returns the final, normed hidden state of its `logit_rows`, `[N, C]`.
     ///
+    /// On a GPU the states stay there.
+    ///
     /// Without pages every sequence is complete in the batch. With pages (`kv` here and in the
     /// batch), new keys and values are written to them and earlier ones read from them, and each
     /// row's bits depend on its own sequence alone: not on the company in the batch, nor on how a
@@ -294,7 +302,7 @@ impl Decoder {
         batch: &Batch,
         adapters: &[&Adapter],
         kv: Option<&mut KvPages>,
-    ) -> Result<candle_core::Tensor> {
+    ) -> Result<Hidden> {
         batch.validate(&self.config, adapters.len())?;
         adapters
             .iter()
@@ -318,27 +326,26 @@ impl Decoder {
             let pass = self.pass(&ops, batch)?;
             let stream = self.run(&pass, &adapter_rows(batch, &views), kv, |_| {})?;
             let mut stream = stream.rows(&ops, &pass.logit_rows)?;
-            self.norm.forward(&ops, &mut stream)?.0.into_host()
+            Ok(Hidden(self.norm.forward(&ops, &mut stream)?.0))
         })
     }
 
-    /// The logits of hidden states, `[N, C]` → `[N, V]`; each row's bits depend on that row alone.
+    /// The logits of hidden states, `[N, C]` → `[N, V]`; on the CPU each row's bits depend on that row alone.
     ///
     /// # Errors
-    /// [`Error::Candle`] if `hidden` is not of this model's width and number type.
-    pub fn logits(&self, hidden: &candle_core::Tensor) -> Result<candle_core::Tensor> {
-        if hidden.dims().last() != Some(&self.config.hidden_size) {
-            let (hidden, width) = (hidden.dims(), self.config.hidden_size);
+    /// [`Error::Batch`] if `hidden` is not of this model's width, [`Error::Candle`] if it is of another number type.
+    pub fn logits(&self, hidden: &Hidden) -> Result<Logits> {
+        if hidden.num_cols() != self.config.hidden_size {
+            let (hidden, width) = (hidden.num_cols(), self.config.hidden_size);
             return Err(Error::batch(format!(
-                "hidden states of shape {hidden:?}, the model's width is {width}"
+                "hidden states of width {hidden}, the model's is {width}"
             )));
         }
         let ops = Ops {
             threads: self.threads.clone(),
             rows: Rows::Apart,
         };
-        let hidden = self.head.beside(hidden)?;
-        ops.linear(&hidden, &self.head, None)?.into_host()
+        Ok(Logits(ops.logits(&hidden.0, &self.head)?))
     }
 
     /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
@@ -428,7 +435,7 @@ impl Decoder {
                 if kv.layers.len() != self.blocks.len() || kv.dtype() != self.dtype {
                     return Err(Error::batch("pages made for another model"));
                 }
-                Places::new(batch, tables, kv.num_blocks()).map(Some)
+                Places::new(batch, tables, kv).map(Some)
             }
             (Some(tables), Some(kv)) => {
                 let (tables, pages) = (tables.block_size, kv.block_size());

@@ -1,9 +1,10 @@
 //! Page memory for the keys and values of sequences being served.
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use crate::batch::{Batch, BlockTables};
 use crate::config::ModelConfig;
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -20,55 +21,46 @@ pub struct KvPages {
     dtype: DType,
 }
 
-/// One layer's pages, `[num_blocks, block_size, H_kv, D]` each.
+/// One layer's pages, `[num_blocks · block_size, H_kv · D]` each.
 #[derive(Debug)]
 pub(crate) struct LayerPages {
     pub(crate) keys: Tensor,
     pub(crate) values: Tensor,
 }
 
-impl KvPages {
-    /// Sets `num_blocks` pages of `block_size` tokens aside; the operating system hands the memory
-    /// out as it is first written.
+impl Decoder {
+    /// Sets `num_blocks` pages of `block_size` tokens aside, in the decoder's number type, where it
+    /// computes. In the host's memory the operating system hands them out as they are first written.
     ///
     /// # Errors
-    /// [`Error::Batch`] if there are no pages or more slots than a `u32` counts; [`Error::Candle`] if the
-    /// memory cannot be had.
-    pub fn new(
-        config: &ModelConfig,
-        num_blocks: usize,
-        block_size: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
+    /// [`Error::Batch`] if there are no pages or more slots than a `u32` counts; [`Error::Candle`]
+    /// or [`Error::Gpu`] if the memory cannot be had.
+    pub fn new_pages(&self, num_blocks: usize, block_size: usize) -> Result<KvPages> {
         let slots = num_blocks.saturating_mul(block_size);
         if slots == 0 || u32::try_from(slots).is_err() {
             return Err(Error::batch(format!(
                 "{num_blocks} pages of {block_size} tokens"
             )));
         }
-        let shape = (
-            num_blocks,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-        );
+        let (config, dtype) = (self.config(), self.dtype());
         let layers = (0..config.num_hidden_layers)
             .map(|_| {
                 Ok(LayerPages {
-                    keys: candle_core::Tensor::zeros(shape, dtype, device)?.into(),
-                    values: candle_core::Tensor::zeros(shape, dtype, device)?.into(),
+                    keys: self.zeros(&[slots, config.kv_dim()])?,
+                    values: self.zeros(&[slots, config.kv_dim()])?,
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self {
+        Ok(KvPages {
             layers,
             num_blocks,
             block_size,
             dtype,
         })
     }
+}
 
+impl KvPages {
     /// How many pages there are.
     pub fn num_blocks(&self) -> usize {
         self.num_blocks
@@ -97,11 +89,21 @@ pub(crate) struct Places<'a> {
     pub(crate) slots: Vec<u32>,
     /// Each sequence's tokens in the pages, the new ones included.
     pub(crate) context_lens: Vec<u32>,
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    there: Option<There>,
+}
+
+/// The same on a GPU.
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub(crate) struct There {
+    pub(crate) slots: updraft_kernels::cuda::Buffer<u32>,
+    pub(crate) sequences: updraft_kernels::cuda::paged_attention::Sequences,
 }
 
 impl<'a> Places<'a> {
-    /// The batch is validated; the tables must stay within `num_blocks` pages.
-    pub(crate) fn new(batch: &Batch, tables: &'a BlockTables, num_blocks: usize) -> Result<Self> {
+    /// The batch is validated; the tables must stay within the pages.
+    pub(crate) fn new(batch: &Batch, tables: &'a BlockTables, pages: &KvPages) -> Result<Self> {
+        let num_blocks = pages.num_blocks;
         let (mut slots, mut context_lens) = (Vec::with_capacity(batch.num_tokens()), Vec::new());
         for (s, table) in tables.tables.iter().enumerate() {
             if let Some(page) = table.iter().find(|&&page| page as usize >= num_blocks) {
@@ -120,9 +122,42 @@ impl<'a> Places<'a> {
             context_lens.push(positions.last().map_or(0, |last| last + 1));
         }
         Ok(Self {
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            there: There::beside(&pages.layers[0].keys, batch, tables, &slots, &context_lens)?,
             tables,
             slots,
             context_lens,
         })
+    }
+
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(crate) fn gpu(&self) -> Result<&There> {
+        self.there.as_ref().ok_or_else(crate::gpu::host_only)
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+impl There {
+    /// For pages on a GPU; `None` for the host's.
+    fn beside(
+        pages: &Tensor,
+        batch: &Batch,
+        tables: &BlockTables,
+        slots: &[u32],
+        context_lens: &[u32],
+    ) -> Result<Option<Self>> {
+        use updraft_kernels::cuda::paged_attention::Sequences;
+        let Tensor::Gpu(pages) = pages else {
+            return Ok(None);
+        };
+        let sequences = updraft_kernels::paged_attention::Sequences {
+            seq_starts: &batch.seq_starts,
+            context_lens,
+            block_tables: &tables.tables,
+        };
+        Ok(Some(Self {
+            slots: pages.gpu().upload(slots)?,
+            sequences: Sequences::new(pages.gpu(), &sequences, tables.block_size)?,
+        }))
     }
 }

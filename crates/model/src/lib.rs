@@ -54,7 +54,9 @@ mod import;
 mod model_files;
 
 mod batch;
+mod compute;
 mod decoder;
+mod hidden;
 mod kv_pages;
 mod layers;
 pub mod memory;
@@ -73,9 +75,11 @@ mod tensor;
 pub mod tiny;
 
 pub use batch::{Batch, BlockTables, Part};
+pub use compute::Compute;
 pub use config::{Architecture, ModelConfig, Projection, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, GpuMemory};
 pub use error::{Error, Result};
+pub use hidden::{Hidden, Logits};
 pub use import::import_model;
 pub use kv_pages::KvPages;
 pub use lora::{

@@ -209,6 +209,12 @@ impl Ops {
         })
     }
 
+    /// The head's product, `x: [N, C]`, `head: [V, C]` → `[N, V]`; on a GPU in f32 whatever the factors.
+    pub(crate) fn logits(&self, x: &Tensor, head: &Tensor) -> Result<Tensor> {
+        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::logits(x, head.gpu()?)?)));
+        self.linear(x, head, None)
+    }
+
     fn linear_bf16(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (x, w) = (read::<f32>(x)?, read::<bf16>(w)?);
         let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());

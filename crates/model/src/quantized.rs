@@ -99,7 +99,7 @@ mod tests {
 
     use super::*;
     use crate::config::Architecture;
-    use crate::{Batch, BlockTables, Decoder, KvPages, Threads, tiny};
+    use crate::{Batch, BlockTables, Decoder, Threads, tiny};
 
     #[test]
     fn the_name_is_read_and_others_are_refused() {
@@ -122,16 +122,12 @@ mod tests {
             block_size: 8,
             tables: vec![vec![0]],
         });
-        let mut pages =
-            KvPages::new(decoder.config(), 1, 8, DType::F32, &Device::Cpu).expect("pages");
+        let mut pages = decoder.new_pages(1, 8).expect("pages");
         let hidden = decoder
             .forward(&batch, &[], Some(&mut pages))
             .expect("a sound batch");
         let logits = decoder.logits(&hidden).expect("hidden states");
-        logits
-            .flatten_all()
-            .and_then(|all| all.to_vec1())
-            .expect("f32")
+        logits.to_vec().expect("f32")
     }
 
     /// The same model with every matrix that is quantized replaced by what it then stands for.

@@ -74,18 +74,6 @@ impl Tensor {
         }
     }
 
-    /// A tensor of the host's where this one lies, on a GPU in this one's type.
-    pub(crate) fn beside(&self, host: &candle_core::Tensor) -> Result<Self> {
-        match self {
-            Self::Host(_) => Ok(Self::Host(host.clone())),
-            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-            Self::Gpu(own) => {
-                let there = crate::gpu::Tensor::upload(own.gpu(), host, own.dtype())?;
-                Ok(Self::Gpu(there))
-            }
-        }
-    }
-
     pub(crate) fn dims(&self) -> &[usize] {
         either!(self, tensor => tensor.dims())
     }

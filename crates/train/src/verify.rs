@@ -37,11 +37,7 @@ impl Probe {
         let own = own.transpose()?;
         let decoder = own.as_ref().unwrap_or(decoder);
         let hidden = decoder.forward(&batch, adapter.as_slice(), None)?;
-        let logits = decoder.logits(&hidden)?;
-        Ok(logits
-            .flatten_all()
-            .and_then(|flat| flat.to_vec1())
-            .map_err(updraft_model::Error::from)?)
+        Ok(decoder.logits(&hidden)?.to_vec()?)
     }
 }
 

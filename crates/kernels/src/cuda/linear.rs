@@ -21,7 +21,7 @@ pub(super) struct Product {
     pub(super) beta: f32,
 }
 
-/// `y = alpha · x·wᵀ + beta · y`
+/// `y = alpha · x·wᵀ + beta · y`, where `y` may be f32 whatever the others are.
 ///
 /// # Shapes
 /// `x: [T, K]`, `w: [N, K]` → `y: [T, N]`
@@ -30,14 +30,14 @@ pub(super) struct Product {
 /// [`Error::Driver`](super::Error::Driver).
 ///
 /// # Panics
-/// If the shapes do not agree.
-pub fn forward<T: Number>(
+/// If the shapes do not agree, or `y` is neither f32 nor of the others' type.
+pub fn forward<T: Number, O: Number>(
     gpu: &Gpu,
     alpha: f32,
     x: Mat<'_, T>,
     w: Mat<'_, T>,
     beta: f32,
-    y: &MatMut<'_, T>,
+    y: &MatMut<'_, O>,
 ) -> Result<()> {
     let product = Product {
         rows: x.num_rows(),

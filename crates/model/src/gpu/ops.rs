@@ -9,6 +9,7 @@ use updraft_kernels::cuda::{self as kernels, Gpu, View, rope::Table};
 use super::tensor::{Element, Tensor, typed};
 use crate::config::ModelConfig;
 use crate::error::Result;
+use crate::kv_pages::{LayerPages, Places};
 
 pub(crate) fn gather(table: &Tensor, ids: View<'_, u32>) -> Result<Tensor> {
     typed!(table, T => {
@@ -111,6 +112,17 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
         if let Some(bias) = bias {
             kernels::linear::add_bias(gpu, bias.read::<T>().view(), &y_mat)?;
         }
+        Ok(Tensor::of_buffer(gpu, y, &[rows, cols]))
+    })
+}
+
+/// The head's product in f32.
+pub(crate) fn logits(x: &Tensor, head: &Tensor) -> Result<Tensor> {
+    typed!(x, T => {
+        let (gpu, rows, cols) = (x.gpu(), x.rows(), head.rows());
+        let mut y = gpu.alloc::<f32>(rows * cols)?;
+        let y_mat = y.mat_mut(rows, cols);
+        kernels::linear::forward(gpu, 1.0, x.read::<T>().mat(), head.read::<T>().mat(), 0.0, &y_mat)?;
         Ok(Tensor::of_buffer(gpu, y, &[rows, cols]))
     })
 }
@@ -253,6 +265,34 @@ pub(crate) fn attention_backward(
         kernels::attention::backward(gpu, &heads(model), sequences, inputs, saved, dout.mat(), &grads)?;
     });
     Ok(dqkv)
+}
+
+/// Writes new keys and values to their pages, then attends over the pages.
+pub(crate) fn paged_attention(
+    model: &ModelConfig,
+    places: &Places<'_>,
+    pages: &LayerPages,
+    qkv: &Tensor,
+) -> Result<Tensor> {
+    let (gpu, there) = (qkv.gpu(), places.gpu()?);
+    let (keys, values) = (pages.keys.gpu()?, pages.values.gpu()?);
+    typed!(qkv, T => {
+        let read = qkv.read::<T>();
+        let Qkv { q, k, v } = split(model, read.mat());
+        let slots = there.slots.view();
+        kernels::paged_attention::kv_scatter(gpu, k, slots, &keys.write::<T>().view())?;
+        kernels::paged_attention::kv_scatter(gpu, v, slots, &values.write::<T>().view())?;
+        let (keys, values) = (keys.read::<T>(), values.read::<T>());
+        let memory = kernels::paged_attention::Pages {
+            keys: keys.view(),
+            values: values.view(),
+            block_size: places.tables.block_size,
+        };
+        let mut out = gpu.alloc::<T>(q.num_rows() * model.q_dim())?;
+        let out_mat = out.mat_mut(q.num_rows(), model.q_dim());
+        kernels::paged_attention::forward(gpu, &heads(model), &there.sequences, &memory, q, &out_mat)?;
+        Ok(Tensor::of_buffer(gpu, out, &[q.num_rows(), model.q_dim()]))
+    })
 }
 
 pub(crate) fn cross_entropy(hidden: &Tensor, head: &Tensor, labels: &[u32]) -> Result<f64> {

@@ -66,6 +66,11 @@ impl RmsNorm {
         }
     }
 
+    /// Whose type and memory are the activations'.
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// Norms the stream, its newest addition included.
     pub(crate) fn forward(&self, ops: &Ops, stream: &mut Stream) -> Result<(Tensor, SavedNorm)> {
         let Normed { y, inv_rms } = match stream.delta.take() {

@@ -71,6 +71,7 @@ impl Ops {
         pages: &mut LayerPages,
         qkv: &Tensor,
     ) -> Result<Tensor> {
+        on_gpu!(qkv, qkv => Ok(Tensor::Gpu(crate::gpu::paged_attention(model, places, pages, qkv)?)));
         typed!(qkv, F => {
             let view = read::<F>(qkv)?;
             let Qkv { q, k, v } = split(model, &view);

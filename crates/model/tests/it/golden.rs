@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use updraft_model::{
@@ -177,7 +177,7 @@ fn logits(decoder: &Decoder, batch: &Batch, adapters: &[&Adapter]) -> Vec<f32> {
         .expect("a sound batch");
     decoder
         .logits(&hidden)
-        .and_then(|t: Tensor| Ok(t.flatten_all()?.to_vec1()?))
+        .and_then(|logits| logits.to_vec())
         .expect("logits")
 }
 

@@ -221,9 +221,8 @@ fn logits_are_those_of_the_cpu() {
         batch.logit_rows = vec![10, 3];
         let logits = |decoder: &Decoder| -> Vec<f64> {
             let hidden = decoder.forward(&batch, &[&adapter], None).expect("sound");
-            let logits = decoder.logits(&hidden).expect("logits");
-            let logits = logits.flatten_all().and_then(|flat| flat.to_vec1::<f32>());
-            logits.expect("f32").into_iter().map(f64::from).collect()
+            let logits = decoder.logits(&hidden).and_then(|logits| logits.to_vec());
+            logits.expect("logits").into_iter().map(f64::from).collect()
         };
         let expected = logits(&world.decoder(DType::F32, 1));
         assert!(error(&logits(&on_gpu(&world, DType::F32, &gpu)), &expected) < 1e-5);

@@ -4,6 +4,8 @@ mod combine;
 mod golden;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 mod gpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu_serving;
 mod gradients;
 mod identities;
 mod oracle;

@@ -40,8 +40,8 @@ fn logits(decoder: &Decoder, adapter: Option<&Adapter>) -> Vec<f32> {
     batch.logit_rows = vec![0, 3, 5];
     batch.adapters = vec![adapter.map(|_| 0); 2];
     let hidden = decoder.forward(&batch, adapter.as_slice(), None);
-    let logits = hidden.and_then(|hidden| decoder.logits(&hidden));
-    flat(&logits.expect("logits"))
+    let logits = hidden.and_then(|hidden| decoder.logits(&hidden)?.to_vec());
+    logits.expect("logits")
 }
 
 fn flat(tensor: &Tensor) -> Vec<f32> {

@@ -1,11 +1,11 @@
 //! Paged decoding: the same numbers as a full pass, and the same bits in any company.
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use updraft_model::{Adapter, Architecture, Batch, BlockTables, Decoder, KvPages, LoraConfig};
 
 use crate::world::{World, documents};
 
-const BLOCK_SIZE: usize = 4;
+pub(crate) const BLOCK_SIZE: usize = 4;
 
 /// Pages of a sequence, scattered so that no order is taken for granted.
 fn table(sequence: usize, len: usize) -> Vec<u32> {
@@ -14,7 +14,7 @@ fn table(sequence: usize, len: usize) -> Vec<u32> {
         .collect()
 }
 
-fn step(sequences: &[(usize, &[u32], usize, Option<usize>)]) -> Batch {
+pub(crate) fn step(sequences: &[(usize, &[u32], usize, Option<usize>)]) -> Batch {
     let mut batch = Batch::default();
     let mut tables = Vec::new();
     for &(sequence, ids, start, adapter) in sequences {
@@ -30,7 +30,7 @@ fn step(sequences: &[(usize, &[u32], usize, Option<usize>)]) -> Batch {
     batch
 }
 
-fn run(
+pub(crate) fn run(
     decoder: &Decoder,
     adapters: &[&Adapter],
     pages: &mut KvPages,
@@ -41,12 +41,12 @@ fn run(
         .expect("a sound batch");
     decoder
         .logits(&hidden)
-        .and_then(|logits| Ok(logits.to_vec2()?))
+        .and_then(|logits| Ok(logits.to_tensor()?.to_vec2()?))
         .expect("logits")
 }
 
 fn pages(decoder: &Decoder) -> KvPages {
-    KvPages::new(decoder.config(), 64, BLOCK_SIZE, DType::F32, &Device::Cpu).expect("64 pages")
+    decoder.new_pages(64, BLOCK_SIZE).expect("64 pages")
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn cached_decoding_equals_a_full_pass() {
             .expect("a sound batch");
         let full: Vec<Vec<f32>> = decoder
             .logits(&hidden)
-            .and_then(|t| Ok(t.to_vec2()?))
+            .and_then(|logits| Ok(logits.to_tensor()?.to_vec2()?))
             .expect("logits");
         let mut pages = pages(&decoder);
         let mut cached = run(

@@ -182,10 +182,7 @@ impl Golden {
             .forward(&batch, adapter.as_slice(), None)
             .expect("forward");
         let logits = decoder.logits(&hidden).expect("logits");
-        logits
-            .flatten_all()
-            .and_then(|flat| flat.to_vec1())
-            .expect("f32")
+        logits.to_vec().expect("f32")
     }
 
     fn check_adapter(&self, actual: &Adapter, expected: impl Fn(&str) -> Vec<f32>, when: &str) {

@@ -1,0 +1,62 @@
+//! What a pass ends with: hidden states, and the logits they come to, where the decoder computes them.
+
+use std::ops::Range;
+
+use candle_core::DType;
+
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// The final, normed hidden states of a batch's logit rows, `[N, C]`, in the memory of the decoder's processor.
+#[derive(Debug, Clone)]
+pub struct Hidden(pub(crate) Tensor);
+
+/// Logits, `[N, V]`, in the memory of the decoder's processor: in the decoder's number type on the CPU, in f32 on a GPU.
+#[derive(Debug)]
+pub struct Logits(pub(crate) Tensor);
+
+macro_rules! rows {
+    ($rows:ident) => {
+        impl $rows {
+            /// How many rows there are.
+            pub fn num_rows(&self) -> usize {
+                self.0.rows()
+            }
+
+            /// Numbers in a row.
+            pub fn num_cols(&self) -> usize {
+                self.0.cols()
+            }
+
+            /// Some of the rows, without a copy.
+            ///
+            /// # Errors
+            /// [`Error::Candle`](crate::Error::Candle) if there are no such rows.
+            ///
+            /// # Panics
+            /// If there are no such rows on a GPU.
+            pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+                Ok(Self(self.0.narrow(0, rows.start, rows.len())?))
+            }
+
+            /// All rows in the host's memory: without a copy where they are there already, and from a GPU in f32.
+            ///
+            /// # Errors
+            /// [`Error::Gpu`](crate::Error::Gpu) if the GPU fails.
+            pub fn to_tensor(&self) -> Result<candle_core::Tensor> {
+                self.0.clone().into_host()
+            }
+
+            /// A copy of all numbers, row after row.
+            ///
+            /// # Errors
+            /// As [`to_tensor`](Self::to_tensor).
+            pub fn to_vec(&self) -> Result<Vec<f32>> {
+                let tensor = self.to_tensor()?.to_dtype(DType::F32)?;
+                Ok(tensor.flatten_all()?.to_vec1()?)
+            }
+        }
+    };
+}
+rows!(Hidden);
+rows!(Logits);
