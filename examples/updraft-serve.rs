@@ -43,9 +43,11 @@ usage: updraft-serve --model PATH|URL|HUB_ID [options]
                                                           UPDRAFT_ADAPTER (a=P,b=P,…)
   --api-key K             who may ask; repeatable                          UPDRAFT_API_KEY (a,b,…)
   --host H --port P       where to listen; 127.0.0.1 and 8000              UPDRAFT_HOST, UPDRAFT_PORT
+  --device D              cpu, cuda or cuda:1; a GPU needs --features cuda UPDRAFT_DEVICE
   --max-model-len N       the longest prompt and completion together       UPDRAFT_MAX_MODEL_LEN
   --quantize q8_0         keeps weights in 9 bits a number: half of bf16   UPDRAFT_QUANTIZE
-  --kv-cache-mib N        memory for keys and values; 512                  UPDRAFT_KV_CACHE_MIB
+  --kv-cache-mib N        memory for keys and values; 512, or most of what is
+                          left of a GPU's                                  UPDRAFT_KV_CACHE_MIB
   --threads N             threads that compute; all cores                  UPDRAFT_THREADS
   --tls-cert F --tls-key F  HTTPS with this certificate chain and private key, PEM
                                               UPDRAFT_TLS_CERT, UPDRAFT_TLS_KEY
@@ -194,13 +196,11 @@ impl Settings {
             engine: EngineOptions {
                 max_model_len: env("UPDRAFT_MAX_MODEL_LEN")?,
                 quantization: env("UPDRAFT_QUANTIZE")?,
+                kv_cache_bytes: env::<u64>("UPDRAFT_KV_CACHE_MIB")?.map(|mib| mib << 20),
                 ..EngineOptions::default()
             },
             serve: ServeOptions::default(),
         };
-        if let Some(mib) = env::<u64>("UPDRAFT_KV_CACHE_MIB")? {
-            settings.engine.kv_cache_bytes = mib << 20;
-        }
         settings.serve.request_timeout = env("UPDRAFT_REQUEST_TIMEOUT")?.map(Duration::from_secs);
         if let Some(seconds) = env("UPDRAFT_DRAIN_TIMEOUT")? {
             settings.serve.drain_timeout = Duration::from_secs(seconds);
@@ -210,6 +210,7 @@ impl Settings {
         let mut keys = list("UPDRAFT_API_KEY")?;
         let mut tls: [Option<PathBuf>; 2] = [env("UPDRAFT_TLS_CERT")?, env("UPDRAFT_TLS_KEY")?];
         let mut adapters = list("UPDRAFT_ADAPTER")?;
+        let mut compute = env("UPDRAFT_DEVICE")?.unwrap_or_default();
 
         let mut parser = lexopt::Parser::from_env();
         while let Some(arg) = parser.next()? {
@@ -226,6 +227,7 @@ impl Settings {
                 Arg::Long("api-key") => keys.push(parser.value()?.string()?),
                 Arg::Long("host") => settings.host = parser.value()?.parse()?,
                 Arg::Long("port") => settings.port = parser.value()?.parse()?,
+                Arg::Long("device") => compute = parser.value()?.parse()?,
                 Arg::Long("max-model-len") => {
                     settings.engine.max_model_len = Some(parser.value()?.parse()?);
                 }
@@ -233,7 +235,7 @@ impl Settings {
                     settings.engine.quantization = Some(parser.value()?.parse()?);
                 }
                 Arg::Long("kv-cache-mib") => {
-                    settings.engine.kv_cache_bytes = parser.value()?.parse::<u64>()? << 20;
+                    settings.engine.kv_cache_bytes = Some(parser.value()?.parse::<u64>()? << 20);
                 }
                 Arg::Long("threads") => settings.threads = parser.value()?.parse()?,
                 Arg::Long("request-timeout") => {
@@ -254,6 +256,12 @@ impl Settings {
                 other => return Err(other.unexpected().into()),
             }
         }
+        settings.engine = EngineOptions {
+            max_model_len: settings.engine.max_model_len,
+            quantization: settings.engine.quantization,
+            kv_cache_bytes: settings.engine.kv_cache_bytes,
+            ..EngineOptions::for_compute(compute)
+        };
         if settings.model.is_empty() {
             bail!("no model is named; give --model PATH|URL|HUB_ID, or see --help");
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
-use updraft::model::Threads;
+use updraft::model::{Compute, Threads};
 use updraft::serve::{
     Engine, EngineOptions, Engines, ModelEngine, ModelSource, ServeOptions, listen, serve,
 };
@@ -28,8 +28,8 @@ pub async fn run(settings: &Settings) -> Result<()> {
     let store = Store::open(&settings.store)?;
     let (base, tuned) = (settings.model_name(), tuned_name(settings));
     let (tuned_engine, base_engine) = tokio::try_join!(
-        load(&store, &tuned, format!("done/{tuned}")),
-        load(&store, &base, format!("models/{base}")),
+        load(&store, &tuned, format!("done/{tuned}"), settings.device),
+        load(&store, &base, format!("models/{base}"), settings.device),
     )?;
     let engines: Vec<Arc<dyn Engine>> = vec![Arc::new(tuned_engine), Arc::new(base_engine)];
     println!(
@@ -46,11 +46,11 @@ pub async fn run(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
-async fn load(store: &Store, name: &str, stage: String) -> Result<ModelEngine> {
+async fn load(store: &Store, name: &str, stage: String, device: Compute) -> Result<ModelEngine> {
     let threads = Threads::new(available_threads()).context("could not start threads")?;
     let options = EngineOptions {
-        kv_cache_bytes: 64 << 20,
-        ..EngineOptions::default()
+        kv_cache_bytes: Some(64 << 20),
+        ..EngineOptions::for_compute(device)
     };
     Ok(ModelEngine::load(
         name,

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use lexopt::{Arg, Parser, ValueExt};
 use updraft::dataset::SourceOptions;
 use updraft::dataset::source::default_name;
-use updraft::model::LoraConfig;
+use updraft::model::{Compute, LoraConfig};
 use updraft::train::TrainConfig;
 use updraft::train::metrics::Sink;
 
@@ -24,6 +24,8 @@ flags:
   --dataset DATA    a file, a folder, a Hub id, or `letters`, which is generated  [letters]
   --epochs N        passes over the data                                         [1]
   --max-steps N     stop after N optimizer steps, whatever the epochs
+  --device DEVICE   cpu, cuda or cuda:1, to train and serve on; a GPU needs a build
+                    with --features cuda                                       [cpu]
   --save-steps N    optimizer steps between checkpoints                           [50]
   --report-to NAMES where training's figures go, of jsonl, tensorboard, mlflow, wandb;
                     the last two with the features of their names, and the servers that
@@ -63,6 +65,7 @@ pub struct Settings {
     pub dataset: String,
     pub epochs: f64,
     pub max_steps: Option<u64>,
+    pub device: Compute,
     pub save_steps: u64,
     pub report_to: String,
     pub logging_dir: String,
@@ -82,6 +85,7 @@ impl Settings {
             dataset: "letters".to_owned(),
             epochs: 1.0,
             max_steps: None,
+            device: Compute::Cpu,
             save_steps: 50,
             report_to: String::new(),
             logging_dir: "updraft-logs".to_owned(),
@@ -99,6 +103,7 @@ impl Settings {
                 Arg::Long("dataset") => settings.dataset = parser.value()?.string()?,
                 Arg::Long("epochs") => settings.epochs = parser.value()?.parse()?,
                 Arg::Long("max-steps") => settings.max_steps = Some(parser.value()?.parse()?),
+                Arg::Long("device") => settings.device = parser.value()?.parse()?,
                 Arg::Long("save-steps") => settings.save_steps = parser.value()?.parse()?,
                 Arg::Long("report-to") => settings.report_to = parser.value()?.string()?,
                 Arg::Long("logging-dir") => settings.logging_dir = parser.value()?.string()?,
@@ -152,12 +157,13 @@ impl Settings {
     pub fn train_flags(&self) -> String {
         let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));
         let (epochs, save_steps, date) = (self.epochs, self.save_steps, &self.date);
+        let device = self.device;
         let report_to = match self.report_to.as_str() {
             "" => String::new(),
             names => format!(" --report-to {names} --logging-dir {}", self.logging_dir),
         };
         format!(
-            "--epochs {epochs} --save-steps {save_steps} --date {date}{}{report_to}",
+            "--epochs {epochs} --device {device} --save-steps {save_steps} --date {date}{}{report_to}",
             max_steps.unwrap_or_default()
         )
     }

@@ -210,6 +210,7 @@ fn environment(settings: &Settings, port: Option<u16>) -> Result<EnvOverrides> {
         .with("MODEL", &settings.model)
         .with("DATASET", &settings.dataset)
         .with("TRAIN_FLAGS", settings.train_flags())
+        .with("DEVICE", settings.device.to_string())
         .with("HOST", &settings.host);
     Ok(match port {
         Some(port) => env.with("PORT", port.to_string()),

@@ -98,6 +98,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
             lora: settings.lora(),
             config: training.clone(),
             report_to: settings.sinks()?,
+            compute: settings.device,
             threads: Threads::new(available_threads()).context("could not start threads")?,
         };
         Ok(train_stage(&store, &run, source, &events, &cancel)

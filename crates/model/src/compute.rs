@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{DType, Device};
+use safetensors::Dtype;
 use updraft_kernels::Threads;
 
 use crate::config::ModelConfig;
@@ -56,45 +57,57 @@ impl Compute {
     /// GPU, no driver, or one too old.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub fn gpu(self) -> Result<Option<updraft_kernels::cuda::Gpu>> {
+        self.check()?;
         match self {
-            Self::Cpu => Ok(None),
             #[cfg(feature = "cuda")]
             Self::Cuda(ordinal) => Ok(Some(updraft_kernels::cuda::Gpu::new(ordinal)?)),
-            #[cfg(not(feature = "cuda"))]
-            Self::Cuda(_) => Err(self.not_compiled()),
+            _ => Ok(None),
         }
     }
 
-    /// What asking for a GPU comes to in this build.
-    #[cfg(not(feature = "cuda"))]
-    fn not_compiled(self) -> Error {
-        Error::Unsupported {
+    /// Whether this build knows such a processor.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a GPU in a build without feature `cuda`.
+    pub fn check(self) -> Result<()> {
+        if self == Self::Cpu || cfg!(feature = "cuda") {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
             what: format!("device {self} in a build without feature `cuda`"),
             instead: "build with --features cuda, or say cpu",
-        }
+        })
     }
 }
 
 impl Decoder {
-    /// [`load`](Self::load) or [`load_on_gpu`](Self::load_on_gpu).
+    /// Loads a model's weights to be served, in the number type that they are stored in where the processor computes in
+    /// that: the CPU keeps bf16 and widens the rest to f32; a GPU takes f16, bf16 and f32, but bf16 as f16 before
+    /// `sm_80`.
     ///
     /// # Errors
-    /// As either, and as `Compute::gpu`.
-    pub fn load_for(
+    /// As [`load`](Self::load), and as `Compute::gpu`.
+    pub fn load_as_stored(
         compute: Compute,
         config: &ModelConfig,
         weights: &Weights,
-        dtype: DType,
         threads: &Threads,
     ) -> Result<Self> {
+        let stored = weights.matrix_dtype();
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if let Some(gpu) = compute.gpu()? {
+            let dtype = match stored {
+                Some(Dtype::BF16) if gpu.has_bf16() => DType::BF16,
+                Some(Dtype::BF16 | Dtype::F16) => DType::F16,
+                _ => DType::F32,
+            };
             return Self::load_on_gpu(config, weights, dtype, &gpu, threads);
         }
-        #[cfg(not(any(feature = "cuda", feature = "cuda-emulator")))]
-        if compute != Compute::Cpu {
-            return Err(compute.not_compiled());
-        }
+        compute.check()?;
+        let dtype = match stored {
+            Some(Dtype::BF16) => DType::BF16,
+            _ => DType::F32,
+        };
         Self::load(config, weights, dtype, &Device::Cpu, threads)
     }
 }

@@ -231,7 +231,8 @@ impl Decoder {
         }
     }
 
-    fn is_on_gpu(&self) -> bool {
+    /// Whether it computes on a GPU.
+    pub fn is_on_gpu(&self) -> bool {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if self.gpu.is_some() {
             return true;

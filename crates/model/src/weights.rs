@@ -206,10 +206,12 @@ impl Weights {
         Ok(self.place(name)?.dtype)
     }
 
-    /// Whether every matrix is stored in bf16, as most models are published.
-    pub fn matrices_are_bf16(&self) -> bool {
-        let mut matrices = self.by_name.values().filter(|place| place.shape.len() == 2);
-        matrices.all(|place| place.dtype == Dtype::BF16)
+    /// The number type that every matrix is stored in, if they all are in one: bf16 for most models.
+    pub fn matrix_dtype(&self) -> Option<Dtype> {
+        let matrices = self.by_name.values().filter(|place| place.shape.len() == 2);
+        let mut dtypes = matrices.map(|place| place.dtype);
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)
     }
 
     /// A tensor's stored bytes, little endian, row-major; nothing is copied.

@@ -8,6 +8,8 @@ use crate::rng;
 use crate::sampling::SamplingParams;
 
 mod likeliest;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub(crate) mod on_gpu;
 
 /// How far a logit may lie below the one that `min_p` asks for and still be looked at exactly.
 const SLACK: f64 = 1e-3;

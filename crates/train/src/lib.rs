@@ -51,6 +51,7 @@ mod config;
 mod error;
 
 mod packing;
+mod place;
 mod plan;
 mod random;
 mod source;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use updraft_model::{
-    Adapter, Decoder, INDEX_FILE, LoraConfig, ModelConfig, ModelFiles, Threads, Weights,
+    Adapter, Compute, Decoder, INDEX_FILE, LoraConfig, ModelConfig, ModelFiles, Threads, Weights,
     load_model_config, load_model_files, merge, peft,
 };
 use updraft_store::{
@@ -22,10 +22,10 @@ use crate::checkpoints::Checkpoints;
 use crate::evaluation::EvalRecord;
 use crate::export::{FUSED, LORA_MODEL, adapter_folder, fused_folder, model_card};
 use crate::flops::gemm_ceiling;
-use crate::memory::check_memory;
 use crate::merged::check_merged;
 use crate::metrics::{RunInfo, Sink, loss_curve_svg, write_log};
 use crate::observer::ProgressObserver;
+use crate::place::Place;
 use crate::source::ExampleSource;
 use crate::stop::Stop;
 use crate::trainer::{TrainReport, Trainer};
@@ -61,6 +61,9 @@ pub struct TrainStage {
     pub config: TrainConfig,
     /// Where the figures go while it trains. They decide nothing, and are not part of its key.
     pub report_to: Vec<Sink>,
+    /// Where to train; merging and the last checks run on the CPU. It decides the last bits of the result and is not
+    /// part of its key.
+    pub compute: Compute,
     /// Threads to train on. They decide the last bits of the result and are
     /// not part of its key.
     pub threads: Threads,
@@ -162,7 +165,8 @@ pub async fn train_stage(
     let stop = Stop::new(std::slice::from_ref(cancel), 0);
     let sources = stop.race(sources).await?;
     let (data, threads) = (sources.train.plan(), &stage.threads);
-    check_memory(&model, &stage.lora, data, &stage.config, threads)?;
+    let place = Place::open(stage.compute)?;
+    place.check_memory(&model, &stage.lora, data, &stage.config, threads)?;
     let base = stop.race(load_model_files(&stage.base, "")).await?;
     let checkpoints = Checkpoints::new(
         store,
@@ -173,6 +177,7 @@ pub async fn train_stage(
     let (events, mut received) = unbounded_channel();
     let work = Work {
         stage,
+        place,
         base,
         sources,
         writer: writer.clone(),
@@ -228,6 +233,7 @@ struct Run {
 /// The part of the stage that computes, on a thread of its own.
 struct Work {
     stage: TrainStage,
+    place: Place,
     base: ModelFiles,
     sources: Sources,
     writer: StageWriter,
@@ -241,7 +247,8 @@ impl Work {
     fn run(self, events: Events) -> Result<(ManifestDraft, TrainReport)> {
         let (config, settings) = (&self.base.config, &self.stage.config);
         let lora = &self.stage.lora;
-        let decoder = self.decoder(self.stage.config.dtype())?;
+        let dtype = self.stage.config.dtype();
+        let decoder = self.place.decoder(&self.base, dtype, &self.stage.threads)?;
         let seed = self.stage.config.seed;
         let adapter = Adapter::init_over(lora, config, &self.base.weights, seed, &Device::Cpu)?;
         let Run {
@@ -253,11 +260,12 @@ impl Work {
         let stop = Stop::new(&self.cancel, report.steps);
         stop.check()?;
 
-        let decoder = match self.stage.config.dtype() {
-            DType::F32 => decoder,
+        let decoder = match dtype {
+            DType::F32 if !decoder.is_on_gpu() => decoder,
             _ => {
                 drop(decoder);
-                self.decoder(DType::F32)? // Verified at full precision, however it was trained.
+                // Verified at full precision, however it was trained.
+                Place::Cpu.decoder(&self.base, DType::F32, &self.stage.threads)?
             }
         };
         let probe = self.probe()?;
@@ -296,18 +304,6 @@ impl Work {
             ..Default::default()
         };
         Ok((draft, report))
-    }
-
-    fn decoder(&self, dtype: DType) -> Result<Decoder> {
-        let (config, weights) = (&self.base.config, &self.base.weights);
-        let threads = &self.stage.threads;
-        Ok(Decoder::load(
-            config,
-            weights,
-            dtype,
-            &Device::Cpu,
-            threads,
-        )?)
     }
 
     fn train(&self, decoder: &Decoder, adapter: Adapter, events: Events) -> Result<Run> {

@@ -307,6 +307,12 @@ impl Gpu {
         }
     }
 
+    /// Whether it multiplies bf16: `sm_80` and later.
+    #[must_use]
+    pub fn has_bf16(&self) -> bool {
+        self.has_async_copies() // which came with it
+    }
+
     /// Whether blocks can copy to shared memory beside their work: `sm_80` and later.
     pub(super) fn has_async_copies(&self) -> bool {
         match &self.backend {

@@ -53,7 +53,7 @@ impl ModelEngine {
         let CachePlan {
             max_model_len,
             num_blocks,
-        } = options.plan_cache(&config, model.decoder.dtype())?;
+        } = options.plan_cache(&model.decoder)?;
         let scheduler = Scheduler::new(options.scheduler(num_blocks))?;
         let failed = |source| Error::Load {
             model: model.root.clone(),

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use candle_core::{DType, Device};
+use candle_core::Device;
 use updraft_chat::{Chat, ChatFiles, TemplateFiles};
-use updraft_model::{Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
+use updraft_model::{Compute, Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
 
 use super::source::{Found, Kind, ModelSource, Place, find};
 use super::{EngineOptions, ModelEngine, ServedAdapter, ServedModel};
@@ -25,9 +25,10 @@ pub struct AdapterSource {
 impl ModelEngine {
     /// Loads a model and its adapters and starts serving them, the model as `name`.
     ///
-    /// Weights on this machine are mapped, elsewhere fetched; what is stored in bf16 stays so, and
+    /// Weights on this machine are mapped, elsewhere fetched. On the CPU what is stored in bf16 stays so, and
     /// other number types are converted once to f32, unless
-    /// [quantization](EngineOptions::quantization) is asked for. Everything is computed in f32.
+    /// [quantization](EngineOptions::quantization) is asked for; everything is computed in f32. A GPU computes in
+    /// the type that the weights are stored in, with sums in f32; in f16 instead of bf16 before `sm_80`.
     ///
     /// # Errors
     /// [`Error::MissingFile`], [`Error::NoSuchStage`], [`Error::Read`] and [`Error::Load`] say
@@ -98,14 +99,16 @@ fn load_decoder(
     threads: &Threads,
 ) -> updraft_model::Result<Decoder> {
     let (config, weights) = (&files.config, &files.weights);
-    if let Some(quantization) = options.quantization {
-        return Decoder::load_quantized(config, weights, quantization, &Device::Cpu, threads);
+    match (options.quantization, options.compute) {
+        (None, compute) => Decoder::load_as_stored(compute, config, weights, threads),
+        (Some(quantization), Compute::Cpu) => {
+            Decoder::load_quantized(config, weights, quantization, &Device::Cpu, threads)
+        }
+        (Some(_), Compute::Cuda(_)) => Err(updraft_model::Error::Unsupported {
+            what: "a quantized model on a GPU".to_owned(),
+            instead: "serve it as it is stored, or on the CPU",
+        }),
     }
-    let dtype = match weights.matrices_are_bf16() {
-        true => DType::BF16,
-        false => DType::F32,
-    };
-    Decoder::load(config, weights, dtype, &Device::Cpu, threads)
 }
 
 fn load_chat(root: &str, files: &ModelFiles) -> Result<Chat> {

@@ -1,21 +1,30 @@
 //! What an engine may spend, and what that buys.
 
-use candle_core::DType;
-use updraft_model::{KvPages, ModelConfig, Quantization};
+use updraft_model::{Compute, Decoder, KvPages, Quantization};
 
+use super::worker::LOGIT_ROWS_ON_GPU;
 use crate::error::{Error, Result};
 use crate::scheduler::SchedulerConfig;
+
+/// Memory for keys and values on the CPU, if none is named.
+const KV_CACHE_BYTES_ON_CPU: u64 = 512 << 20;
+/// The share of a GPU's free memory that is planned for: the driver, cuBLAS and what lies between blocks of the memory
+/// need some.
+const SHARE_OF_GPU: f64 = 0.9;
 
 /// What an engine may spend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineOptions {
+    /// Where the model computes; only [`ModelEngine::load`](super::ModelEngine::load) looks at it.
+    pub compute: Compute,
     /// The longest prompt and completion together. `None`: what the model was made for, or what
     /// the cache holds if that is less.
     pub max_model_len: Option<u32>,
     /// How the model's matrices are quantized as they are loaded. `None`: not at all.
     pub quantization: Option<Quantization>,
-    /// Memory for keys and values: more holds more and longer requests at once.
-    pub kv_cache_bytes: u64,
+    /// Memory for keys and values: more holds more and longer requests at once. `None`: 512 MiB on
+    /// the CPU; on a GPU most of what the model leaves free.
+    pub kv_cache_bytes: Option<u64>,
     /// Tokens per block of it.
     pub block_size: u32,
     /// Whether prompts share what was computed for the same beginning before. Answers are the same
@@ -34,9 +43,10 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self {
+            compute: Compute::Cpu,
             max_model_len: None,
             quantization: None,
-            kv_cache_bytes: 512 << 20,
+            kv_cache_bytes: None,
             block_size: 16,
             prefix_cache: true,
             max_num_seqs: 64,
@@ -55,14 +65,57 @@ pub(super) struct CachePlan {
 }
 
 impl EngineOptions {
+    /// What suits a processor: a GPU takes longer prompts and more sequences at once.
+    #[must_use]
+    pub fn for_compute(compute: Compute) -> Self {
+        let options = Self {
+            compute,
+            ..Self::default()
+        };
+        match compute {
+            Compute::Cpu => options,
+            Compute::Cuda(_) => Self {
+                max_num_seqs: 128,
+                max_num_batched_tokens: 4096,
+                ..options
+            },
+        }
+    }
+
+    /// What is spent on keys and values for this decoder.
+    fn kv_cache_bytes(&self, decoder: &Decoder) -> u64 {
+        self.kv_cache_bytes.unwrap_or_else(|| {
+            let Some(gpu) = decoder.gpu_memory() else {
+                return KV_CACHE_BYTES_ON_CPU;
+            };
+            let left = gpu.available_bytes.saturating_sub(gpu.peak_bytes) as f64;
+            let work = self.working_bytes(decoder);
+            ((left * SHARE_OF_GPU) as u64).saturating_sub(work)
+        })
+    }
+
+    /// What a step takes beside weights, keys and values: the widest layer of the largest batch, the parts of its
+    /// attention, and logits.
+    fn working_bytes(&self, decoder: &Decoder) -> u64 {
+        let (config, number) = (decoder.config(), decoder.dtype().size_in_bytes());
+        let stream = 4 * config.hidden_size;
+        let attention = 2 * config.q_dim() + 2 * config.kv_dim();
+        let mlp = 3 * config.intermediate_size;
+        let row = (stream + attention.max(mlp)) * number + 4 * config.q_dim();
+        let logits = LOGIT_ROWS_ON_GPU * config.vocab_size * 4;
+        (self.max_num_batched_tokens as usize * row + logits) as u64
+    }
+
     /// The longest context that model and memory allow, or the one asked for.
-    pub(super) fn plan_cache(&self, config: &ModelConfig, dtype: DType) -> Result<CachePlan> {
+    pub(super) fn plan_cache(&self, decoder: &Decoder) -> Result<CachePlan> {
+        let (config, dtype) = (decoder.config(), decoder.dtype());
+        let bytes = self.kv_cache_bytes(decoder);
         if self.block_size == 0 {
             return Err(Error::Options("block_size must be at least 1".into()));
         }
         let made_for = u32::try_from(config.max_len()).unwrap_or(u32::MAX);
         let block_bytes = KvPages::bytes_per_block(config, self.block_size as usize, dtype);
-        let affordable = u32::try_from(self.kv_cache_bytes / block_bytes).unwrap_or(u32::MAX);
+        let affordable = u32::try_from(bytes / block_bytes).unwrap_or(u32::MAX);
         let held = affordable.saturating_mul(self.block_size);
         let max_model_len = match self.max_model_len {
             Some(0) => return Err(Error::Options("max_model_len must be at least 1".into())),

@@ -65,6 +65,26 @@ impl Sequence {
         sampler::sample(logits, &self.request.sampling, past)
     }
 
+    /// The same on a GPU, and what changes of the logits there first; `None` where somebody must see them.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub(super) fn choice(
+        &self,
+        row: u32,
+        edits: &mut Vec<updraft_model::Edit>,
+    ) -> Option<updraft_model::Choice> {
+        let GenerateRequest {
+            logprobs,
+            prompt_logprobs,
+            sampling,
+            ..
+        } = &self.request;
+        if self.grammar.is_some() || logprobs.is_some() || prompt_logprobs.is_some() {
+            return None;
+        }
+        let past = self.request.past(&self.seen, self.generated());
+        sampler::on_gpu::choice(row, sampling, past, edits)
+    }
+
     /// One more token.
     pub(super) fn push(&mut self, token: u32) {
         self.tokens.push(token);

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use candle_core::{Device, Tensor};
 use tokio::sync::{mpsc, oneshot};
-use updraft_model::{Adapter, Decoder, KvPages};
+use updraft_model::{Adapter, Decoder, Hidden, KvPages};
 
 use super::grammar::Grammar;
 use super::guard::{Failure, guard};
@@ -21,7 +20,11 @@ use crate::prefix::PrefixRoot;
 use crate::scheduler::{Newcomer, Scheduler, SequenceId, Step};
 
 mod batch;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod on_gpu;
 mod outcome;
+
+pub(super) use outcome::LOGIT_ROWS_ON_GPU;
 
 /// A request on its way to the thread.
 #[derive(Debug)]
@@ -205,7 +208,7 @@ impl Worker {
         }
     }
 
-    fn forward(&mut self, step: &Step) -> Result<(Tensor, Vec<Row>), Failure> {
+    fn forward(&mut self, step: &Step) -> Result<(Hidden, Vec<Row>), Failure> {
         guard(|| {
             let (batch, generations, rows) = self.batch(step);
             let adapters: Vec<&Adapter> = generations
@@ -262,9 +265,7 @@ impl Worker {
 /// As many pages as the scheduler hands out.
 fn pages(decoder: &Decoder, scheduler: &Scheduler) -> updraft_model::Result<KvPages> {
     let config = scheduler.config();
-    let (num_blocks, block_size) = (config.num_blocks as usize, config.block_size as usize);
-    let (model, dtype) = (decoder.config(), decoder.dtype());
-    KvPages::new(model, num_blocks, block_size, dtype, &Device::Cpu)
+    decoder.new_pages(config.num_blocks as usize, config.block_size as usize)
 }
 
 impl Drop for Worker {

@@ -6,7 +6,7 @@ mod stops;
 
 use std::sync::Arc;
 
-use updraft_model::{Architecture, LoraConfig, Threads, load_model_files, peft, tiny};
+use updraft_model::{Architecture, Compute, LoraConfig, Threads, load_model_files, peft, tiny};
 use updraft_store::faults::count;
 use updraft_store::{
     CancelToken, FinishedStage, ManifestDraft, NoProgress, Opened, StageId, Store, open_stage,
@@ -75,6 +75,7 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
             ..config()
         },
         report_to: Vec::new(),
+        compute: Compute::Cpu,
         threads: Threads::new(2).expect("threads"),
     };
     (store, stage)
@@ -266,6 +267,7 @@ async fn what_decides_the_result_decides_the_key_and_nothing_else_does() {
             ..stage.clone()
         },
         TrainStage {
+            compute: Compute::Cpu,
             threads: Threads::single(),
             ..stage.clone()
         },

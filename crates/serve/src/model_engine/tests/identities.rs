@@ -29,7 +29,7 @@ async fn answers_survive_preemption() {
         max_model_len: Some(72),
         block_size: 4,
         // Room for about two of the sixteen at full length.
-        kv_cache_bytes: 40 * KvPages::bytes_per_block(&config(), 4, candle_core::DType::F32),
+        kv_cache_bytes: Some(40 * KvPages::bytes_per_block(&config(), 4, candle_core::DType::F32)),
         ..small()
     };
     let crowded = engine(&options);

@@ -41,14 +41,14 @@ async fn options_that_cannot_work_are_refused() {
         (
             EngineOptions {
                 max_model_len: Some(64),
-                kv_cache_bytes: 3 * block,
+                kv_cache_bytes: Some(3 * block),
                 ..small()
             },
             "kv_cache_bytes",
         ),
         (
             EngineOptions {
-                kv_cache_bytes: 1,
+                kv_cache_bytes: Some(1),
                 ..small()
             },
             "kv_cache_bytes",
@@ -87,7 +87,7 @@ async fn options_that_cannot_work_are_refused() {
     }
     // What is not asked for adapts to the memory there is.
     let tight = EngineOptions {
-        kv_cache_bytes: 3 * block,
+        kv_cache_bytes: Some(3 * block),
         ..small()
     };
     assert_eq!(engine(&tight).models()[0].max_model_len, 48);
@@ -99,7 +99,7 @@ async fn a_thousand_clients_that_vanish_leave_nothing() {
     let engine = engine(&EngineOptions {
         max_num_seqs: 8,
         block_size: 4,
-        kv_cache_bytes: 60 * KvPages::bytes_per_block(&config(), 4, candle_core::DType::F32),
+        kv_cache_bytes: Some(60 * KvPages::bytes_per_block(&config(), 4, candle_core::DType::F32)),
         ..small()
     });
     let client = |client: u64| {

@@ -58,7 +58,7 @@ async fn answers_do_not_depend_on_the_prefix_cache() {
 
     let tight = EngineOptions {
         max_model_len: Some(96),
-        kv_cache_bytes: 9 * KvPages::bytes_per_block(&config(), 16, candle_core::DType::F32),
+        kv_cache_bytes: Some(9 * KvPages::bytes_per_block(&config(), 16, candle_core::DType::F32)),
         ..small()
     };
     for options in [small(), tight] {

@@ -2,35 +2,40 @@
 
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use updraft_model::Hidden;
 
 use super::super::guard::{Failure, guard};
 use super::super::sequence::Row;
 use super::Worker;
-use crate::engine::{FinishReason, TokenEvent};
+use crate::engine::{FinishReason, TokenEvent, TokenLogprobs};
 use crate::error::{Error, Result};
 use crate::sampler;
 use crate::scheduler::{SequenceId, Step};
 
 /// Rows of logits computed at once: enough to use the hardware, little memory at any vocabulary.
 const LOGIT_ROWS: usize = 32;
+/// The same on a GPU, which is waited for after each of them.
+pub(in super::super) const LOGIT_ROWS_ON_GPU: usize = 128;
 
 impl Worker {
-    pub(super) fn use_hidden(&mut self, step: &Step, hidden: &Tensor, rows: &[Row]) {
+    pub(super) fn use_hidden(&mut self, step: &Step, hidden: &Hidden, rows: &[Row]) {
         self.scheduler.computed(step);
         self.status
             .stepped(step.slices.iter().map(|slice| slice.len).sum());
         self.tell_embeddings(hidden, rows);
-        for (index, chunk) in rows.chunks(LOGIT_ROWS).enumerate() {
-            let first = index * LOGIT_ROWS;
-            if let Ok(logits) = self.logits(hidden, first, chunk.len()) {
-                self.use_logits(chunk, &logits);
+        let at_once = match self.decoder.is_on_gpu() {
+            true => LOGIT_ROWS_ON_GPU,
+            false => LOGIT_ROWS,
+        };
+        for (index, chunk) in rows.chunks(at_once).enumerate() {
+            let first = index * at_once;
+            if self.use_rows(hidden, first, chunk).is_ok() {
                 continue;
             }
-            for (offset, &row) in chunk.iter().enumerate() {
-                match self.logits(hidden, first + offset, 1) {
-                    Ok(logits) => self.use_logits(&[row], &logits),
-                    Err(failure) => self.fail(row.id(), &failure.cause),
+            for (offset, row) in chunk.iter().enumerate() {
+                let alone = std::slice::from_ref(row);
+                if let Err(failure) = self.use_rows(hidden, first + offset, alone) {
+                    self.fail(row.id(), &failure.cause);
                 }
             }
         }
@@ -40,13 +45,10 @@ impl Worker {
         }
     }
 
-    fn tell_embeddings(&mut self, hidden: &Tensor, rows: &[Row]) {
+    fn tell_embeddings(&mut self, hidden: &Hidden, rows: &[Row]) {
         for (index, row) in rows.iter().enumerate() {
             let Row::Embed(id) = *row else { continue };
-            let state = guard(|| {
-                let state = hidden.narrow(0, index, 1)?.to_dtype(DType::F32)?;
-                Ok(state.flatten_all()?.to_vec1()?)
-            });
+            let state = guard(|| Ok(hidden.rows(index..index + 1)?.to_vec()?));
             match (state, self.sequences.get(&id)) {
                 (Ok(state), Some(sequence)) => sequence.tell(Ok(TokenEvent::Embedding(state))),
                 (Err(failure), _) => self.fail(id, &failure.cause),
@@ -55,26 +57,34 @@ impl Worker {
         }
     }
 
-    /// The logits of some rows, `[len, V]`.
-    fn logits(&self, hidden: &Tensor, first: usize, len: usize) -> Result<Vec<f32>, Failure> {
-        guard(|| {
-            let hidden = hidden.narrow(0, first, len)?;
-            let logits = self.decoder.logits(&hidden)?.to_dtype(DType::F32)?;
-            Ok(logits.flatten_all()?.to_vec1()?)
-        })
+    /// Computes the logits of some rows and does with each what it is for. After an error nothing was done.
+    fn use_rows(&mut self, hidden: &Hidden, first: usize, rows: &[Row]) -> Result<(), Failure> {
+        let hidden = guard(|| Ok(hidden.rows(first..first + rows.len())?))?;
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if self.decoder.is_on_gpu() {
+            return self.use_rows_on_gpu(&hidden, rows);
+        }
+        let logits = guard(|| Ok(self.decoder.logits(&hidden)?.to_vec()?))?;
+        self.use_logits(rows, &logits);
+        Ok(())
     }
 
-    fn use_logits(&mut self, rows: &[Row], logits: &[f32]) {
+    pub(super) fn use_logits(&mut self, rows: &[Row], logits: &[f32]) {
         let vocab_size = logits.len() / rows.len();
         for (&row, logits) in rows.iter().zip(logits.chunks_exact(vocab_size)) {
-            let used = guard(|| {
-                self.use_row(row, logits);
-                Ok(())
-            });
-            if let Err(failure) = used {
-                tracing::error!(cause = failure.cause, "a token could not be chosen");
-                self.fail(row.id(), &failure.cause);
-            }
+            self.or_fail(row, |worker| worker.use_row(row, logits));
+        }
+    }
+
+    /// What goes wrong with a row ends its request.
+    pub(super) fn or_fail(&mut self, row: Row, work: impl FnOnce(&mut Self)) {
+        let done = guard(|| {
+            work(self);
+            Ok(())
+        });
+        if let Err(failure) = done {
+            tracing::error!(cause = failure.cause, "a token could not be chosen");
+            self.fail(row.id(), &failure.cause);
         }
     }
 
@@ -106,8 +116,16 @@ impl Worker {
                 false => self.fail(id, "the model gave no finite logit"),
             };
         };
-        let is_stop = sequence.request.stop_token_ids.contains(&token);
         let logprobs = sequence.logprobs(logits, token);
+        self.chosen(id, token, logprobs);
+    }
+
+    /// Tells of a token, and whether it was the last.
+    pub(super) fn chosen(&mut self, id: SequenceId, token: u32, logprobs: Option<TokenLogprobs>) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let is_stop = sequence.request.stop_token_ids.contains(&token);
         sequence.push(token);
         if is_stop {
             return self.finish(id, FinishReason::Stop);
