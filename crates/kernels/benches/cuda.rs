@@ -16,7 +16,8 @@ use half::bf16;
 use updraft_kernels::adamw::AdamW;
 use updraft_kernels::attention::Heads;
 use updraft_kernels::cuda::{
-    Buffer, Error, Gpu, adamw, attention, linear, linear_cross_entropy, rms_norm, rope, swiglu,
+    Buffer, Error, Gpu, adamw, attention, linear, linear_cross_entropy, rms_norm, rope, sampling,
+    swiglu,
 };
 
 const HIDDEN: usize = 896;
@@ -39,6 +40,7 @@ fn main() -> Result<(), Error> {
     bench.attention(1024)?;
     bench.attention(4096)?;
     bench.head()?;
+    bench.sampling()?;
     bench.optimizer()
 }
 
@@ -259,6 +261,34 @@ impl Bench {
                 &mut scratch.view_mut(),
             )
         })
+    }
+
+    /// A token for each of 64 sequences; the share is that of reading the logits once.
+    fn sampling(&self) -> Result<(), Error> {
+        let rows = 64;
+        let logits: Vec<f32> = (0..rows * VOCAB)
+            .map(|i| ((i.wrapping_mul(2_654_435_761) >> 8) % 20_011) as f32 / 1000.0)
+            .collect();
+        let mut logits = self.gpu.upload(&logits)?;
+        let greedy = sampling::Choice {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            uniform: 0.5,
+        };
+        let nucleus = sampling::Choice {
+            temperature: 0.8,
+            top_p: 0.95,
+            ..greedy
+        };
+        for (what, choice) in [("greedy choice", greedy), ("nucleus sampling", nucleus)] {
+            self.moves(what, rows * VOCAB * 4, || {
+                let mut logits = logits.mat_mut(rows, VOCAB);
+                sampling::sample(&self.gpu, &mut logits, &vec![choice; rows], &[]).map(drop)
+            })?;
+        }
+        Ok(())
     }
 
     /// The adapter of rank 16: 336 tensors, 8.8 million numbers.

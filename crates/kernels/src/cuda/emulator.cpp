@@ -36,6 +36,9 @@ namespace rms_norm {
 namespace rope {
 #include "rope.cu"
 }
+namespace sampling {
+#include "sampling.cu"
+}
 namespace swiglu {
 #include "swiglu.cu"
 }

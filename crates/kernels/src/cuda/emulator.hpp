@@ -215,11 +215,11 @@ inline const Warp::Slot* exchange(const Warp::Slot& own) {
 
 template <typename T>
 T shuffle(T x, unsigned from) {
-    static_assert(sizeof(T) == 4, "shuffles of 32 bits");
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles of 32 or 64 bits");
     Warp::Slot own{};
-    std::memcpy(own.words, &x, 4);
+    std::memcpy(own.words, &x, sizeof x);
     const auto* slots = exchange(own);
-    std::memcpy(&x, slots[from].words, 4);
+    std::memcpy(&x, slots[from].words, sizeof x);
     return x;
 }
 
@@ -280,6 +280,14 @@ template <typename T>
 T __shfl_sync(unsigned, T x, int lane) {
     return emulator::shuffle(x, unsigned(lane) % 32);
 }
+template <typename T>
+T __shfl_up_sync(unsigned, T x, unsigned distance) {
+    const unsigned lane = emulator::thread->lane;
+    return emulator::shuffle(x, lane >= distance ? lane - distance : lane);
+}
+// One fiber runs at a time.
+inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __uint_as_float(unsigned bits) { return emulator::of_bits(bits); }
 inline unsigned __float_as_uint(float x) { return emulator::bits_of(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -48,6 +48,7 @@ pub mod noise;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
+pub mod sampling;
 pub mod swiglu;
 
 pub use device::Gpu;

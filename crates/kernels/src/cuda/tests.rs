@@ -10,6 +10,7 @@ mod attention;
 mod numbers;
 mod products;
 mod rows;
+mod sampling;
 mod steps;
 
 use half::{bf16, f16};
