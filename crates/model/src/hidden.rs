@@ -58,5 +58,28 @@ macro_rules! rows {
         }
     };
 }
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+impl Logits {
+    /// Changes some logits, then chooses a token of each row where they lie, on a GPU; `None` where no logit is finite.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for logits in the host's memory,
+    /// [`Error::Gpu`](crate::Error::Gpu) if the GPU fails.
+    ///
+    /// # Panics
+    /// As [`updraft_kernels::cuda::sampling::sample`].
+    pub fn sample(
+        &mut self,
+        choices: &[updraft_kernels::cuda::sampling::Choice],
+        edits: &[updraft_kernels::cuda::sampling::Edit],
+    ) -> Result<Vec<Option<u32>>> {
+        let logits = self.0.gpu()?;
+        let mut held = logits.write::<f32>();
+        let tokens =
+            updraft_kernels::cuda::sampling::sample(logits.gpu(), &mut held.mat(), choices, edits);
+        Ok(tokens?)
+    }
+}
+
 rows!(Hidden);
 rows!(Logits);

@@ -91,5 +91,8 @@ pub use quantized::Quantization;
 pub use training::Activations;
 pub use updraft_kernels::Threads;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-pub use updraft_kernels::cuda::Gpu;
+pub use updraft_kernels::cuda::{
+    Gpu,
+    sampling::{Choice, Edit},
+};
 pub use weights::{INDEX_FILE, SINGLE_FILE, Shard, Weights, f32_bytes, f32_header, f32_pieces};

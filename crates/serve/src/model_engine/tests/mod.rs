@@ -21,6 +21,8 @@ use crate::sampling::{SamplingDefaults, SamplingParams};
 use crate::scheduler::{Scheduler, SchedulerConfig};
 
 mod choices;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod identities;
 mod limits;
 #[cfg(feature = "constrained")]
