@@ -135,7 +135,7 @@ async fn compare(
         println!();
         return Ok(None);
     }
-    let questions = letters::questions(settings.training().seed, settings.num_questions());
+    let questions = letters::questions(settings::SEED, settings.num_questions());
     let mut answers: [Vec<Answer>; 2] = Default::default();
     for (model, answers) in [&base, &tuned].into_iter().zip(&mut answers) {
         let stage = format!("ask {model}");

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use candle_core::DType;
 use lexopt::{Arg, Parser, ValueExt};
 use updraft::dataset::SourceOptions;
 use updraft::dataset::source::default_name;
@@ -45,6 +46,9 @@ examples:
   cargo run --release --example pipeline -- --model Qwen/Qwen2.5-0.5B \\
       --dataset mlabonne/FineTome-100k --store s3://bucket/updraft
 ";
+
+/// Of the adapter, of the order of the data, and of the questions.
+pub const SEED: u64 = 3407;
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,9 +191,12 @@ impl Settings {
         }
     }
 
-    /// The training run: the articles' settings. A tiny model wants larger steps.
-    pub fn training(&self) -> TrainConfig {
+    /// The training run: the articles' settings, in the number type that suits the device. A tiny model wants larger steps.
+    pub fn training(&self) -> Result<TrainConfig> {
+        let dtype = self.device.training_dtype()?;
         let articles = TrainConfig {
+            bf16: dtype == DType::BF16,
+            fp16: dtype == DType::F16,
             learning_rate: 2e-4,
             num_train_epochs: self.epochs,
             max_steps: self.max_steps,
@@ -197,11 +204,11 @@ impl Settings {
             gradient_accumulation_steps: 4,
             warmup_steps: 5,
             weight_decay: 0.01,
-            seed: 3407,
+            seed: SEED,
             save_steps: self.save_steps,
             ..TrainConfig::default()
         };
-        match self.model.as_str() {
+        Ok(match self.model.as_str() {
             "tiny" => TrainConfig {
                 learning_rate: 8e-3,
                 per_device_train_batch_size: 4,
@@ -210,13 +217,17 @@ impl Settings {
                 ..articles
             },
             _ => articles,
-        }
+        })
     }
 }
 
-/// The folder of the example's assets.
+/// The folder of the example's assets: beside the program where it was carried to another machine, else in the sources.
 pub fn assets() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets")
+    let program = std::env::current_exe().ok();
+    let beside = program.and_then(|program| Some(program.parent()?.join("assets")));
+    beside
+        .filter(|folder| folder.is_dir())
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/assets"))
 }
 
 fn parse_command(word: &str) -> Result<Command> {

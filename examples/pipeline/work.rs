@@ -53,7 +53,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
         }),
     )?;
 
-    let training = settings.training();
+    let training = settings.training()?;
     let data = stage("pretokenize", &events, async {
         let chat = chat(&base)
             .await

@@ -65,6 +65,22 @@ impl Compute {
         }
     }
 
+    /// The number type to train in: f32 on the CPU; on a GPU bf16, and f16 on those that came before `sm_80`.
+    ///
+    /// # Errors
+    /// As `Compute::gpu`.
+    pub fn training_dtype(self) -> Result<DType> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = self.gpu()? {
+            return Ok(match gpu.has_bf16() {
+                true => DType::BF16,
+                false => DType::F16,
+            });
+        }
+        self.check()?;
+        Ok(DType::F32)
+    }
+
     /// Whether this build knows such a processor.
     ///
     /// # Errors

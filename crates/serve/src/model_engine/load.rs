@@ -42,6 +42,8 @@ impl ModelEngine {
         options: &EngineOptions,
     ) -> Result<Self> {
         let name = name.into();
+        let known = options.compute.check();
+        known.map_err(|error| Error::Options(error.to_string()))?;
         let found = find(source, Kind::Model).await?;
         let files = model_files(&found).await?;
         let mut served = Vec::with_capacity(adapters.len());
