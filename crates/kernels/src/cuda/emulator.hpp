@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU, block by block: every thread of a block is a fiber, and barriers, shuffles, tensor-core
 // products and asynchronous copies are where fibers wait for each other. It is made to find mistakes, not to be fast:
 // shared memory starts as NaNs, copies land only when they are waited for, and a barrier that some threads never reach
-// is an error instead of a hang.
+// is an error instead of a hang. Threads take their turns in another order every time, and blocks too, so that what is
+// right only in one order, for want of a barrier, comes out differently.
 #pragma once
 
 #include <ucontext.h>
@@ -144,6 +145,25 @@ inline void run_thread() {
     swapcontext(&thread->context, &block->scheduler);
 }
 
+// Another order each time it is asked, the same in every run of a program.
+inline void shuffle(std::vector<unsigned>& order) {
+    static thread_local uint64_t state = 0x9e3779b97f4a7c15;
+    for (size_t i = order.size(); i > 1; --i) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        std::swap(order[i - 1], order[(state >> 11) % i]);
+    }
+}
+
+inline std::vector<unsigned> count_to(unsigned end) {
+    std::vector<unsigned> order(end);
+    for (unsigned i = 0; i < end; ++i) {
+        order[i] = i;
+    }
+    return order;
+}
+
 // Runs a whole grid. Returns 0, or 1 for a name that is no kernel's.
 inline int launch(const char* name, const unsigned* grid, unsigned num_threads, unsigned shared, void** arguments) {
     const auto found = entries().find(name);
@@ -163,7 +183,9 @@ inline int launch(const char* name, const unsigned* grid, unsigned num_threads, 
     here.arguments = arguments;
     here.dynamic_shared = dynamic.data() + (16 - reinterpret_cast<uintptr_t>(dynamic.data()) % 16) % 16;
     block = &here;
-    for (unsigned index = 0; index < grid[0] * grid[1] * grid[2]; ++index) {
+    std::vector<unsigned> blocks = count_to(grid[0] * grid[1] * grid[2]), turns = count_to(num_threads);
+    shuffle(blocks);
+    for (const unsigned index : blocks) {
         here.place = {index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]};
         std::memset(dynamic.data(), 0xff, dynamic.size());
         std::vector<Warp> warps((num_threads + 31) / 32);
@@ -186,7 +208,9 @@ inline int launch(const char* name, const unsigned* grid, unsigned num_threads, 
         unsigned running = num_threads;
         while (running > 0) {
             bool moved = false;
-            for (auto& one : threads) {
+            shuffle(turns);
+            for (const unsigned turn : turns) {
+                Thread& one = threads[turn];
                 if (one.done || (one.waits_for && one.waits_for->rounds < one.waits_until)) {
                     continue;
                 }
