@@ -113,9 +113,9 @@ impl Decoder {
         Self::load_from(loader, rope, threads)
     }
 
-    /// Loads a model's weights into a GPU's memory, to train an adapter there: activations, frozen
-    /// weights and products are of `dtype`, [`DType::BF16`], [`DType::F16`] or [`DType::F32`],
-    /// sums and the adapter are f32. It reads no pages, and cannot be one of
+    /// Loads a model's weights into a GPU's memory, to train an adapter or to decode there: activations,
+    /// frozen weights, pages and products are of `dtype`, [`DType::BF16`], [`DType::F16`] or
+    /// [`DType::F32`], sums, logits and the adapter are f32. It cannot be one of
     /// [`with_saved_modules`](Self::with_saved_modules).
     ///
     /// # Errors
@@ -387,6 +387,10 @@ impl Decoder {
     /// What a pass of this batch looks things up by goes to where the weights are, once.
     pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Result<Pass<'a>> {
         let indices = |host: &'a [u32]| Indices::beside(&self.head, host);
+        let seq_starts = match batch.kv {
+            None => SeqStarts::beside(&self.head, &batch.seq_starts)?,
+            Some(_) => SeqStarts::on_host(&batch.seq_starts), // attention goes by the tables
+        };
         Ok(Pass {
             ops,
             config: &self.config,
@@ -394,7 +398,7 @@ impl Decoder {
             batch,
             ids: indices(&batch.ids)?,
             positions: indices(&batch.positions)?,
-            seq_starts: SeqStarts::beside(&self.head, &batch.seq_starts)?,
+            seq_starts,
             logit_rows: indices(&batch.logit_rows)?,
         })
     }

@@ -18,6 +18,6 @@ use crate::error::Error;
 pub(crate) fn host_only() -> Error {
     Error::Unsupported {
         what: "this operation on a GPU".to_owned(),
-        instead: "load the model on the CPU for serving, merging and whole modules",
+        instead: "load the model on the CPU for merging, quantized weights and whole modules",
     }
 }

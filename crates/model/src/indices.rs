@@ -43,6 +43,15 @@ impl<'a> Indices<'a> {
 }
 
 impl<'a> SeqStarts<'a> {
+    /// Where nothing on a GPU asks for them.
+    pub(crate) fn on_host(host: &'a [u32]) -> Self {
+        Self {
+            host,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            there: None,
+        }
+    }
+
     /// For tensors that lie where this one does.
     pub(crate) fn beside(tensor: &Tensor, host: &'a [u32]) -> Result<Self> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]

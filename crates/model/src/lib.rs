@@ -38,7 +38,7 @@
 //! | feature | adds |
 //! | --- | --- |
 //! | `hub` | [`import_model`] takes Hugging Face Hub ids too |
-//! | `cuda` | `Decoder::load_on_gpu`: training on NVIDIA GPUs |
+//! | `cuda` | `Decoder::load_on_gpu`: training and decoding on NVIDIA GPUs |
 //! | `cuda-emulator` | the same on kernels compiled for the CPU, to test it |
 //! | `conformance` | `tiny`: random tiny models for the tests of other crates |
 

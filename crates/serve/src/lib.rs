@@ -46,6 +46,8 @@
 //!   an answer that is told whole 8,388,608 log-probabilities, `/detokenize` takes 262,144 tokens, and a
 //!   text that is tokenized has 4 MiB, or eight bytes for each token of a longer context.
 //! - `text_offset` counts characters of the text: tokens that hold parts of one share its place.
+//! - On a GPU a seed draws from the same distribution, but may fall on another token than on the CPU, and bits may
+//!   depend on the batch.
 //! - Who closes their side of a connection has gone, and what they asked for is cancelled.
 //! - A completion that takes longer than `request_timeout` is a 504 with `x-should-retry: false`.
 //! - Responses are kept in memory, as many as `max_kept_responses`, for the key that asked for them.
@@ -62,6 +64,8 @@
 //! # Features
 //! | feature | adds |
 //! | --- | --- |
+//! | `cuda` | [`EngineOptions::compute`]: serving on NVIDIA GPUs |
+//! | `cuda-emulator` | the same on kernels compiled for the CPU, to test it |
 //! | `candle-transformers` | `CandleEngine`: Gemma, Phi-3 and others, one request at a time |
 //! | `constrained` | [`Constraint`]s: answers that follow a JSON schema, through llguidance |
 //! | `tls` | [`Tls`]: HTTPS, through rustls with ring |
