@@ -18,7 +18,8 @@ pub enum Compute {
     /// The threads of this machine.
     #[default]
     Cpu,
-    /// The NVIDIA GPU of this number, as `CUDA_VISIBLE_DEVICES` counts them. Needs feature `cuda`.
+    /// The NVIDIA GPU of this number, as `CUDA_VISIBLE_DEVICES` counts them. Needs feature `cuda`; with `cuda-emulator`
+    /// alone it is the emulator.
     Cuda(usize),
 }
 
@@ -53,15 +54,15 @@ impl Compute {
     /// Opens the GPU; `None` for the CPU.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] in a build without feature `cuda`, and in one with it [`Error::Gpu`] where there is no such
-    /// GPU, no driver, or one too old.
+    /// [`Error::Gpu`] where there is no such GPU, no driver, or one too old.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub fn gpu(self) -> Result<Option<updraft_kernels::cuda::Gpu>> {
-        self.check()?;
         match self {
+            Self::Cpu => Ok(None),
             #[cfg(feature = "cuda")]
             Self::Cuda(ordinal) => Ok(Some(updraft_kernels::cuda::Gpu::new(ordinal)?)),
-            _ => Ok(None),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => Ok(Some(updraft_kernels::cuda::Gpu::emulated())),
         }
     }
 
@@ -86,7 +87,7 @@ impl Compute {
     /// # Errors
     /// [`Error::Unsupported`] for a GPU in a build without feature `cuda`.
     pub fn check(self) -> Result<()> {
-        if self == Self::Cpu || cfg!(feature = "cuda") {
+        if self == Self::Cpu || cfg!(any(feature = "cuda", feature = "cuda-emulator")) {
             return Ok(());
         }
         Err(Error::Unsupported {
@@ -102,7 +103,7 @@ impl Decoder {
     /// `sm_80`.
     ///
     /// # Errors
-    /// As [`load`](Self::load), and as `Compute::gpu`.
+    /// As [`load`](Self::load), and as [`check`](Compute::check), and [`Error::Gpu`].
     pub fn load_as_stored(
         compute: Compute,
         config: &ModelConfig,
@@ -152,7 +153,7 @@ mod tests {
         }
     }
 
-    #[cfg(not(feature = "cuda"))]
+    #[cfg(not(any(feature = "cuda", feature = "cuda-emulator")))]
     #[test]
     fn a_build_without_cuda_names_the_feature() {
         use crate::config::Architecture;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use candle_core::Device;
 use updraft_chat::{Chat, ChatFiles, TemplateFiles};
-use updraft_model::{Compute, Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
+use updraft_model::{Decoder, ModelConfig, ModelFiles, Threads, load_model_files, peft};
 
 use super::source::{Found, Kind, ModelSource, Place, find};
 use super::{EngineOptions, ModelEngine, ServedAdapter, ServedModel};
@@ -42,8 +42,7 @@ impl ModelEngine {
         options: &EngineOptions,
     ) -> Result<Self> {
         let name = name.into();
-        let known = options.compute.check();
-        known.map_err(|error| Error::Options(error.to_string()))?;
+        options.check_compute()?;
         let found = find(source, Kind::Model).await?;
         let files = model_files(&found).await?;
         let mut served = Vec::with_capacity(adapters.len());
@@ -101,15 +100,11 @@ fn load_decoder(
     threads: &Threads,
 ) -> updraft_model::Result<Decoder> {
     let (config, weights) = (&files.config, &files.weights);
-    match (options.quantization, options.compute) {
-        (None, compute) => Decoder::load_as_stored(compute, config, weights, threads),
-        (Some(quantization), Compute::Cpu) => {
+    match options.quantization {
+        None => Decoder::load_as_stored(options.compute, config, weights, threads),
+        Some(quantization) => {
             Decoder::load_quantized(config, weights, quantization, &Device::Cpu, threads)
         }
-        (Some(_), Compute::Cuda(_)) => Err(updraft_model::Error::Unsupported {
-            what: "a quantized model on a GPU".to_owned(),
-            instead: "serve it as it is stored, or on the CPU",
-        }),
     }
 }
 

@@ -82,6 +82,19 @@ impl EngineOptions {
         }
     }
 
+    /// Whether this build serves on such a processor, with what else is asked for.
+    pub(super) fn check_compute(&self) -> Result<()> {
+        let known = self.compute.check();
+        known.map_err(|error| Error::Options(error.to_string()))?;
+        match (self.compute, self.quantization) {
+            (Compute::Cuda(_), Some(_)) => Err(Error::Options(
+                "a model is not quantized on a GPU; leave quantization out, or serve on the CPU"
+                    .into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// What is spent on keys and values for this decoder.
     fn kv_cache_bytes(&self, decoder: &Decoder) -> u64 {
         self.kv_cache_bytes.unwrap_or_else(|| {

@@ -178,6 +178,43 @@ pub(crate) async fn serve(engine: ModelEngine) -> Server {
     Server::start(Arc::new(engine), ServeOptions::default()).await
 }
 
+/// The same folder on a GPU answers the same, log-probabilities or not, and says what it does not do.
+#[cfg(feature = "cuda-emulator")] // which `cuda` names where there is no GPU
+#[tokio::test]
+async fn a_gpu_serves_a_folder() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), &model_files());
+    let source = ModelSource::folder(folder.path());
+    let on_gpu = EngineOptions {
+        kv_cache_bytes: Some(4 << 20),
+        ..EngineOptions::for_compute(updraft_model::Compute::Cuda(0))
+    };
+    let load_with = async |options: &EngineOptions| {
+        ModelEngine::load("tiny", &source, &[], &Threads::single(), options).await
+    };
+    let here = serve(load(&source, &[]).await.expect("it loads")).await;
+    let there = serve(load_with(&on_gpu).await.expect("it loads")).await;
+    assert_eq!(ask(&there, "tiny").await, ask(&here, "tiny").await);
+    let body = json!({
+        "messages": [{"role": "user", "content": "How many?"}], "temperature": 0, "max_tokens": 24,
+    });
+    let plain = there.post("/v1/chat/completions", &body).await.json();
+    let answer = &plain["choices"][0]["message"]["content"];
+    assert_eq!(answer, &json!(ask(&here, "tiny").await));
+    let quantized = EngineOptions {
+        quantization: Some(updraft_model::Quantization::Q8_0),
+        ..on_gpu
+    };
+    let refused = load_with(&quantized)
+        .await
+        .expect_err("not on a GPU")
+        .to_string();
+    assert!(
+        !refused.contains('\n') && refused.contains("tiny"),
+        "{refused}"
+    );
+}
+
 #[tokio::test]
 async fn a_folder_is_served_and_streams_what_it_answers() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -81,6 +81,40 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
     (store, stage)
 }
 
+/// Trained in f16 on a GPU, whatever verifies it computes on the CPU.
+#[cfg(feature = "cuda-emulator")] // which `cuda` names where there is no GPU
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gpu_trains_a_stage() {
+    let (store, on_cpu) = world().await;
+    let expected = train(&store, &on_cpu).await.expect("trained").stage;
+    let on_gpu = TrainStage {
+        compute: Compute::Cuda(0),
+        ..on_cpu.clone()
+    };
+    let again = train(&store, &on_gpu).await.expect("found");
+    assert!(
+        again.report.is_none(),
+        "where it was trained is not part of its key"
+    );
+
+    let (store, on_gpu) = world().await;
+    let on_gpu = TrainStage {
+        compute: Compute::Cuda(0),
+        config: TrainConfig {
+            fp16: true,
+            ..on_gpu.config
+        },
+        ..on_gpu
+    };
+    let Trained { stage, report } = train(&store, &on_gpu).await.expect("trained");
+    let report = report.expect("this process trained");
+    assert!(report.peak_gpu_memory_bytes.is_some_and(|bytes| bytes > 0));
+    let loss = |manifest: &updraft_store::Manifest| manifest.attributes["train_loss"].as_f64();
+    let here = loss(&expected.manifest().await.expect("a manifest")).expect("a loss");
+    let there = loss(&stage.manifest().await.expect("a manifest")).expect("a loss");
+    assert!((here / there - 1.0).abs() < 1e-2, "{here} {there}");
+}
+
 async fn open_source() -> Result<Sources, Error> {
     let train: Arc<dyn ExampleSource> = Arc::new(source(26));
     Ok(train.into())
