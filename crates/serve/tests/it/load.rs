@@ -205,12 +205,9 @@ async fn a_gpu_serves_a_folder() {
         quantization: Some(updraft_model::Quantization::Q8_0),
         ..on_gpu
     };
-    let refused = load_with(&quantized)
-        .await
-        .expect_err("not on a GPU")
-        .to_string();
+    let refused = load_with(&quantized).await.expect_err("not on a GPU");
     assert!(
-        !refused.contains('\n') && refused.contains("tiny"),
+        refused.to_string().contains("or serve on the CPU"),
         "{refused}"
     );
 }
