@@ -99,6 +99,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
             config: training.clone(),
             report_to: settings.sinks()?,
             compute: settings.device,
+            launch: None,
             threads: Threads::new(available_threads()).context("could not start threads")?,
         };
         Ok(train_stage(&store, &run, source, &events, &cancel)

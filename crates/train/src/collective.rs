@@ -66,6 +66,22 @@ impl Collective for Alone {
     }
 }
 
+/// Lent, so that it outlives who asks.
+impl<C: Collective + ?Sized> Collective for &mut C {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+    fn num_workers(&self) -> usize {
+        (**self).num_workers()
+    }
+    fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        (**self).exchange(mine)
+    }
+    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
+        (**self).sum(values)
+    }
+}
+
 /// What a trainer asks of its workers.
 impl dyn Collective + '_ {
     /// Whether the micro-batch at this place of a step is this worker's.

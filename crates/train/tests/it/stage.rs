@@ -14,8 +14,8 @@ use updraft_store::{
 };
 use updraft_train::metrics::{Sink, parse_log};
 use updraft_train::{
-    Error, EvalRecord, ExampleSource, Sources, StepRecord, TrainConfig, TrainStage, Trained,
-    train_stage,
+    Error, EvalRecord, ExampleSource, Launch, Sources, StepRecord, TrainConfig, TrainStage,
+    Trained, train_stage,
 };
 
 use crate::world::{config, lora, model, source};
@@ -76,9 +76,68 @@ async fn world_in(store: Store) -> (Store, TrainStage) {
         },
         report_to: Vec::new(),
         compute: Compute::Cpu,
+        launch: None,
         threads: Threads::new(2).expect("threads"),
     };
     (store, stage)
+}
+
+/// Three workers train one stage over one store: one result, the loss of one worker, and all of them know it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn workers_train_a_stage_together() {
+    let accumulated = |stage: TrainStage| TrainStage {
+        config: TrainConfig {
+            gradient_accumulation_steps: 3,
+            ..stage.config
+        },
+        threads: Threads::single(),
+        ..stage
+    };
+    let (store, stage) = world().await;
+    let alone = train(&store, &accumulated(stage)).await.expect("trained");
+
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+    let master = free.local_addr().expect("bound").to_string();
+    drop(free);
+    let (store, stage) = world().await;
+    let worker = |rank| {
+        let (store, stage, master) = (store.clone(), stage.clone(), master.clone());
+        tokio::spawn(async move {
+            let launch = Launch {
+                rank,
+                num_workers: 3,
+                master,
+            };
+            let stage = TrainStage {
+                launch: Some(launch),
+                ..accumulated(stage)
+            };
+            train(&store, &stage).await
+        })
+    };
+    let mut ends = Vec::new();
+    for worker in [0, 1, 2].map(worker) {
+        ends.push(worker.await.expect("no panic").expect("trained"));
+    }
+    let loss = |end: &Trained| {
+        end.report
+            .as_ref()
+            .expect("this process trained")
+            .train_loss
+    };
+    for end in &ends {
+        assert_eq!(end.stage.dir(), ends[0].stage.dir());
+        assert!(
+            (loss(end) / loss(&alone) - 1.0).abs() < 1e-6,
+            "{}",
+            loss(end)
+        );
+    }
+    let found = train(&store, &accumulated(stage)).await.expect("found");
+    assert!(
+        found.report.is_none(),
+        "how many trained it is not part of its key"
+    );
 }
 
 /// Trained in f16 on a GPU, whatever verifies it computes on the CPU.
@@ -302,6 +361,7 @@ async fn what_decides_the_result_decides_the_key_and_nothing_else_does() {
         },
         TrainStage {
             compute: Compute::Cpu,
+            launch: None,
             threads: Threads::single(),
             ..stage.clone()
         },
