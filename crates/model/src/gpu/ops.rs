@@ -58,13 +58,13 @@ pub(crate) fn rms_norm(
         let (gpu, rows, cols) = (x.gpu(), x.rows(), x.cols());
         let (mut y, mut inv_rms) = (gpu.alloc::<T>(rows * cols)?, gpu.alloc::<f32>(rows)?);
         let (x, weight) = (x.read::<T>(), weight.read::<T>());
-        let (y_view, roots) = (y.view_mut(), inv_rms.view_mut());
+        let (y_mat, roots) = (y.mat_mut(rows, cols), inv_rms.view_mut());
         match residual {
-            None => kernels::rms_norm::forward(gpu, x.mat(), weight.view(), eps as f32, y_view, &roots)?,
+            None => kernels::rms_norm::forward(gpu, x.mat(), weight.view(), eps as f32, &y_mat, &roots)?,
             Some(residual) => {
                 let mut residual = residual.write::<T>();
                 let (x, residual) = (x.view(), residual.view());
-                kernels::rms_norm::add_forward(gpu, x, residual, weight.view(), eps as f32, y_view, &roots)?;
+                kernels::rms_norm::add_forward(gpu, x, residual, weight.view(), eps as f32, &y_mat, &roots)?;
             }
         }
         let inv_rms = Tensor::of_buffer(gpu, inv_rms, &[rows]);
