@@ -148,7 +148,8 @@ impl Bench {
         self.moves("residual + RMSNorm", 4 * row, || {
             let (residual, inv_rms) = (residual.view_mut(), inv_rms.view_mut());
             let (x, weight) = (x.view(), weight.view());
-            rms_norm::add_forward(gpu, x, residual, weight, 1e-6, y.view_mut(), &inv_rms)
+            let y = y.mat_mut(TOKENS, HIDDEN);
+            rms_norm::add_forward(gpu, x, residual, weight, 1e-6, &y, &inv_rms)
         })?;
         self.moves("RMSNorm backward", 4 * row, || {
             let (x, dy) = (x.mat(TOKENS, HIDDEN), y.view());

@@ -159,8 +159,8 @@ mod tests {
         use crate::config::Architecture;
         let config = crate::tiny::config(Architecture::Llama);
         let weights = crate::tiny::weights(&config, 1);
-        let load =
-            |compute| Decoder::load_for(compute, &config, &weights, DType::F32, &Threads::single());
+        let threads = Threads::single();
+        let load = |compute| Decoder::load_as_stored(compute, &config, &weights, &threads);
         let refused = load(Compute::Cuda(0)).expect_err("no GPU").to_string();
         assert!(refused.contains("--features cuda"), "{refused}");
         assert!(load(Compute::Cpu).is_ok());

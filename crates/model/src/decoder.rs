@@ -1,12 +1,12 @@
 //! The decoder: one forward pass for training, prefill and decode.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, TensorId};
 use updraft_kernels::Threads;
 
 use crate::batch::Batch;
+use crate::blocks::{Blocks, Held};
 use crate::bridge::RopeTable;
 use crate::config::{HEAD, ModelConfig};
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ pub struct Decoder {
     threads: Threads,
     rope: Arc<RopeTable>,
     pub(crate) embedding: Embedding,
-    blocks: Vec<Block>,
+    blocks: Arc<Blocks>,
     pub(crate) norm: RmsNorm,
     /// `[V, C]`
     pub(crate) head: Tensor,
@@ -156,7 +156,7 @@ impl Decoder {
             threads: threads.clone(),
             rope: Arc::new(rope),
             embedding,
-            blocks: load_blocks(loader, threads)?,
+            blocks: Arc::new(Blocks::load(loader, threads)?),
             norm: RmsNorm::load(loader, "model.norm.weight", config.hidden_size)?,
             head,
             saved_of: None,
@@ -188,11 +188,10 @@ impl Decoder {
             threads: self.threads.clone(),
             rope: self.rope.clone(),
             embedding: self.embedding.with_saved(saved),
-            blocks: self
-                .blocks
-                .iter()
-                .map(|block| block.with_saved(saved))
-                .collect(),
+            blocks: match adapter.saves_modules() {
+                true => Arc::new(self.blocks.with_saved(saved)),
+                false => self.blocks.clone(),
+            },
             norm: self.norm.with_saved(saved),
             head: saved.head().unwrap_or(&self.head).clone(),
             saved_of: adapter.saves_modules().then(|| adapter.id()),
@@ -317,6 +316,7 @@ impl Decoder {
             threads: self.threads.clone(),
             rows,
         };
+        let blocks = self.hold(); // and never in a pool's thread, which may have another pass to run meanwhile
         self.threads.install(|| {
             let placed = adapters.iter().map(|adapter| self.placed(adapter));
             let placed = placed.collect::<Result<Vec<_>>>()?;
@@ -324,10 +324,11 @@ impl Decoder {
             let views: Vec<&Views> = views
                 .map(|(adapter, placed)| placed.as_deref().unwrap_or(adapter.views()))
                 .collect();
-            let pass = self.pass(&ops, batch)?;
-            let stream = self.run(&pass, &adapter_rows(batch, &views), kv, |_| {})?;
+            let pass = self.pass(&blocks, &ops, batch)?;
+            let adapters = AdapterRows::of_batch(batch, &views);
+            let stream = self.run(&blocks, &pass, &adapters, kv, |_| {})?;
             let mut stream = stream.rows(&ops, &pass.logit_rows)?;
-            Ok(Hidden(self.norm.forward(&ops, &mut stream)?.0))
+            Ok(Hidden(self.norm.forward(&ops, &mut stream, 0)?.0))
         })
     }
 
@@ -352,18 +353,20 @@ impl Decoder {
     /// The stream after the last block, before the final norm; hands each block's [`SavedBlock`] to `save`.
     pub(crate) fn run(
         &self,
+        blocks: &[Block],
         pass: &Pass<'_>,
         adapters: &[AdapterRows<'_>],
         kv: Option<&mut KvPages>,
         save: impl FnMut(SavedBlock),
     ) -> Result<Stream> {
         let embedded = self.embedding.forward(pass)?;
-        self.run_embedded(pass, embedded, adapters, kv, save)
+        self.run_embedded(blocks, pass, embedded, adapters, kv, save)
     }
 
     /// [`run`](Self::run) from the embeddings on, `[T, C]`.
     pub(crate) fn run_embedded(
         &self,
+        blocks: &[Block],
         pass: &Pass<'_>,
         embedded: Tensor,
         adapters: &[AdapterRows<'_>],
@@ -375,7 +378,7 @@ impl Decoder {
             sum: embedded,
             delta: None,
         };
-        for (layer, block) in self.blocks.iter().enumerate() {
+        for (layer, block) in blocks.iter().enumerate() {
             let pages = places
                 .as_ref()
                 .zip(kv.as_deref_mut().map(|kv| &mut kv.layers[layer]));
@@ -385,7 +388,12 @@ impl Decoder {
     }
 
     /// What a pass of this batch looks things up by goes to where the weights are, once.
-    pub(crate) fn pass<'a>(&'a self, ops: &'a Ops, batch: &'a Batch) -> Result<Pass<'a>> {
+    pub(crate) fn pass<'a>(
+        &'a self,
+        blocks: &'a Held<'_>,
+        ops: &'a Ops,
+        batch: &'a Batch,
+    ) -> Result<Pass<'a>> {
         let indices = |host: &'a [u32]| Indices::beside(&self.head, host);
         let seq_starts = match batch.kv {
             None => SeqStarts::beside(&self.head, &batch.seq_starts)?,
@@ -400,11 +408,29 @@ impl Decoder {
             positions: indices(&batch.positions)?,
             seq_starts,
             logit_rows: indices(&batch.logit_rows)?,
+            bordered: blocks.bordered(),
         })
     }
 
-    pub(crate) fn blocks(&self) -> &[Block] {
-        &self.blocks
+    /// The blocks for a pass all of whose rows have one adapter: on a GPU it is in the borders of the weights, unless it
+    /// has dropout, which makes the input of each map another one's.
+    pub(crate) fn hold_with(
+        &self,
+        ops: &Ops,
+        adapter: &Adapter,
+        placed: Option<&Arc<Views>>,
+    ) -> Result<Held<'_>> {
+        match placed {
+            Some(views) if adapter.config().lora_dropout == 0.0 => {
+                self.blocks.hold_with(ops, views)
+            }
+            _ => Ok(self.blocks.hold()),
+        }
+    }
+
+    /// The blocks for any other pass.
+    pub(crate) fn hold(&self) -> Held<'_> {
+        self.blocks.hold()
     }
 
     /// Checks that an adapter can be run here.
@@ -437,7 +463,7 @@ impl Decoder {
         match (&batch.kv, kv) {
             (None, None) => Ok(None),
             (Some(tables), Some(kv)) if tables.block_size == kv.block_size() => {
-                if kv.layers.len() != self.blocks.len() || kv.dtype() != self.dtype {
+                if kv.layers.len() != self.config.num_hidden_layers || kv.dtype() != self.dtype {
                     return Err(Error::batch("pages made for another model"));
                 }
                 Places::new(batch, tables, kv).map(Some)
@@ -453,41 +479,4 @@ impl Decoder {
             )),
         }
     }
-}
-
-/// Blocks side by side: widening a number takes longer than reading it.
-fn load_blocks(loader: Loader<'_>, threads: &Threads) -> Result<Vec<Block>> {
-    let mut blocks: Vec<_> = (0..loader.config.num_hidden_layers)
-        .map(|layer| (layer, None))
-        .collect();
-    threads.split(blocks.as_mut_slice(), 1, |blocks| {
-        for (layer, block) in blocks {
-            *block = Some(Block::load(loader, *layer));
-        }
-    });
-    blocks
-        .into_iter()
-        .map(|(_, block)| block.expect("every block was visited"))
-        .collect()
-}
-
-/// Neighbouring sequences with the same adapter make one run of rows.
-fn adapter_rows<'a>(batch: &Batch, adapters: &[&'a Views]) -> Vec<AdapterRows<'a>> {
-    let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
-    for (s, adapter) in batch.adapters.iter().enumerate() {
-        let (Some(adapter), rows) = (*adapter, batch.rows(s)) else {
-            continue;
-        };
-        match runs.last_mut() {
-            Some((last, run)) if *last == adapter && run.end == rows.start => run.end = rows.end,
-            _ => runs.push((adapter, rows)),
-        }
-    }
-    runs.into_iter()
-        .map(|(adapter, rows)| AdapterRows {
-            adapter: adapters[adapter],
-            rows,
-            dropout: None,
-        })
-        .collect()
 }

@@ -54,6 +54,7 @@ mod import;
 mod model_files;
 
 mod batch;
+mod blocks;
 mod compute;
 mod decoder;
 mod hidden;

@@ -3,6 +3,7 @@
 use candle_core::DType;
 
 use crate::config::{ModelConfig, Projection};
+use crate::layers::{Group, border_width};
 use crate::lora::{LoraConfig, SavedModules};
 use crate::training::Activations;
 
@@ -78,11 +79,14 @@ pub enum Processor {
 /// On a GPU, with `e` bytes for a number of the type that it computes in, its memory is counted and the host's is not:
 ///
 /// ```text
-/// weights      e · numbers of the model, and 4 · D · positions for the rotary table
+/// weights      e · (numbers of the model + borders), and 4 · D · positions for the rotary table
+///   borders    for each group of linear maps that share their input, R·(D_in + ΣD_out + R), where R is their ΣR or up to
+///              seven more; none with dropout, which leaves the adapter beside the weights
 /// adapter      e · P
 /// gradients    4 · P
-/// activations  e · T · (kept + working) + e · 4·N·C + e · logits, with 4 bytes for a log-sum-exp or root, label or loss;
-///              at least 4 · P, while the adapter is on its way
+/// activations  e · T · (kept + working) + e · 4·N·C + e · logits, with 4 bytes for a log-sum-exp or root, label or loss,
+///              and ΣR for each layer once more in kept and in working;
+///              at least 4 · P, while the adapter is on its way, and e · the numbers of a group while its border is made
 ///   logits     V · min(2²⁸ / V rows, N)
 /// ```
 ///
@@ -130,12 +134,25 @@ impl MemoryEstimate {
         let parameters = adapter_parameters(model, lora);
         let number = work.weights.size_in_bytes() as u64;
         let table = F32_BYTES * (model.head_dim * model.max_len()) as u64;
+        let (mut borders, mut largest) = (0, 0);
+        for layer in 0..model.num_hidden_layers {
+            for (group, ranks) in Group::ALL.into_iter().zip(group_ranks(lora, layer)) {
+                if ranks > 0 && lora.lora_dropout == 0.0 {
+                    let (d_in, d_out) = group_dims(model, group);
+                    let width = border_width(ranks) as u64;
+                    borders += width * (d_in + d_out + width);
+                    largest = largest.max(d_in * d_out);
+                }
+            }
+        }
         Self {
-            weights: number * model.num_parameters() + table,
+            weights: number * (model.num_parameters() + borders) + table,
             adapter: number * parameters,
             gradients: F32_BYTES * parameters,
             optimizer: 0,
-            activations: activations(model, lora, batch, work).max(F32_BYTES * parameters),
+            activations: activations(model, lora, batch, work)
+                .max(F32_BYTES * parameters)
+                .max(number * largest),
             checkpoint: 0,
             export: 0,
         }
@@ -204,19 +221,30 @@ fn activations(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: 
     } else {
         (0, 0)
     };
-    let ranks: u64 = adapted(model, lora)
-        .map(|(projection, layer)| lora.rank(projection, layer) as u64)
-        .sum();
+    // What adapters add to a token's numbers in each layer: kept, and worked with.
+    let low = (0..model.num_hidden_layers).map(|layer| {
+        let [qkv, o, gate_up, down] = group_ranks(lora, layer);
+        let bordered = work.processor == Processor::Gpu && lora.lora_dropout == 0.0;
+        if !bordered {
+            return ((qkv + o + gate_up + down) as u64, 0);
+        }
+        let [qkv, o, gate_up, low] = [qkv, o, gate_up, down].map(border_width);
+        // Behind gate and up lie their own low-rank products and later their gradients'; those of down alone are copied.
+        let kept = qkv + o + 2 * gate_up + down;
+        (kept as u64, (qkv + low + low.max(o)) as u64)
+    });
+    let low: Vec<(u64, u64)> = low.collect();
+    let ranks: u64 = low.iter().map(|&(kept, _)| kept).sum();
+    let (one_ranks, working_ranks) = low.iter().fold((0, 0), |most, &(kept, working)| {
+        (kept.max(most.0), working.max(most.1))
+    });
     // In the type of the activations, and in f32 wherever it runs: log-sum-exps and roots of norms.
     let layer = 4 * hidden + 2 * q + 2 * kv + 2 * inner + head_norms;
     let layer_wide = heads + 2 + head_roots;
-    let working = 3 * hidden + 2 * inner + q;
+    let working = 3 * hidden + 2 * inner + q + working_ranks;
     let (per_token, wide_per_token) = match work.activations {
         Activations::Stored => (layers * layer + ranks + working, layers * layer_wide),
-        Activations::Recomputed => (
-            layers * hidden + layer + ranks / layers.max(1) + working,
-            layer_wide,
-        ),
+        Activations::Recomputed => (layers * hidden + layer + one_ranks + working, layer_wide),
     };
     let vocab = (model.vocab_size as u64).max(1);
     let trained = batch.trained_tokens;
@@ -235,6 +263,26 @@ fn activations(model: &ModelConfig, lora: &LoraConfig, batch: MicroBatch, work: 
             work.weights.size_in_bytes() as u64 * numbers + F32_BYTES * wide
         }
     }
+}
+
+/// The ranks of the maps of each group together.
+fn group_ranks(lora: &LoraConfig, layer: usize) -> [usize; 4] {
+    Group::ALL.map(|group| {
+        let projections = group.projections().iter().copied();
+        let adapted = projections.filter(|&projection| lora.targets(projection, layer));
+        adapted.map(|projection| lora.rank(projection, layer)).sum()
+    })
+}
+
+/// Numbers in a row of what a group of maps takes and makes.
+fn group_dims(model: &ModelConfig, group: Group) -> (u64, u64) {
+    let dims = group
+        .projections()
+        .iter()
+        .map(|&p| model.projection_dims(p));
+    dims.fold((0, 0), |(_, sum), (d_in, d_out)| {
+        (d_in as u64, sum + d_out as u64)
+    })
 }
 
 fn adapted<'a>(

@@ -2,13 +2,12 @@
 
 mod attention;
 mod cross_entropy;
+mod linear;
 
 use candle_core::{DType, Device};
 use half::bf16;
 use updraft_kernels::rope::Table;
-use updraft_kernels::{
-    Float, Mat, MatMut, Threads, Weight, embedding, linear, noise, q8_0, rms_norm, rope, swiglu,
-};
+use updraft_kernels::{Float, MatMut, Threads, embedding, noise, q8_0, rms_norm, rope, swiglu};
 
 use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsupported_dtype};
 use crate::config::ModelConfig;
@@ -16,6 +15,11 @@ use crate::error::{Error, Result};
 use crate::indices::Indices;
 use crate::quantized;
 use crate::tensor::Tensor;
+
+/// Only a GPU's operations leave room behind the rows of what they compute, as many columns as they are asked for.
+fn no_room(room: usize) {
+    debug_assert_eq!(room, 0, "room is asked for on a GPU");
+}
 
 /// Leaves for the GPU's operation where the tensor lies there.
 macro_rules! on_gpu {
@@ -38,6 +42,8 @@ pub(crate) enum Rows {
 }
 
 /// The operations, with the threads that run them.
+///
+/// `room`, where one takes it, is how many columns it leaves free behind each row of its output, for a weight's border.
 #[derive(Debug, Clone)]
 pub(crate) struct Ops {
     pub(crate) threads: Threads,
@@ -92,8 +98,10 @@ impl Ops {
         dout: &Tensor,
         ids: &Indices<'_>,
         num_rows: usize,
+        room: usize,
     ) -> Result<Tensor> {
-        on_gpu!(dout, dout => Ok(Tensor::Gpu(crate::gpu::scatter(dout, ids.gpu()?, num_rows)?)));
+        on_gpu!(dout, dout => Ok(Tensor::Gpu(crate::gpu::scatter(dout, ids.gpu()?, num_rows, room)?)));
+        no_room(room);
         let ids = ids.host;
         typed!(dout, F => {
             let cols = dout.cols();
@@ -115,7 +123,7 @@ impl Ops {
 
     /// `from` into `to`, which may be some columns of a wider matrix.
     pub(crate) fn copy(&self, from: &Tensor, to: &Tensor) -> Result<()> {
-        on_gpu!(from, from => crate::gpu::copy(from, to.gpu()?));
+        on_gpu!(from, from => crate::gpu::copy(1.0, from, to.gpu()?));
         typed!(from, F => {
             let from = read::<F>(from)?;
             edit(to, |mut to: MatMut<'_, F>| {
@@ -126,9 +134,30 @@ impl Ops {
         })
     }
 
+    /// `alpha · from` into `to`, which may be some columns of a wider matrix.
+    pub(crate) fn copy_scaled(&self, alpha: f64, from: &Tensor, to: &Tensor) -> Result<()> {
+        on_gpu!(from, from => crate::gpu::copy(alpha, from, to.gpu()?));
+        typed!(from, F => {
+            let (alpha, from) = (F::of_f64(alpha), read::<F>(from)?);
+            edit(to, |mut to: MatMut<'_, F>| {
+                for row in 0..to.num_rows() {
+                    let numbers = to.row_mut(row).iter_mut().zip(from.mat().row(row));
+                    numbers.for_each(|(to, &from)| *to = alpha * from);
+                }
+            })
+        })
+    }
+
     /// `x: [T, C]`, `weight: [C]`.
-    pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Normed> {
-        on_gpu!(x, x => Normed::on_gpu(crate::gpu::rms_norm(x, None, weight.gpu()?, eps)?));
+    pub(crate) fn rms_norm(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f64,
+        room: usize,
+    ) -> Result<Normed> {
+        on_gpu!(x, x => Normed::on_gpu(crate::gpu::rms_norm(x, None, weight.gpu()?, eps, room)?));
+        no_room(room);
         typed!(x, F => {
             let (mut y, mut inv_rms) = (vec![F::ZERO; x.rows() * x.cols()], vec![F::ZERO; x.rows()]);
             let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
@@ -144,8 +173,13 @@ impl Ops {
         residual: &Tensor,
         weight: &Tensor,
         eps: f64,
+        room: usize,
     ) -> Result<Normed> {
-        on_gpu!(x, x => Normed::on_gpu(crate::gpu::rms_norm(x, Some(residual.gpu()?), weight.gpu()?, eps)?));
+        on_gpu!(x, x => {
+            let residual = Some(residual.gpu()?);
+            Normed::on_gpu(crate::gpu::rms_norm(x, residual, weight.gpu()?, eps, room)?)
+        });
+        no_room(room);
         typed!(x, F => {
             let (mut y, mut inv_rms) = (vec![F::ZERO; x.rows() * x.cols()], vec![F::ZERO; x.rows()]);
             let (view, weight) = (read::<F>(x)?, read::<F>(weight)?);
@@ -192,86 +226,6 @@ impl Ops {
         })
     }
 
-    /// `x·wᵀ + bias`: `x: [T, K]`, `w: [N, K]` → `[T, N]`; `w` may be kept in bf16 or quantized where `x` is f32.
-    pub(crate) fn linear(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::linear(x, w.gpu()?, bias.map(Tensor::gpu).transpose()?)?)));
-        match w.dtype() {
-            DType::BF16 => return self.linear_bf16(x, w, bias),
-            DType::U8 => return self.linear_q8_0(x, w, bias),
-            _ => {}
-        }
-        typed!(x, F => {
-            let (x, w) = (read::<F>(x)?, read::<F>(w)?);
-            let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
-            let mut y = vec![F::ZERO; rows * cols];
-            self.product(F::ONE, x.mat(), w.mat(), F::ZERO, MatMut::new(&mut y, rows, cols));
-            self.with_bias(y, (rows, cols), bias)
-        })
-    }
-
-    /// The head's product, `x: [N, C]`, `head: [V, C]` → `[N, V]`; on a GPU in f32 whatever the factors.
-    pub(crate) fn logits(&self, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::logits(x, head.gpu()?)?)));
-        self.linear(x, head, None)
-    }
-
-    fn linear_bf16(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let (x, w) = (read::<f32>(x)?, read::<bf16>(w)?);
-        let (rows, cols) = (x.mat().num_rows(), w.mat().num_rows());
-        let mut y = vec![0.0; rows * cols];
-        let out = MatMut::new(&mut y, rows, cols);
-        self.product(1.0, x.mat(), w.mat(), 0.0, out);
-        self.with_bias(y, (rows, cols), bias)
-    }
-
-    /// There is one product with a quantized weight, and its rows stand apart.
-    fn linear_q8_0(&self, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let (x, w) = (read::<f32>(x)?, read::<u8>(w)?);
-        let (x, w) = (x.mat(), quantized::blocks(&w)?);
-        let (rows, cols) = (x.num_rows(), w.num_rows());
-        let mut y = vec![0.0; rows * cols];
-        let out = MatMut::new(&mut y, rows, cols);
-        linear::forward_invariant(&self.threads, 1.0, x, w, 0.0, out);
-        self.with_bias(y, (rows, cols), bias)
-    }
-
-    fn with_bias<F: Real>(
-        &self,
-        mut y: Vec<F>,
-        (rows, cols): (usize, usize),
-        bias: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        if let Some(bias) = bias {
-            let (bias, y) = (read::<F>(bias)?, MatMut::new(&mut y, rows, cols));
-            linear::add_bias(&self.threads, bias.slice(), y);
-        }
-        tensor(y, (rows, cols))
-    }
-
-    /// `y += alpha · x·wᵀ`, where `y` may be some columns of a wider matrix.
-    pub(crate) fn add_linear(&self, alpha: f64, x: &Tensor, w: &Tensor, y: &Tensor) -> Result<()> {
-        on_gpu!(x, x => crate::gpu::add_linear(alpha, x, w.gpu()?, y.gpu()?));
-        typed!(x, F => {
-            let (x, w) = (read::<F>(x)?, read::<F>(w)?);
-            let (x, w) = (x.mat(), w.mat());
-            edit(y, |y: MatMut<'_, F>| self.product(F::of_f64(alpha), x, w, F::ONE, y))
-        })
-    }
-
-    fn product<F: Real, W: Weight<F>>(
-        &self,
-        alpha: F,
-        x: Mat<'_, F>,
-        w: Mat<'_, W>,
-        beta: F,
-        y: MatMut<'_, F>,
-    ) {
-        match self.rows {
-            Rows::Together => linear::forward(&self.threads, alpha, x, w, beta, y),
-            Rows::Apart => linear::forward_invariant(&self.threads, alpha, x, w, beta, y),
-        }
-    }
-
     /// `x` with a share `p` of its numbers dropped and the others scaled up; `keys: [T]`, `x: [T, C]`.
     pub(crate) fn dropout(&self, p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
         on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::dropout(p, keys, x)?)));
@@ -306,70 +260,6 @@ impl Ops {
         typed!(x, F => edit(x, |x: MatMut<'_, F>| noise::add_uniform(keys, magnitudes, x)))
     }
 
-    /// `dy·w`: `dy: [T, N]`, `w: [N, K]` → `[T, K]`.
-    pub(crate) fn linear_backward(&self, dy: &Tensor, w: &Tensor) -> Result<Tensor> {
-        on_gpu!(dy, dy => Ok(Tensor::Gpu(crate::gpu::linear_backward(dy, w.gpu()?)?)));
-        if w.dtype() == DType::BF16 {
-            let (dy, w) = (read::<f32>(dy)?, read::<bf16>(w)?);
-            let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
-            let mut dx = vec![0.0; rows * cols];
-            let out = MatMut::new(&mut dx, rows, cols);
-            linear::backward_input(&self.threads, 1.0, dy.mat(), w.mat(), 0.0, out);
-            return tensor(dx, (rows, cols));
-        }
-        typed!(dy, F => {
-            let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
-            let (rows, cols) = (dy.mat().num_rows(), w.mat().num_cols());
-            let mut dx = vec![F::ZERO; rows * cols];
-            linear::backward_input(&self.threads, F::ONE, dy.mat(), w.mat(), F::ZERO, MatMut::new(&mut dx, rows, cols));
-            tensor(dx, (rows, cols))
-        })
-    }
-
-    /// `dx = alpha · dy·w + beta · dx`, where `dx` may be some columns of a wider matrix.
-    pub(crate) fn linear_backward_into(
-        &self,
-        alpha: f64,
-        dy: &Tensor,
-        w: &Tensor,
-        beta: f64,
-        dx: &Tensor,
-    ) -> Result<()> {
-        on_gpu!(dy, dy => crate::gpu::linear_backward_into(alpha, dy, w.gpu()?, beta, dx.gpu()?));
-        typed!(dy, F => {
-            let (dy, w) = (read::<F>(dy)?, read::<F>(w)?);
-            let (dy, w, alpha, beta) = (dy.mat(), w.mat(), F::of_f64(alpha), F::of_f64(beta));
-            edit(dx, |dx: MatMut<'_, F>| linear::backward_input(&self.threads, alpha, dy, w, beta, dx))
-        })
-    }
-
-    /// `dw += alpha · dyᵀ·x`.
-    pub(crate) fn add_weight_gradient(
-        &self,
-        alpha: f64,
-        dy: &Tensor,
-        x: &Tensor,
-        dw: &Tensor,
-    ) -> Result<()> {
-        on_gpu!(dy, dy => crate::gpu::add_weight_gradient(alpha, dy, x.gpu()?, dw.gpu()?));
-        typed!(dy, F => {
-            let (dy, x) = (read::<F>(dy)?, read::<F>(x)?);
-            let (dy, x) = (dy.mat(), x.mat());
-            edit(dw, |dw: MatMut<'_, F>| {
-                linear::backward_weight(&self.threads, F::of_f64(alpha), dy, x, F::ONE, dw);
-            })
-        })
-    }
-
-    /// `dbias += Σ_t dy_t`
-    pub(crate) fn add_bias_gradient(&self, dy: &Tensor, dbias: &Tensor) -> Result<()> {
-        on_gpu!(dy, dy => crate::gpu::add_bias_gradient(dy, dbias.gpu()?));
-        typed!(dy, F => {
-            let dy = read::<F>(dy)?;
-            edit_slice(dbias, |dbias: &mut [F]| linear::backward_bias(dy.mat(), dbias))
-        })
-    }
-
     /// Turns the heads in `x: [T, n·D]` by their positions, in place.
     pub(crate) fn rope(
         &self,
@@ -401,8 +291,9 @@ impl Ops {
     }
 
     /// `gate_up: [T, 2·I]` → `[T, I]`.
-    pub(crate) fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
-        on_gpu!(gate_up, gate_up => Ok(Tensor::Gpu(crate::gpu::swiglu(gate_up)?)));
+    pub(crate) fn swiglu(&self, gate_up: &Tensor, room: usize) -> Result<Tensor> {
+        on_gpu!(gate_up, gate_up => Ok(Tensor::Gpu(crate::gpu::swiglu(gate_up, room)?)));
+        no_room(room);
         typed!(gate_up, F => {
             let view = read::<F>(gate_up)?;
             let (rows, inner) = (view.mat().num_rows(), view.mat().num_cols() / 2);

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A tensor of one or two dimensions, or a view of some rows or columns of one; clones share its memory.
 #[derive(Debug, Clone)]
@@ -101,6 +101,21 @@ impl Tensor {
         })
     }
 
+    /// The rows with so many columns more, which whoever computed them left free behind them, without a copy.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) in the host's memory, where there are none.
+    pub(crate) fn wider(&self, room: usize) -> Result<Self> {
+        match self {
+            Self::Host(_) => Err(Error::Unsupported {
+                what: format!("{room} columns behind rows in the host's memory"),
+                instead: "keep adapters in borders on a GPU only",
+            }),
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            Self::Gpu(tensor) => Ok(Self::Gpu(tensor.wider(room))),
+        }
+    }
+
     /// The same numbers in other rows, without a copy.
     pub(crate) fn reshape(&self, dims: &[usize]) -> Result<Self> {
         Ok(match self {
@@ -126,6 +141,17 @@ impl Tensor {
     /// Zeros of the same shape and type.
     pub(crate) fn zeros_like(&self) -> Result<Self> {
         self.zeros(self.dims())
+    }
+
+    /// Itself where it is without gaps, else a copy, so that what lies between its rows can go.
+    pub(crate) fn packed(self) -> Result<Self> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Self::Gpu(tensor) = &self
+            && !tensor.is_packed()
+        {
+            return self.packed_copy();
+        }
+        Ok(self)
     }
 
     /// A copy without gaps.

@@ -3,6 +3,7 @@
 use updraft_kernels::Threads;
 
 use crate::batch::Part;
+use crate::blocks::Held;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::layers::{AdapterRows, Dropout, SavedBlock, Stream, Trained};
@@ -33,16 +34,21 @@ impl Decoder {
         self.check_parts(parts, adapter)?;
         let placed = adapter.map(|adapter| self.placed(adapter)).transpose()?;
         let placed = placed.flatten();
+        let ops = self.ops();
+        let blocks = match adapter {
+            Some(adapter) => self.hold_with(&ops, adapter, placed.as_ref())?,
+            None => self.hold(),
+        };
         let views = placed.as_deref().or(adapter.map(Adapter::views));
         let losses = self.each_job(
             parts,
             |_| Ok(()),
             |ops, part, ()| {
                 let adapters = views.map(|adapter| whole(adapter, part));
-                let pass = self.pass(ops, &part.batch)?;
-                let stream = self.run(&pass, adapters.as_slice(), None, |_| {})?;
+                let pass = self.pass(&blocks, ops, &part.batch)?;
+                let stream = self.run(&blocks, &pass, adapters.as_slice(), None, |_| {})?;
                 let mut rows = stream.rows(ops, &pass.logit_rows)?;
-                let hidden = self.norm.forward(ops, &mut rows)?.0;
+                let hidden = self.norm.forward(ops, &mut rows, 0)?.0;
                 ops.cross_entropy(&hidden, &self.head, &part.labels)
             },
         )?;
@@ -101,7 +107,7 @@ impl Decoder {
                 gradients.zeros_like().map(Some)
             }
         };
-        let p = adapter.config().lora_dropout;
+        let (p, blocks) = (adapter.config().lora_dropout, self.hold());
         let jobs = self.each_job(parts, own, |ops, part, own| {
             let rows = &part.row_keys()[..];
             let trained = Trained {
@@ -109,7 +115,7 @@ impl Decoder {
                 gradients: own.as_ref().unwrap_or(gradients).views(),
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };
-            self.backward(ops, part, rows, denom, trained, activations)
+            self.backward(&blocks, ops, part, denom, trained, activations)
         })?;
         let mut total = 0.0;
         for (loss, own) in jobs {
@@ -123,9 +129,9 @@ impl Decoder {
 
     pub(crate) fn backward(
         &self,
+        blocks: &Held<'_>,
         ops: &Ops,
         part: &Part,
-        row_keys: &[u64],
         denom: f64,
         trained: Trained<'_>,
         activations: Activations,
@@ -134,20 +140,20 @@ impl Decoder {
             dropout: trained.dropout,
             ..whole(trained.adapter, part)
         }];
-        let pass = self.pass(ops, &part.batch)?;
+        let pass = self.pass(blocks, ops, &part.batch)?;
         let embedded = self.embedding.forward(&pass)?;
         if part.neftune_noise_alpha > 0.0 {
-            ops.add_uniform(row_keys, &self.neftune_magnitudes(part), &embedded)?;
+            ops.add_uniform(&part.row_keys(), &self.neftune_magnitudes(part), &embedded)?;
         }
         let mut saved = Vec::with_capacity(self.config.num_hidden_layers);
-        let stream = self.run_embedded(&pass, embedded, &adapters, None, |block| {
+        let stream = self.run_embedded(blocks, &pass, embedded, &adapters, None, |block| {
             saved.push(match activations {
                 Activations::Stored => Saved::All(Box::new(block)),
                 Activations::Recomputed => Saved::Input(block.into_input()),
             });
         })?;
         let rows = &pass.logit_rows;
-        let (hidden, saved_norm) = self.norm.forward(ops, &mut stream.rows(ops, rows)?)?;
+        let (hidden, saved_norm) = self.norm.forward(ops, &mut stream.rows(ops, rows)?, 0)?;
         drop(stream);
         let (loss, dhidden) = ops.cross_entropy_backward(
             &hidden,
@@ -159,8 +165,10 @@ impl Decoder {
         let drows = dhidden.zeros_like()?;
         self.norm
             .backward(ops, &saved_norm, &dhidden, &drows, trained)?;
-        let dstream = ops.scatter(&drows, rows, part.batch.num_tokens())?;
-        for (block, saved) in self.blocks().iter().zip(saved).rev() {
+        let rooms = blocks.iter().map(|block| block.gradient_room(&pass));
+        let room = rooms.max().unwrap_or(0);
+        let dstream = ops.scatter(&drows, rows, part.batch.num_tokens(), room)?;
+        for (block, saved) in blocks.iter().zip(saved).rev() {
             let saved = match saved {
                 Saved::All(saved) => *saved,
                 Saved::Input(sum) => {
@@ -171,6 +179,14 @@ impl Decoder {
         }
         self.embedding.backward(&pass, &dstream, trained)?;
         Ok(loss)
+    }
+
+    /// The operations of a training pass, on all threads.
+    pub(crate) fn ops(&self) -> Ops {
+        Ops {
+            threads: self.threads().clone(),
+            rows: Rows::Together,
+        }
     }
 
     /// How far the noise on each token's embedding goes, `[T]`.
@@ -204,15 +220,10 @@ impl Decoder {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let threads = if num_jobs == 1 {
-            self.threads().clone()
-        } else {
-            Threads::single()
-        };
-        let ops = Ops {
-            threads,
-            rows: Rows::Together,
-        };
+        let mut ops = self.ops();
+        if num_jobs > 1 {
+            ops.threads = Threads::single();
+        }
         let one = |one: &Part, state: &mut S| match one.labels[..] {
             [] => Ok(0.0),
             _ => part(&ops, one, state),

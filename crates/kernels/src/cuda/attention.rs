@@ -123,7 +123,7 @@ pub fn forward<T: Number>(
 /// As [`crate::attention::backward`].
 ///
 /// # Shapes
-/// as [`forward`]; `dout: [T, H · D]`, its rows as far apart as those of the output
+/// as [`forward`]; `dout: [T, H · D]`
 ///
 /// # Errors
 /// [`Error::Driver`](super::Error::Driver), [`Error::OutOfMemory`](super::Error::OutOfMemory).
@@ -142,7 +142,6 @@ pub fn backward<T: Number>(
     check(heads, sequences, &qkv, saved.out, saved.lse.len());
     let shape = |mat: Mat<'_, T>| (mat.num_rows(), mat.num_cols());
     assert_eq!(shape(dout), shape(saved.out), "dout's shape");
-    assert_eq!(dout.stride(), saved.out.stride(), "dout's rows");
     let QkvGrads { dq, dk, dv } = grads;
     assert_eq!(shape(dq.as_mat()), shape(qkv.q), "dq's shape");
     assert_eq!(shape(dk.as_mat()), shape(qkv.k), "dk's shape");
@@ -153,11 +152,12 @@ pub fn backward<T: Number>(
     let delta = gpu.alloc::<f32>(rows * num_heads)?;
     let arguments = Arguments::new()
         .mat(saved.out)
+        .long(saved.out.stride())
         .mat(dout)
+        .long(dout.stride())
         .int(rows)
         .int(num_heads)
         .int(heads.head_dim)
-        .long(dout.stride())
         .view(delta.view());
     let kernel = Kernel::of::<T>("attention_simple", "attention_delta");
     let grid = [rows.div_ceil(WARPS), num_heads, 1];

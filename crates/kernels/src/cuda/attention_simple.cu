@@ -93,15 +93,15 @@ __device__ void forward(
 
 // `delta = Σ_d dout ⊙ out`; a warp takes a row of one head.
 template <typename T>
-__device__ void delta(const T* out, const T* dout, int rows, int heads, int head_dim, long long stride, float* delta) {
+__device__ void delta(Rows<T> out, Rows<T> dout, int rows, int heads, int head_dim, float* delta) {
     const int row = blockIdx.x * WARPS + threadIdx.x / 32, head = blockIdx.y;
     if (row >= rows) {
         return;
     }
     float sum = 0.0f;
     for (int d = threadIdx.x % 32; d < head_dim; d += 32) {
-        const long long at = row * stride + head * head_dim + d;
-        sum += widen(out[at]) * widen(dout[at]);
+        const int at = head * head_dim + d;
+        sum += widen(out.at[row * out.stride + at]) * widen(dout.at[row * dout.stride + at]);
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) {
@@ -182,8 +182,9 @@ __device__ void backward_keys(
                    out_stride, lse);                                                                                 \
     }                                                                                                                \
     KERNEL(attention_delta_##suffix,                                                                                 \
-           (const T* out, const T* dout, int rows, int heads, int head_dim, long long stride, float* to)) {          \
-        delta<T>(out, dout, rows, heads, head_dim, stride, to);                                                      \
+           (const T* out, long long out_stride, const T* dout, long long dout_stride, int rows, int heads,           \
+            int head_dim, float* to)) {                                                                              \
+        delta<T>({out, out_stride}, {dout, dout_stride}, rows, heads, head_dim, to);                                 \
     }                                                                                                                \
     KERNEL(attention_simple_backward_queries_##suffix,                                                               \
            (const T* q, const T* k, const T* v, long long q_stride, long long kv_stride, const T* dout,              \

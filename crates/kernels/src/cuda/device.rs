@@ -19,14 +19,19 @@ impl PartialEq for Gpu {
     }
 }
 
-/// What an emulated device has copied, in bytes.
+/// What an emulated device has moved.
 #[cfg(feature = "cuda-emulator")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// From the host to the device.
+    /// Bytes from the host to the device.
     pub uploaded: u64,
-    /// From the device to the host.
+    /// Bytes from the device to the host.
     pub downloaded: u64,
+    /// Products of matrices.
+    pub products: u64,
+    /// Bytes that a product reads and writes at least: its factors and its result, and the result once more where it is
+    /// added to what was there.
+    pub product_bytes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -76,7 +81,7 @@ impl Gpu {
         }
     }
 
-    /// What an emulated device has copied so far.
+    /// What an emulated device has moved so far.
     #[cfg(feature = "cuda-emulator")]
     #[must_use]
     pub fn emulated_traffic(&self) -> Traffic {
@@ -300,7 +305,14 @@ impl Gpu {
             #[cfg(feature = "cuda")]
             Backend::Driver(driver) => driver.product(product, a, b, c),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => {
+            Backend::Emulator(emulator) => {
+                let factors = (product.rows + product.cols) * product.inner * size_of::<T>();
+                let times = if product.beta == 0.0 { 1 } else { 2 };
+                let bytes = factors + times * product.rows * product.cols * size_of::<O>();
+                emulator.count(|traffic| {
+                    traffic.products += 1;
+                    traffic.product_bytes += bytes as u64;
+                });
                 super::emulator::product(product, a, b, c);
                 Ok(())
             }

@@ -3,14 +3,15 @@
 
 // A block column is a token. What is not `GATHER` scatters: the ids are places in `out`, each at most once.
 template <typename T, int N, bool GATHER>
-__device__ void embedding_move(const T* from, const unsigned* ids, int cols, T* to) {
+__device__ void embedding_move(
+    const T* from, long long from_stride, const unsigned* ids, int cols, long long to_stride, T* to) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * N;
     if (c >= cols) {
         return;
     }
-    const long long token = static_cast<long long>(blockIdx.x) * cols + c;
-    const long long row = static_cast<long long>(ids[blockIdx.x]) * cols + c;
-    store<T, N>(to + (GATHER ? token : row), load<T, N>(from + (GATHER ? row : token)));
+    const long long token = blockIdx.x, row = ids[blockIdx.x];
+    const auto moved = load<T, N>(from + (GATHER ? row : token) * from_stride + c);
+    store<T, N>(to + (GATHER ? token : row) * to_stride + c, moved);
 }
 
 // `table[ids[t]] += dout[t]` in the order of the tokens: a thread owns a column, so nothing is added out of turn.
@@ -27,11 +28,13 @@ __device__ void embedding_add(const T* dout, const unsigned* ids, int tokens, in
 }
 
 #define INSTANCE(suffix, T, N)                                                                                       \
-    KERNEL(embedding_gather_##suffix, (const T* table, const unsigned* ids, int cols, T* out)) {                     \
-        embedding_move<T, N, true>(table, ids, cols, out);                                                           \
+    KERNEL(embedding_gather_##suffix, (const T* table, long long table_stride, const unsigned* ids, int cols,        \
+                                       long long out_stride, T* out)) {                                              \
+        embedding_move<T, N, true>(table, table_stride, ids, cols, out_stride, out);                                 \
     }                                                                                                                \
-    KERNEL(embedding_scatter_##suffix, (const T* dout, const unsigned* ids, int cols, T* out)) {                     \
-        embedding_move<T, N, false>(dout, ids, cols, out);                                                           \
+    KERNEL(embedding_scatter_##suffix, (const T* dout, long long dout_stride, const unsigned* ids, int cols,         \
+                                        long long out_stride, T* out)) {                                             \
+        embedding_move<T, N, false>(dout, dout_stride, ids, cols, out_stride, out);                                  \
     }
 FOR_EACH_TYPE(INSTANCE)
 #undef INSTANCE

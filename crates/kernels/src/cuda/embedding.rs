@@ -7,7 +7,7 @@ use super::{Gpu, Mat, MatMut, Result, View};
 /// As [`crate::embedding::forward`].
 ///
 /// # Shapes
-/// `table: [V, C]`, `ids: [T]` → `out: [T, C]`, without gaps
+/// `table: [V, C]`, `ids: [T]` → `out: [T, C]`, whose rows may lie apart
 ///
 /// # Errors
 /// [`Error::Driver`](super::Error::Driver).
@@ -26,7 +26,7 @@ pub fn forward<T: Number>(
 /// `out[ids[t]] = dout[t]`, where each id is there once: rows back to where they were gathered from.
 ///
 /// # Shapes
-/// `dout: [T, C]`, `ids: [T]` → `out: [V, C]`, without gaps
+/// `dout: [T, C]`, `ids: [T]` → `out: [V, C]`, whose rows may lie apart
 ///
 /// # Errors
 /// [`Error::Driver`](super::Error::Driver).
@@ -53,13 +53,14 @@ fn run<T: Number>(
     let cols = from.num_cols();
     assert_eq!(ids.len(), tokens, "one id for each token");
     assert_eq!(to.num_cols(), cols, "as many columns");
-    assert_eq!(
-        (from.stride(), to.stride()),
-        (cols, cols),
-        "rows without gaps"
-    );
     let wide = width::<T>([from.is_aligned(), to.is_aligned()]);
-    let arguments = Arguments::new().mat(from).view(ids).int(cols).out_mat(to);
+    let arguments = Arguments::new()
+        .mat(from)
+        .long(from.stride())
+        .view(ids)
+        .int(cols)
+        .long(to.stride())
+        .out_mat(to);
     let kernel = Kernel::wide::<T>("embedding", base, wide).piece_each(tokens, cols / wide);
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel, arguments) }

@@ -17,7 +17,7 @@ pub(super) struct Emulator {
     held: Mutex<Held>,
 }
 
-/// Bytes held, now and at most so far, and bytes copied.
+/// Bytes held, now and at most so far, and what was moved.
 #[derive(Debug, Default)]
 struct Held {
     now: u64,
@@ -43,8 +43,8 @@ impl Emulator {
         self.with(|held| held.traffic)
     }
 
-    pub(super) fn count(&self, copied: impl FnOnce(&mut Traffic)) {
-        self.with(|held| copied(&mut held.traffic));
+    pub(super) fn count(&self, moved: impl FnOnce(&mut Traffic)) {
+        self.with(|held| moved(&mut held.traffic));
     }
 
     fn with<R>(&self, look: impl FnOnce(&mut Held) -> R) -> R {

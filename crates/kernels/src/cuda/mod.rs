@@ -16,7 +16,7 @@
 //! let gpu = Gpu::emulated();
 //! let (x, weight) = (gpu.upload(&[3.0_f32, 4.0, 0.0, 0.0])?, gpu.upload(&[1.0_f32; 4])?);
 //! let (mut normed, mut inv_rms) = (gpu.zeros::<f32>(4)?, gpu.zeros::<f32>(1)?);
-//! rms_norm::forward(&gpu, x.mat(1, 4), weight.view(), 0.0, normed.view_mut(), &inv_rms.view_mut())?;
+//! rms_norm::forward(&gpu, x.mat(1, 4), weight.view(), 0.0, &normed.mat_mut(1, 4), &inv_rms.view_mut())?;
 //! assert!((gpu.download(normed.view())?[0] - 1.2).abs() < 1e-6);
 //! # }
 //! # Ok::<(), updraft_kernels::cuda::Error>(())

@@ -4,17 +4,20 @@
 
 template <typename T, int N, bool ADD>
 __device__ void rms_norm(
-    const T* x, T* residual, const T* weight, float eps, int cols, long long stride, T* y, float* inv_rms) {
-    const long long from = blockIdx.x * stride, to = static_cast<long long>(blockIdx.x) * cols;
+    const T* x, T* residual, const T* weight, float eps, int cols, long long x_stride, long long y_stride, T* y,
+    float* inv_rms) {
+    x += blockIdx.x * x_stride;
+    residual += ADD ? static_cast<long long>(blockIdx.x) * cols : 0;
+    y += blockIdx.x * y_stride;
     float squares = 0.0f;
     for (int c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
-        auto v = load<T, N>(x + from + c);
+        auto v = load<T, N>(x + c);
         if (ADD) {
-            const auto r = load<T, N>(residual + to + c);
+            const auto r = load<T, N>(residual + c);
             for (int i = 0; i < N; ++i) {
                 v.at[i] = narrow<T>(widen(v.at[i]) + widen(r.at[i]));
             }
-            store<T, N>(residual + to + c, v);
+            store<T, N>(residual + c, v);
         }
         for (int i = 0; i < N; ++i) {
             squares += widen(v.at[i]) * widen(v.at[i]);
@@ -25,12 +28,12 @@ __device__ void rms_norm(
         inv_rms[blockIdx.x] = inv;
     }
     for (int c = threadIdx.x * N; c < cols; c += blockDim.x * N) {
-        auto v = ADD ? load<T, N>(residual + to + c) : load<T, N>(x + from + c);
+        auto v = ADD ? load<T, N>(residual + c) : load<T, N>(x + c);
         const auto w = load<T, N>(weight + c);
         for (int i = 0; i < N; ++i) {
             v.at[i] = narrow<T>(widen(v.at[i]) * inv * widen(w.at[i]));
         }
-        store<T, N>(y + to + c, v);
+        store<T, N>(y + c, v);
     }
 }
 
@@ -80,12 +83,14 @@ __device__ void rms_norm_backward_weight(
 
 #define INSTANCE(suffix, T, N)                                                                                       \
     KERNEL(rms_norm_forward_##suffix,                                                                                \
-           (const T* x, const T* weight, float eps, int cols, long long stride, T* y, float* inv_rms)) {             \
-        rms_norm<T, N, false>(x, nullptr, weight, eps, cols, stride, y, inv_rms);                                    \
+           (const T* x, const T* weight, float eps, int cols, long long x_stride, long long y_stride, T* y,          \
+            float* inv_rms)) {                                                                                       \
+        rms_norm<T, N, false>(x, nullptr, weight, eps, cols, x_stride, y_stride, y, inv_rms);                        \
     }                                                                                                                \
     KERNEL(rms_norm_add_forward_##suffix,                                                                            \
-           (const T* x, T* residual, const T* weight, float eps, int cols, T* y, float* inv_rms)) {                  \
-        rms_norm<T, N, true>(x, residual, weight, eps, cols, cols, y, inv_rms);                                      \
+           (const T* x, T* residual, const T* weight, float eps, int cols, long long y_stride, T* y,                 \
+            float* inv_rms)) {                                                                                       \
+        rms_norm<T, N, true>(x, residual, weight, eps, cols, cols, y_stride, y, inv_rms);                            \
     }                                                                                                                \
     KERNEL(rms_norm_backward_##suffix, (const T* x, const T* weight, const float* inv_rms, const T* dy, int cols,    \
                                         long long x_stride, long long dx_stride, T* dx)) {                           \

@@ -9,7 +9,7 @@ const MAX_THREADS: u32 = 256;
 /// Rows that one thread adds up in [`backward_weight`].
 const SHARE: usize = 256;
 
-/// As [`crate::rms_norm::forward`]; rows of `x` may lie apart.
+/// As [`crate::rms_norm::forward`]; rows of `x` and `y` may lie apart.
 ///
 /// # Shapes
 /// `x: [T, C]`, `weight: [C]` → `y: [T, C]`, `inv_rms: [T]`
@@ -24,13 +24,13 @@ pub fn forward<T: Number>(
     x: Mat<'_, T>,
     weight: View<'_, T>,
     eps: f32,
-    y: ViewMut<'_, T>,
+    y: &MatMut<'_, T>,
     inv_rms: &ViewMut<'_, f32>,
 ) -> Result<()> {
     let (rows, cols) = (x.num_rows(), x.num_cols());
     assert_eq!(weight.len(), cols, "the weight's length");
     assert_eq!(inv_rms.len(), rows, "one root for each row");
-    let y = MatMut::new(y, rows, cols);
+    assert_eq!((y.num_rows(), y.num_cols()), (rows, cols), "y's shape");
     let wide = width::<T>([x.is_aligned(), is_aligned(weight), y.is_aligned()]);
     let kernel = Kernel::wide::<T>("rms_norm", "rms_norm_forward", wide);
     let arguments = Arguments::new()
@@ -39,13 +39,14 @@ pub fn forward<T: Number>(
         .float(eps)
         .int(cols)
         .long(x.stride())
-        .out_mat(&y)
+        .long(y.stride())
+        .out_mat(y)
         .out(inv_rms);
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel.row_each(rows, cols / wide, MAX_THREADS), arguments) }
 }
 
-/// As [`crate::rms_norm::add_forward`].
+/// As [`crate::rms_norm::add_forward`]; rows of `y` may lie apart.
 ///
 /// # Shapes
 /// `x`, `residual: [T, C]`, `weight: [C]` → `y: [T, C]`, `inv_rms: [T]`
@@ -61,13 +62,13 @@ pub fn add_forward<T: Number>(
     residual: ViewMut<'_, T>,
     weight: View<'_, T>,
     eps: f32,
-    y: ViewMut<'_, T>,
+    y: &MatMut<'_, T>,
     inv_rms: &ViewMut<'_, f32>,
 ) -> Result<()> {
     let (rows, cols) = (inv_rms.len(), weight.len());
     let x = Mat::new(x, rows, cols);
     let residual = MatMut::new(residual, rows, cols);
-    let y = MatMut::new(y, rows, cols);
+    assert_eq!((y.num_rows(), y.num_cols()), (rows, cols), "y's shape");
     let aligned = [x.is_aligned(), residual.is_aligned(), y.is_aligned()];
     let wide = width::<T>(aligned.into_iter().chain([is_aligned(weight)]));
     let kernel = Kernel::wide::<T>("rms_norm", "rms_norm_add_forward", wide);
@@ -77,7 +78,8 @@ pub fn add_forward<T: Number>(
         .view(weight)
         .float(eps)
         .int(cols)
-        .out_mat(&y)
+        .long(y.stride())
+        .out_mat(y)
         .out(inv_rms);
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel.row_each(rows, cols / wide, MAX_THREADS), arguments) }

@@ -71,6 +71,27 @@ fn of_values<T: Number>(gpu: &Gpu, values: &[f32]) -> Input<T> {
     }
 }
 
+/// The same numbers in rows that lie apart, NaNs between them.
+fn apart<T: Number>(gpu: &Gpu, packed: &[f64], cols: usize, stride: usize) -> Buffer<T> {
+    let mut values = Vec::new();
+    for row in packed.chunks(cols) {
+        values.extend(row.iter().map(|&value| T::narrow(value as f32)));
+        values.resize(values.len() + stride - cols, T::narrow(f32::NAN));
+    }
+    gpu.upload(&values).expect("memory")
+}
+
+/// The numbers of rows that lie apart in what was poisoned before, between which nobody may have written.
+#[track_caller]
+fn together(all: &[f64], cols: usize, stride: usize) -> Vec<f64> {
+    let mut packed = Vec::new();
+    for row in all.chunks(stride) {
+        packed.extend_from_slice(&row[..cols]);
+        assert!(row[cols..].iter().all(|number| number.is_nan()));
+    }
+    packed
+}
+
 /// Memory that nobody may leave as it is.
 fn poison<T: Number>(gpu: &Gpu, len: usize) -> Buffer<T> {
     gpu.upload(&vec![T::narrow(f32::NAN); len]).expect("memory")

@@ -21,14 +21,19 @@ pub(crate) fn gather(table: &Tensor, ids: View<'_, u32>) -> Result<Tensor> {
     })
 }
 
-pub(crate) fn scatter(dout: &Tensor, ids: View<'_, u32>, num_rows: usize) -> Result<Tensor> {
+pub(crate) fn scatter(
+    dout: &Tensor,
+    ids: View<'_, u32>,
+    num_rows: usize,
+    room: usize,
+) -> Result<Tensor> {
+    let cols = dout.cols();
+    let out = dout.zeros(&[num_rows, cols + room])?.narrow(1, 0, cols);
     typed!(dout, T => {
-        let (gpu, cols) = (dout.gpu(), dout.cols());
-        let mut out = gpu.zeros::<T>(num_rows * cols)?;
-        let out_mat = out.mat_mut(num_rows, cols);
-        kernels::embedding::scatter(gpu, dout.read::<T>().mat(), ids, &out_mat)?;
-        Ok(Tensor::of_buffer(gpu, out, &[num_rows, cols]))
-    })
+        let (read, mut write) = (dout.read::<T>(), out.write::<T>());
+        kernels::embedding::scatter(dout.gpu(), read.mat(), ids, &write.mat())?;
+    });
+    Ok(out)
 }
 
 pub(crate) fn add_rows(dout: &Tensor, ids: View<'_, u32>, dtable: &Tensor) -> Result<()> {
@@ -40,10 +45,11 @@ pub(crate) fn add_rows(dout: &Tensor, ids: View<'_, u32>, dtable: &Tensor) -> Re
     })
 }
 
-pub(crate) fn copy(from: &Tensor, to: &Tensor) -> Result<()> {
+/// `alpha · from`
+pub(crate) fn copy(alpha: f64, from: &Tensor, to: &Tensor) -> Result<()> {
     typed!(from, T => {
         let (read, mut to) = (from.read::<T>(), to.write::<T>());
-        Ok(kernels::cast::axpby(from.gpu(), 1.0, read.mat(), 0.0, &to.mat())?)
+        Ok(kernels::cast::axpby(from.gpu(), alpha as f32, read.mat(), 0.0, &to.mat())?)
     })
 }
 
@@ -53,22 +59,24 @@ pub(crate) fn rms_norm(
     residual: Option<&Tensor>,
     weight: &Tensor,
     eps: f64,
+    room: usize,
 ) -> Result<(Tensor, Tensor)> {
+    let y = x.alloc_with_room([x.rows(), x.cols()], room)?;
     typed!(x, T => {
-        let (gpu, rows, cols) = (x.gpu(), x.rows(), x.cols());
-        let (mut y, mut inv_rms) = (gpu.alloc::<T>(rows * cols)?, gpu.alloc::<f32>(rows)?);
-        let (x, weight) = (x.read::<T>(), weight.read::<T>());
-        let (y_view, roots) = (y.view_mut(), inv_rms.view_mut());
+        let (gpu, rows) = (x.gpu(), x.rows());
+        let mut inv_rms = gpu.alloc::<f32>(rows)?;
+        let (x, weight, mut write) = (x.read::<T>(), weight.read::<T>(), y.write::<T>());
+        let (y_mat, roots) = (write.mat(), inv_rms.view_mut());
         match residual {
-            None => kernels::rms_norm::forward(gpu, x.mat(), weight.view(), eps as f32, y_view, &roots)?,
+            None => kernels::rms_norm::forward(gpu, x.mat(), weight.view(), eps as f32, &y_mat, &roots)?,
             Some(residual) => {
                 let mut residual = residual.write::<T>();
                 let (x, residual) = (x.view(), residual.view());
-                kernels::rms_norm::add_forward(gpu, x, residual, weight.view(), eps as f32, y_view, &roots)?;
+                kernels::rms_norm::add_forward(gpu, x, residual, weight.view(), eps as f32, &y_mat, &roots)?;
             }
         }
-        let inv_rms = Tensor::of_buffer(gpu, inv_rms, &[rows]);
-        Ok((Tensor::of_buffer(gpu, y, &[rows, cols]), inv_rms))
+        drop(write);
+        Ok((y, Tensor::of_buffer(gpu, inv_rms, &[rows])))
     })
 }
 
@@ -103,16 +111,33 @@ pub(crate) fn rms_norm_backward_weight(
     })
 }
 
-pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, room: usize) -> Result<Tensor> {
+    let y = x.alloc_with_room([x.rows(), w.rows()], room)?;
     typed!(x, T => {
-        let (gpu, rows, cols) = (x.gpu(), x.rows(), w.rows());
-        let mut y = gpu.alloc::<T>(rows * cols)?;
-        let y_mat = y.mat_mut(rows, cols);
+        let (gpu, mut write) = (x.gpu(), y.write::<T>());
+        let y_mat = write.mat();
         kernels::linear::forward(gpu, 1.0, x.read::<T>().mat(), w.read::<T>().mat(), 0.0, &y_mat)?;
         if let Some(bias) = bias {
             kernels::linear::add_bias(gpu, bias.read::<T>().view(), &y_mat)?;
         }
-        Ok(Tensor::of_buffer(gpu, y, &[rows, cols]))
+    });
+    Ok(y)
+}
+
+/// Reads some columns of a buffer and writes others.
+pub(crate) fn linear_beside(wide: &Tensor, w: &Tensor) -> Result<()> {
+    typed!(wide, T => {
+        let (w, mut wide_write) = (w.read::<T>(), wide.write::<T>());
+        let (x, y) = wide_write.mat().split_cols(w.mat().num_cols());
+        Ok(kernels::linear::forward(wide.gpu(), 1.0, x.as_mat(), w.mat(), 0.0, &y)?)
+    })
+}
+
+pub(crate) fn linear_backward_beside(wide: &Tensor, w: &Tensor) -> Result<()> {
+    typed!(wide, T => {
+        let (w, mut wide_write) = (w.read::<T>(), wide.write::<T>());
+        let (dy, dx) = wide_write.mat().split_cols(w.mat().num_rows());
+        Ok(kernels::linear::backward_input(wide.gpu(), 1.0, dy.as_mat(), w.mat(), 0.0, &dx)?)
     })
 }
 
@@ -211,8 +236,8 @@ pub(crate) fn rope(table: &Table, positions: View<'_, u32>, back: bool, x: &Tens
     })
 }
 
-pub(crate) fn swiglu(gate_up: &Tensor) -> Result<Tensor> {
-    let h = gate_up.alloc(&[gate_up.rows(), gate_up.cols() / 2])?;
+pub(crate) fn swiglu(gate_up: &Tensor, room: usize) -> Result<Tensor> {
+    let h = gate_up.alloc_with_room([gate_up.rows(), gate_up.cols() / 2], room)?;
     typed!(gate_up, T => {
         let (read, mut write) = (gate_up.read::<T>(), h.write::<T>());
         kernels::swiglu::forward(gate_up.gpu(), read.mat(), &write.mat())?;
@@ -232,17 +257,18 @@ pub(crate) fn attention(
     model: &ModelConfig,
     sequences: &Sequences,
     qkv: &Tensor,
+    room: usize,
 ) -> Result<(Tensor, Tensor)> {
     let (gpu, rows) = (qkv.gpu(), qkv.rows());
+    let mut lse = gpu.alloc::<f32>(rows * model.num_attention_heads)?;
+    let out = qkv.alloc_with_room([rows, model.q_dim()], room)?;
     typed!(qkv, T => {
-        let mut out = gpu.alloc::<T>(rows * model.q_dim())?;
-        let mut lse = gpu.alloc::<f32>(rows * model.num_attention_heads)?;
-        let read = qkv.read::<T>();
-        let (out_mat, lse_view) = (out.mat_mut(rows, model.q_dim()), lse.view_mut());
-        kernels::attention::forward(gpu, &heads(model), sequences, split(model, read.mat()), &out_mat, &lse_view)?;
-        let out = Tensor::of_buffer(gpu, out, &[rows, model.q_dim()]);
-        Ok((out, Tensor::of_buffer(gpu, lse, &[rows, model.num_attention_heads])))
-    })
+        let (read, mut write) = (qkv.read::<T>(), out.write::<T>());
+        let (inputs, lse) = (split(model, read.mat()), lse.view_mut());
+        kernels::attention::forward(gpu, &heads(model), sequences, inputs, &write.mat(), &lse)?;
+    });
+    let lse = Tensor::of_buffer(gpu, lse, &[rows, model.num_attention_heads]);
+    Ok((out, lse))
 }
 
 pub(crate) fn attention_backward(
@@ -251,9 +277,10 @@ pub(crate) fn attention_backward(
     qkv: &Tensor,
     (out, lse): (&Tensor, &Tensor),
     dout: &Tensor,
+    room: usize,
 ) -> Result<Tensor> {
     let gpu = qkv.gpu();
-    let dqkv = qkv.alloc(&[qkv.rows(), qkv.cols()])?;
+    let dqkv = qkv.alloc_with_room([qkv.rows(), qkv.cols()], room)?;
     typed!(qkv, T => {
         let (qkv, out, lse, dout) = (qkv.read::<T>(), out.read::<T>(), lse.read::<f32>(), dout.read::<T>());
         let mut write = dqkv.write::<T>();

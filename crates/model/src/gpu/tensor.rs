@@ -142,7 +142,7 @@ impl Tensor {
         self.dims.iter().rev().skip(1).product()
     }
 
-    fn is_packed(&self) -> bool {
+    pub(crate) fn is_packed(&self) -> bool {
         self.stride == self.cols() || self.rows() <= 1
     }
 
@@ -156,6 +156,19 @@ impl Tensor {
             view.stride = len;
         }
         view
+    }
+
+    /// The rows with the columns that were left free behind them.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn wider(&self, room: usize) -> Self {
+        let cols = self.cols() + room;
+        assert!(cols <= self.stride, "room behind every row");
+        Self {
+            dims: vec![self.rows(), cols],
+            ..self.clone()
+        }
     }
 
     pub(crate) fn reshape(&self, dims: &[usize]) -> Self {
@@ -175,6 +188,11 @@ impl Tensor {
         typed!(self, T => Ok(Self::of_buffer(&self.gpu, self.gpu.alloc::<T>(len)?, dims)))
     }
 
+    /// The same for rows behind each of which so many columns stay free.
+    pub(crate) fn alloc_with_room(&self, [rows, cols]: [usize; 2], room: usize) -> Result<Self> {
+        Ok(self.alloc(&[rows, cols + room])?.narrow(1, 0, cols))
+    }
+
     pub(crate) fn zeros(&self, dims: &[usize]) -> Result<Self> {
         let len = dims.iter().product();
         typed!(self, T => Ok(Self::of_buffer(&self.gpu, self.gpu.zeros::<T>(len)?, dims)))
@@ -182,7 +200,7 @@ impl Tensor {
 
     pub(crate) fn packed_copy(&self) -> Result<Self> {
         let copy = self.alloc(&self.dims)?;
-        super::copy(self, &copy)?;
+        super::copy(1.0, self, &copy)?;
         Ok(copy)
     }
 

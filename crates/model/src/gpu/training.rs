@@ -7,7 +7,6 @@ use crate::decoder::Decoder;
 use crate::error::Result;
 use crate::layers::{Dropout, Trained};
 use crate::lora::{Adapter, Gradients};
-use crate::ops::{Ops, Rows};
 use crate::training::Activations;
 
 impl Decoder {
@@ -23,10 +22,8 @@ impl Decoder {
     ) -> Result<f64> {
         let views = adapter.on_gpu(gpu, self.dtype())?;
         let sums = gradients.on_gpu(gpu)?;
-        let ops = Ops {
-            threads: self.threads().clone(),
-            rows: Rows::Together,
-        };
+        let ops = self.ops();
+        let blocks = self.hold_with(&ops, adapter, Some(&views))?;
         let p = adapter.config().lora_dropout;
         let mut total = 0.0;
         for part in parts.iter().filter(|part| !part.labels.is_empty()) {
@@ -36,7 +33,7 @@ impl Decoder {
                 gradients: &sums,
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };
-            total += self.backward(&ops, part, rows, denom, trained, activations)?;
+            total += self.backward(&blocks, &ops, part, denom, trained, activations)?;
         }
         Ok(total)
     }

@@ -4,6 +4,8 @@ use super::linear::{AdapterRows, Linear, Trained};
 use super::rms_norm::SavedNorm;
 use super::{Group, LayerPages, Loader, Pass, Places, RmsNorm, Saved};
 use crate::error::Result;
+use crate::lora::LayerAdapter;
+use crate::ops::Ops;
 use crate::tensor::Tensor;
 
 /// The attention half of a block.
@@ -58,6 +60,26 @@ impl Attention {
         }
     }
 
+    /// Writes an adapter into the borders of the weights.
+    pub(crate) fn write_borders(
+        &mut self,
+        ops: &Ops,
+        adapter: Option<&LayerAdapter>,
+    ) -> Result<()> {
+        self.qkv.write_border(ops, adapter)?;
+        self.o.write_border(ops, adapter)
+    }
+
+    /// Columns that have to be free behind the rows of the input.
+    pub(crate) fn room(&self, pass: &Pass<'_>) -> usize {
+        self.qkv.room(pass)
+    }
+
+    /// The same of the output's gradient.
+    pub(crate) fn gradient_room(&self, pass: &Pass<'_>) -> usize {
+        self.o.room(pass)
+    }
+
     /// `x: [T, C]` → `[T, C]`
     pub(crate) fn forward(
         &self,
@@ -67,7 +89,7 @@ impl Attention {
         pages: Option<(&Places<'_>, &mut LayerPages)>,
     ) -> Result<(Tensor, SavedAttention)> {
         let (ops, config) = (pass.ops, pass.config);
-        let (qkv, low_qkv) = self.qkv.forward(ops, &x, adapters)?;
+        let (qkv, low_qkv) = self.qkv.forward(pass, &x, adapters, 0)?;
         let head_norms = match &self.head_norms {
             None => None,
             Some((q, k)) => Some((
@@ -78,14 +100,14 @@ impl Attention {
         ops.rope(pass.rope, &pass.positions, &qk_of(pass, &qkv)?)?;
         let (out, lse) = match pages {
             None => ops
-                .attention(config, &pass.seq_starts, &qkv)
+                .attention(config, &pass.seq_starts, &qkv, self.o.room(pass))
                 .map(|(out, lse)| (out, Some(lse)))?,
             Some((places, pages)) => (
                 ops.paged_attention(config, pass.batch, places, pages, &qkv)?,
                 None,
             ),
         };
-        let (y, low_o) = self.o.forward(ops, &out, adapters)?;
+        let (y, low_o) = self.o.forward(pass, &out, adapters, 0)?;
         Ok((
             y,
             SavedAttention {
@@ -109,7 +131,7 @@ impl Attention {
         trained: Trained<'_>,
     ) -> Result<Tensor> {
         let ops = pass.ops;
-        let (dout, dlow_o) = self.o.backward(ops, dy, trained)?;
+        let (dout, dlow_o) = self.o.backward(pass, dy, trained)?;
         self.o.backward_parameters(
             ops,
             dy,
@@ -118,15 +140,20 @@ impl Attention {
             trained,
         )?;
         let lse = saved.lse.as_ref().expect("training reads no pages");
-        let starts = &pass.seq_starts;
-        let dqkv =
-            ops.attention_backward(pass.config, starts, &saved.qkv, (&saved.out, lse), &dout)?;
+        let dqkv = ops.attention_backward(
+            pass.config,
+            &pass.seq_starts,
+            &saved.qkv,
+            (&saved.out, lse),
+            &dout,
+            self.qkv.room(pass),
+        )?;
         ops.rope_backward(pass.rope, &pass.positions, &qk_of(pass, &dqkv)?)?;
         if let (Some((q, k)), Some((saved_q, saved_k))) = (&self.head_norms, &saved.head_norms) {
             q.backward_heads(ops, saved_q, &q_of(pass, &dqkv)?, trained)?;
             k.backward_heads(ops, saved_k, &k_of(pass, &dqkv)?, trained)?;
         }
-        let (dx, dlow) = self.qkv.backward(ops, &dqkv, trained)?;
+        let (dx, dlow) = self.qkv.backward(pass, &dqkv, trained)?;
         self.qkv.backward_parameters(
             ops,
             &dqkv,

@@ -6,6 +6,8 @@ use super::mlp::{Mlp, SavedMlp};
 use super::rms_norm::SavedNorm;
 use super::{LayerPages, Loader, Pass, Places, RmsNorm, Saved, Stream};
 use crate::error::Result;
+use crate::lora::LayerAdapter;
+use crate::ops::Ops;
 use crate::tensor::Tensor;
 
 /// One block.
@@ -60,6 +62,22 @@ impl Block {
         }
     }
 
+    /// Writes an adapter into the borders of the weights, where the passes that follow may find it.
+    pub(crate) fn write_borders(
+        &mut self,
+        ops: &Ops,
+        adapter: Option<&LayerAdapter>,
+    ) -> Result<()> {
+        self.attention.write_borders(ops, adapter)?;
+        self.mlp.write_borders(ops, adapter)
+    }
+
+    /// Columns that have to be free behind the rows of the gradient after the block.
+    pub(crate) fn gradient_room(&self, pass: &Pass<'_>) -> usize {
+        let (attention, mlp) = (&self.attention, &self.mlp);
+        mlp.gradient_room(pass).max(attention.gradient_room(pass))
+    }
+
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_>,
@@ -67,10 +85,11 @@ impl Block {
         adapters: &[AdapterRows<'_>],
         pages: Option<(&Places<'_>, &mut LayerPages)>,
     ) -> Result<SavedBlock> {
-        let (x, attention_norm) = self.attention_norm.forward(pass.ops, stream)?;
+        let (ops, room) = (pass.ops, self.attention.room(pass));
+        let (x, attention_norm) = self.attention_norm.forward(ops, stream, room)?;
         let (y, attention) = self.attention.forward(pass, x, adapters, pages)?;
         stream.delta = Some(y);
-        let (x, mlp_norm) = self.mlp_norm.forward(pass.ops, stream)?;
+        let (x, mlp_norm) = self.mlp_norm.forward(ops, stream, self.mlp.room(pass))?;
         let (y, mlp) = self.mlp.forward(pass, x, adapters)?;
         stream.delta = Some(y);
         Ok(SavedBlock {

@@ -4,10 +4,12 @@ use std::ops::Range;
 
 use updraft_kernels::noise::derive;
 
-use super::{GroupAdapter, Loader, Saved};
+use super::border::{self, Border};
+use super::{GroupAdapter, Loader, Pass, Saved};
+use crate::batch::Batch;
 use crate::config::Projection;
 use crate::error::Result;
-use crate::lora::Views;
+use crate::lora::{LayerAdapter, Views};
 use crate::ops::Ops;
 use crate::tensor::Tensor;
 
@@ -50,6 +52,31 @@ pub(crate) struct AdapterRows<'a> {
     pub(crate) dropout: Option<Dropout<'a>>,
 }
 
+impl<'a> AdapterRows<'a> {
+    /// Neighbouring sequences with the same adapter make one run of rows.
+    pub(crate) fn of_batch(batch: &Batch, adapters: &[&'a Views]) -> Vec<Self> {
+        let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+        for (s, adapter) in batch.adapters.iter().enumerate() {
+            let (Some(adapter), rows) = (*adapter, batch.rows(s)) else {
+                continue;
+            };
+            match runs.last_mut() {
+                Some((last, run)) if *last == adapter && run.end == rows.start => {
+                    run.end = rows.end;
+                }
+                _ => runs.push((adapter, rows)),
+            }
+        }
+        runs.into_iter()
+            .map(|(adapter, rows)| Self {
+                adapter: adapters[adapter],
+                rows,
+                dropout: None,
+            })
+            .collect()
+    }
+}
+
 /// What is dropped of the inputs of an adapter in training: of each map's alone, as in PEFT.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dropout<'a> {
@@ -84,6 +111,8 @@ pub(crate) struct Linear {
     bias: Option<Tensor>,
     /// The output columns of each map.
     columns: Vec<(Projection, Range<usize>)>,
+    /// Where an adapter stands that is trained on a GPU; the weight is a view of it.
+    border: Option<Border>,
 }
 
 impl Linear {
@@ -111,6 +140,7 @@ impl Linear {
             weight: loader.matrices(&weights)?,
             bias,
             columns,
+            border: None,
         })
     }
 
@@ -130,14 +160,48 @@ impl Linear {
         format!("{}.{what}", first.path(self.layer))
     }
 
-    /// `x: [T, D_in]` → `[T, ΣD_out]`, and `x·Aᵀ` where one adapter covers the batch, as in training.
+    /// Writes the part of an adapter that is this group's around the weight, which moves to where there is room if there
+    /// is too little.
+    pub(crate) fn write_border(&mut self, ops: &Ops, adapter: Option<&LayerAdapter>) -> Result<()> {
+        let Some(adapter) = self.adapter(adapter) else {
+            return Ok(());
+        };
+        let num_ranks = adapter.a.rows();
+        let mut border = match self.border.take() {
+            Some(border) if border.holds(num_ranks) => border,
+            _ => Border::around(ops, &self.weight, border::width(num_ranks))?,
+        };
+        self.weight = border.weight()?;
+        border.write(ops, adapter, |projection| self.range_of(projection))?;
+        self.border = Some(border);
+        Ok(())
+    }
+
+    /// The border, where the pass's adapter stands in it.
+    fn border(&self, pass: &Pass<'_>) -> Option<&Border> {
+        let adapter = self.adapter(pass.bordered?.layer(self.layer));
+        adapter.and(self.border.as_ref())
+    }
+
+    /// Columns that have to be free behind the rows of the input, and behind those of the output's gradient.
+    pub(crate) fn room(&self, pass: &Pass<'_>) -> usize {
+        self.border(pass).map_or(0, Border::width)
+    }
+
+    /// `x: [T, D_in]` → `[T, ΣD_out]` with so much room, and `x·Aᵀ` where one adapter covers the batch, as in training.
     pub(crate) fn forward(
         &self,
-        ops: &Ops,
+        pass: &Pass<'_>,
         x: &Tensor,
         adapters: &[AdapterRows<'_>],
+        room: usize,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let y = ops.linear(x, &self.weight, self.bias.as_ref())?;
+        let (ops, bias) = (pass.ops, self.bias.as_ref());
+        if let Some(border) = self.border(pass) {
+            let (y, low) = border.forward(ops, x, bias, room)?;
+            return Ok((y, Some(low)));
+        }
+        let y = ops.linear(x, &self.weight, bias, room)?;
         let mut low = None;
         for AdapterRows {
             adapter,
@@ -169,13 +233,13 @@ impl Linear {
         dropout: Option<Dropout<'_>>,
     ) -> Result<Tensor> {
         let Some(dropout) = dropout else {
-            return ops.linear(x, &adapter.a, None);
+            return ops.linear(x, &adapter.a, None, 0);
         };
         let down = x.zeros(&[x.rows(), adapter.a.rows()])?;
         for pair in &adapter.pairs {
             let keys = dropout.keys(self.layer, pair.projection);
             let kept = ops.dropout(dropout.p, &keys, x)?;
-            let own = ops.linear(&kept, &rows(&adapter.a, &pair.ranks)?, None)?;
+            let own = ops.linear(&kept, &rows(&adapter.a, &pair.ranks)?, None, 0)?;
             ops.copy(&own, &narrow(&down, &pair.ranks)?)?;
         }
         Ok(down)
@@ -185,10 +249,15 @@ impl Linear {
     /// [`backward_parameters`](Self::backward_parameters) needs.
     pub(crate) fn backward(
         &self,
-        ops: &Ops,
+        pass: &Pass<'_>,
         dy: &Tensor,
         trained: Trained<'_>,
     ) -> Result<(Tensor, Option<Tensor>)> {
+        let ops = pass.ops;
+        if let Some(border) = self.border(pass) {
+            let (dx, dlow) = border.backward(ops, dy)?;
+            return Ok((dx, Some(dlow)));
+        }
         let dx = ops.linear_backward(dy, &self.weight)?;
         let dlow = self.backward_low(ops, dy, trained)?;
         if let (Some(dlow), Some(adapter)) =
@@ -221,12 +290,7 @@ impl Linear {
     }
 
     /// The gradient of `x·Aᵀ`: `s·dy·B`, `[T, ΣR]`.
-    pub(crate) fn backward_low(
-        &self,
-        ops: &Ops,
-        dy: &Tensor,
-        trained: Trained<'_>,
-    ) -> Result<Option<Tensor>> {
+    fn backward_low(&self, ops: &Ops, dy: &Tensor, trained: Trained<'_>) -> Result<Option<Tensor>> {
         let Some(adapter) = self.adapter(trained.adapter.layer(self.layer)) else {
             return Ok(None);
         };
@@ -291,21 +355,21 @@ impl Linear {
         }
     }
 
-    fn adapter<'a>(
-        &self,
-        layer: Option<&'a crate::lora::LayerAdapter>,
-    ) -> Option<&'a GroupAdapter> {
+    fn adapter<'a>(&self, layer: Option<&'a LayerAdapter>) -> Option<&'a GroupAdapter> {
         layer.and_then(|groups| groups[self.group as usize].as_ref())
     }
 
     /// The columns of `y: [T, ΣD_out]` that belong to one map.
     fn columns_of(&self, projection: Projection, y: &Tensor) -> Result<Tensor> {
-        let (_, columns) = self
-            .columns
-            .iter()
+        narrow(y, &self.range_of(projection))
+    }
+
+    fn range_of(&self, projection: Projection) -> Range<usize> {
+        let mut columns = self.columns.iter();
+        let (_, range) = columns
             .find(|(own, _)| *own == projection)
             .expect("a pair is planned within its group");
-        narrow(y, columns)
+        range.clone()
     }
 }
 

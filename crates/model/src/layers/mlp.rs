@@ -3,6 +3,8 @@
 use super::linear::{AdapterRows, Linear, Trained};
 use super::{Group, Loader, Pass, Saved};
 use crate::error::Result;
+use crate::lora::LayerAdapter;
+use crate::ops::Ops;
 use crate::tensor::Tensor;
 
 /// The MLP half of a block.
@@ -38,6 +40,26 @@ impl Mlp {
         }
     }
 
+    /// Writes an adapter into the borders of the weights.
+    pub(crate) fn write_borders(
+        &mut self,
+        ops: &Ops,
+        adapter: Option<&LayerAdapter>,
+    ) -> Result<()> {
+        self.gate_up.write_border(ops, adapter)?;
+        self.down.write_border(ops, adapter)
+    }
+
+    /// Columns that have to be free behind the rows of the input.
+    pub(crate) fn room(&self, pass: &Pass<'_>) -> usize {
+        self.gate_up.room(pass)
+    }
+
+    /// The same of the output's gradient.
+    pub(crate) fn gradient_room(&self, pass: &Pass<'_>) -> usize {
+        self.down.room(pass)
+    }
+
     /// `x: [T, C]` → `[T, C]`
     pub(crate) fn forward(
         &self,
@@ -45,9 +67,13 @@ impl Mlp {
         x: Tensor,
         adapters: &[AdapterRows<'_>],
     ) -> Result<(Tensor, SavedMlp)> {
-        let (gate_up, low_gate_up) = self.gate_up.forward(pass.ops, &x, adapters)?;
-        let h = pass.ops.swiglu(&gate_up)?;
-        let (y, low_down) = self.down.forward(pass.ops, &h, adapters)?;
+        // Gate and up become their own gradient.
+        let room = self.gate_up.room(pass);
+        let (gate_up, low_gate_up) = self.gate_up.forward(pass, &x, adapters, room)?;
+        let h = pass.ops.swiglu(&gate_up, self.down.room(pass))?;
+        let (y, low_down) = self.down.forward(pass, &h, adapters, 0)?;
+        // It may lie behind the activation, which is not held.
+        let low_down = low_down.map(Tensor::packed).transpose()?;
         Ok((
             y,
             SavedMlp {
@@ -74,13 +100,13 @@ impl Mlp {
             gate_up,
             low_down,
         } = saved;
-        let (dh, dlow) = self.down.backward(ops, dy, trained)?;
+        let (dh, dlow) = self.down.backward(pass, dy, trained)?;
         ops.swiglu_backward(&gate_up, &dh)?;
         let (dgate_up, h) = (gate_up, dh); // what they hold now
         self.down
             .backward_parameters(ops, dy, &h, (low_down.as_ref(), dlow.as_ref()), trained)?;
         drop(h);
-        let (dx, dlow) = self.gate_up.backward(ops, &dgate_up, trained)?;
+        let (dx, dlow) = self.gate_up.backward(pass, &dgate_up, trained)?;
         self.gate_up.backward_parameters(
             ops,
             &dgate_up,

@@ -2,12 +2,14 @@
 
 mod attention;
 mod block;
+mod border;
 mod embedding;
 mod linear;
 mod mlp;
 mod rms_norm;
 
 pub(crate) use block::{Block, SavedBlock};
+pub(crate) use border::width as border_width;
 pub(crate) use embedding::Embedding;
 pub(crate) use linear::{AdapterRows, Dropout, Group, Trained};
 pub(crate) use rms_norm::{RmsNorm, Stream};
@@ -20,7 +22,7 @@ use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{LayerPages, Places};
-use crate::lora::{GroupAdapter, Saved};
+use crate::lora::{GroupAdapter, Saved, Views};
 use crate::ops::Ops;
 use crate::quantized;
 use crate::tensor::Tensor;
@@ -106,4 +108,6 @@ pub(crate) struct Pass<'a> {
     pub(crate) positions: Indices<'a>,
     pub(crate) seq_starts: SeqStarts<'a>,
     pub(crate) logit_rows: Indices<'a>,
+    /// The adapter of all rows, where it stands in the borders of the weights.
+    pub(crate) bordered: Option<&'a Views>,
 }

@@ -71,12 +71,18 @@ impl RmsNorm {
         &self.weight
     }
 
-    /// Norms the stream, its newest addition included.
-    pub(crate) fn forward(&self, ops: &Ops, stream: &mut Stream) -> Result<(Tensor, SavedNorm)> {
+    /// Norms the stream, its newest addition included; the rows come with so much room.
+    pub(crate) fn forward(
+        &self,
+        ops: &Ops,
+        stream: &mut Stream,
+        room: usize,
+    ) -> Result<(Tensor, SavedNorm)> {
         let Normed { y, inv_rms } = match stream.delta.take() {
-            None => ops.rms_norm(&stream.sum, &self.weight, self.eps)?,
+            None => ops.rms_norm(&stream.sum, &self.weight, self.eps, room)?,
             Some(delta) => {
-                let normed = ops.add_rms_norm(&stream.sum, &delta, &self.weight, self.eps)?;
+                let sum = &stream.sum;
+                let normed = ops.add_rms_norm(sum, &delta, &self.weight, self.eps, room)?;
                 stream.sum = delta; // which now holds the sum; the old sum may be saved elsewhere
                 normed
             }
@@ -108,7 +114,7 @@ impl RmsNorm {
     /// Norms each head of `view: [T, n·D]` by itself, in place.
     pub(crate) fn forward_heads(&self, ops: &Ops, view: &Tensor) -> Result<SavedNorm> {
         let x = self.copy_heads(view)?;
-        let Normed { y, inv_rms } = ops.rms_norm(&x, &self.weight, self.eps)?;
+        let Normed { y, inv_rms } = ops.rms_norm(&x, &self.weight, self.eps, 0)?;
         ops.copy(&y.reshape(view.dims())?, view)?;
         Ok(SavedNorm { x, inv_rms })
     }

@@ -4,7 +4,7 @@ use updraft_kernels::attention::{self, Heads, Qkv, QkvGrads};
 use updraft_kernels::paged_attention::{self, Pages, Sequences};
 use updraft_kernels::{Float, MatMut, kv_scatter};
 
-use super::{Ops, on_gpu};
+use super::{Ops, no_room, on_gpu};
 use crate::batch::Batch;
 use crate::bridge::{Real, View, edit_slice, read, tensor, typed};
 use crate::config::ModelConfig;
@@ -20,11 +20,13 @@ impl Ops {
         model: &ModelConfig,
         seq_starts: &SeqStarts<'_>,
         qkv: &Tensor,
+        room: usize,
     ) -> Result<(Tensor, Tensor)> {
         on_gpu!(qkv, qkv => {
-            let (out, lse) = crate::gpu::attention(model, seq_starts.gpu()?, qkv)?;
+            let (out, lse) = crate::gpu::attention(model, seq_starts.gpu()?, qkv, room)?;
             Ok((Tensor::Gpu(out), Tensor::Gpu(lse)))
         });
+        no_room(room);
         typed!(qkv, F => {
             let view = read::<F>(qkv)?;
             let (rows, width) = (view.mat().num_rows(), model.q_dim());
@@ -43,12 +45,14 @@ impl Ops {
         qkv: &Tensor,
         (out, lse): (&Tensor, &Tensor),
         dout: &Tensor,
+        room: usize,
     ) -> Result<Tensor> {
         on_gpu!(qkv, qkv => {
-            let saved = (out.gpu()?, lse.gpu()?);
-            let dqkv = crate::gpu::attention_backward(model, seq_starts.gpu()?, qkv, saved, dout.gpu()?)?;
+            let (starts, saved) = (seq_starts.gpu()?, (out.gpu()?, lse.gpu()?));
+            let dqkv = crate::gpu::attention_backward(model, starts, qkv, saved, dout.gpu()?, room)?;
             Ok(Tensor::Gpu(dqkv))
         });
+        no_room(room);
         typed!(qkv, F => {
             let (qkv_view, out, lse, dout) = (read::<F>(qkv)?, read::<F>(out)?, read::<F>(lse)?, read::<F>(dout)?);
             let (rows, cols) = (qkv.rows(), qkv.cols());

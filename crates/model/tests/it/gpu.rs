@@ -9,12 +9,12 @@ use updraft_model::{
 
 use crate::world::{World, documents, one_part, uneven_lora};
 
-fn on_gpu(world: &World, dtype: DType, gpu: &Gpu) -> Decoder {
+pub(crate) fn on_gpu(world: &World, dtype: DType, gpu: &Gpu) -> Decoder {
     let threads = Threads::single();
     Decoder::load_on_gpu(&world.config, &world.weights, dtype, gpu, &threads).expect("loads")
 }
 
-fn backward(
+pub(crate) fn backward(
     decoder: &Decoder,
     adapter: &Adapter,
     parts: &[Part],
@@ -29,7 +29,7 @@ fn backward(
 }
 
 /// ‖actual − expected‖ / ‖expected‖
-fn error(actual: &[f64], expected: &[f64]) -> f64 {
+pub(crate) fn error(actual: &[f64], expected: &[f64]) -> f64 {
     let square = |x: f64| x * x;
     let size: f64 = expected.iter().map(|&e| square(e)).sum();
     let off: f64 = actual

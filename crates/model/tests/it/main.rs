@@ -5,6 +5,8 @@ mod golden;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 mod gpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu_borders;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 mod gpu_serving;
 mod gradients;
 mod identities;

@@ -109,23 +109,26 @@ impl<T: Number> AttentionCase<T> {
             k: all.cols(q..q + kv),
             v: all.cols(q + kv..q + 2 * kv),
         };
-        let mut out = poison::<T>(gpu, rows * q);
+        // Room behind each row of the output, none behind those of its gradient.
+        let stride = q + 8;
+        let mut out = poison::<T>(gpu, rows * stride);
         let mut lse = poison::<f32>(gpu, rows * self.heads.num_heads);
-        let (out_mat, lse_view) = (out.mat_mut(rows, q), lse.view_mut());
+        let (out_mat, lse_view) = (out.mat_mut(rows, stride).cols(0..q), lse.view_mut());
         attention::forward(gpu, &self.heads, &sequences, qkv, &out_mat, &lse_view)
             .expect("launched");
         let mut dqkv = poison::<T>(gpu, rows * (q + 2 * kv));
         let (dq, rest) = dqkv.mat_mut(rows, q + 2 * kv).split_cols(q);
         let (dk, dv) = rest.split_cols(kv);
         let saved = attention::Saved {
-            out: out.mat(rows, q),
+            out: out.mat(rows, stride).cols(0..q),
             lse: lse.view(),
         };
         let dout = self.dout.device.mat(rows, q);
         let grads = attention::QkvGrads { dq, dk, dv };
         attention::backward(gpu, &self.heads, &sequences, qkv, saved, dout, &grads)
             .expect("launched");
-        (values(gpu, &out), values(gpu, &lse), values(gpu, &dqkv))
+        let out = together(&values(gpu, &out), q, stride);
+        (out, values(gpu, &lse), values(gpu, &dqkv))
     }
 
     fn expect(&self) -> (Vec<f64>, Vec<f64>, Vec<f64>) {

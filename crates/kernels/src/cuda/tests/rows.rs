@@ -4,9 +4,9 @@ use super::*;
 
 pub(super) fn rms_norm_agrees<T: Number>(gpu: &Gpu) {
     let threads = Threads::single();
-    for (rows, cols) in [(3, 64), (2, 7), (5, 896), (1, 2056)] {
+    for (rows, cols, stride) in [(3, 64, 64), (2, 7, 9), (5, 896, 912), (1, 2056, 2056)] {
         let (x, weight) = (input::<T>(gpu, rows * cols, 1), input::<T>(gpu, cols, 2));
-        let mut y = poison::<T>(gpu, rows * cols);
+        let mut y = poison::<T>(gpu, rows * stride);
         let mut inv_rms = poison::<f32>(gpu, rows);
         let (mut expected, mut roots) = (vec![0.0; rows * cols], vec![0.0; rows]);
         let x_mat = x.device.mat(rows, cols);
@@ -16,7 +16,7 @@ pub(super) fn rms_norm_agrees<T: Number>(gpu: &Gpu) {
             x_mat,
             weight_view,
             1e-6,
-            y.view_mut(),
+            &y.mat_mut(rows, stride).cols(0..cols),
             &inv_rms.view_mut(),
         )
         .expect("launched");
@@ -28,18 +28,18 @@ pub(super) fn rms_norm_agrees<T: Number>(gpu: &Gpu) {
             &mut expected,
             &mut roots,
         );
-        check("norm", gpu, &y, &expected);
+        close::<T>("norm", &together(&values(gpu, &y), cols, stride), &expected);
         check::<f32>("roots", gpu, &inv_rms, &roots);
 
         let mut residual = input::<T>(gpu, rows * cols, 3);
-        let mut y = poison::<T>(gpu, rows * cols);
+        let mut y = poison::<T>(gpu, rows * stride);
         rms_norm::add_forward(
             gpu,
             x.device.view(),
             residual.device.view_mut(),
             weight.device.view(),
             1e-6,
-            y.view_mut(),
+            &y.mat_mut(rows, stride).cols(0..cols),
             &inv_rms.view_mut(),
         )
         .expect("launched");
@@ -53,7 +53,8 @@ pub(super) fn rms_norm_agrees<T: Number>(gpu: &Gpu) {
             &mut roots,
         );
         check("residual", gpu, &residual.device, &residual.host);
-        check("norm of the sum", gpu, &y, &expected);
+        let y = together(&values(gpu, &y), cols, stride);
+        close::<T>("norm of the sum", &y, &expected);
 
         let (dy, mut dx) = (
             input::<T>(gpu, rows * cols, 4),
@@ -114,7 +115,7 @@ pub(super) fn rms_norm_of_strided_rows_agrees<T: Number>(gpu: &Gpu) {
         x_mat,
         weight_view,
         1e-6,
-        y.view_mut(),
+        &y.mat_mut(rows, cols),
         &inv_rms.view_mut(),
     )
     .expect("launched");
@@ -163,13 +164,15 @@ pub(super) fn rope_turns_and_turns_back<T: Number>(gpu: &Gpu) {
 
 pub(super) fn swiglu_agrees<T: Number>(gpu: &Gpu) {
     let threads = Threads::single();
-    for (rows, inner) in [(3, 48), (2, 5), (4, 4864)] {
+    for (rows, inner, gap) in [(3, 48, 0), (2, 5, 1), (4, 4864, 16)] {
         let mut gate_up = input::<T>(gpu, rows * 2 * inner, 1);
-        let mut h = poison::<T>(gpu, rows * inner);
+        let (stride, h_stride) = (2 * (inner + gap), inner + gap);
+        let mut device = apart::<T>(gpu, &gate_up.host, 2 * inner, stride);
+        let mut h = poison::<T>(gpu, rows * h_stride);
         swiglu::forward(
             gpu,
-            gate_up.device.mat(rows, 2 * inner),
-            &h.mat_mut(rows, inner),
+            device.mat(rows, stride).cols(0..2 * inner),
+            &h.mat_mut(rows, h_stride).cols(0..inner),
         )
         .expect("launched");
         let mut expected = vec![0.0; rows * inner];
@@ -181,36 +184,35 @@ pub(super) fn swiglu_agrees<T: Number>(gpu: &Gpu) {
             mat.cols(inner..2 * inner),
             out,
         );
-        check("h", gpu, &h, &expected);
+        let h = together(&values(gpu, &h), inner, h_stride);
+        close::<T>("h", &h, &expected);
 
         let mut dh = input::<T>(gpu, rows * inner, 2);
+        let mut h = apart::<T>(gpu, &dh.host, inner, h_stride);
         swiglu::backward_recompute(
             gpu,
-            &gate_up.device.mat_mut(rows, 2 * inner),
-            &dh.device.mat_mut(rows, inner),
+            &device.mat_mut(rows, stride).cols(0..2 * inner),
+            &h.mat_mut(rows, h_stride).cols(0..inner),
         )
         .expect("launched");
         let mat = MatMut::new(&mut gate_up.host, rows, 2 * inner);
         let (gate, up) = mat.split_cols(inner);
         let dh_mat = MatMut::new(&mut dh.host, rows, inner);
         crate::swiglu::backward_recompute(&threads, gate, up, dh_mat);
-        check(
-            "the gradient of gate and up",
-            gpu,
-            &gate_up.device,
-            &gate_up.host,
-        );
-        check("h once more", gpu, &dh.device, &dh.host);
+        let gradient = together(&values(gpu, &device), 2 * inner, stride);
+        close::<T>("the gradient of gate and up", &gradient, &gate_up.host);
+        let h = together(&values(gpu, &h), inner, h_stride);
+        close::<T>("h once more", &h, &dh.host);
     }
 }
 
 pub(super) fn embedding_agrees<T: Number>(gpu: &Gpu) {
-    for cols in [64, 5] {
+    for (cols, stride) in [(64, 64), (64, 72), (5, 6)] {
         let ids = [3_u32, 0, 3, 6, 3];
         let mut table = input::<T>(gpu, 7 * cols, 1);
         let device_ids = gpu.upload(&ids).expect("memory");
-        let mut out = poison::<T>(gpu, ids.len() * cols);
-        let out_mat = out.mat_mut(ids.len(), cols);
+        let mut out = poison::<T>(gpu, ids.len() * stride);
+        let out_mat = out.mat_mut(ids.len(), stride).cols(0..cols);
         embedding::forward(gpu, table.device.mat(7, cols), device_ids.view(), &out_mat)
             .expect("launched");
         let row = |id: &u32| *id as usize * cols..(*id as usize + 1) * cols;
@@ -218,7 +220,7 @@ pub(super) fn embedding_agrees<T: Number>(gpu: &Gpu) {
             .iter()
             .flat_map(|id| table.host[row(id)].iter().copied())
             .collect();
-        assert_eq!(values(gpu, &out), expected);
+        assert_eq!(together(&values(gpu, &out), cols, stride), expected);
 
         let dout = input::<T>(gpu, ids.len() * cols, 2);
         let table_mat = table.device.mat_mut(7, cols);
@@ -238,13 +240,14 @@ pub(super) fn embedding_agrees<T: Number>(gpu: &Gpu) {
 
         let places = [4_u32, 1];
         let device_places = gpu.upload(&places).expect("memory");
-        let mut spread = gpu.zeros::<T>(7 * cols).expect("memory");
-        let from = dout.device.mat(ids.len(), cols).rows(0..2);
-        embedding::scatter(gpu, from, device_places.view(), &spread.mat_mut(7, cols))
-            .expect("launched");
-        let mut expected = vec![0.0; 7 * cols];
-        expected[4 * cols..5 * cols].copy_from_slice(&dout.host[..cols]);
-        expected[cols..2 * cols].copy_from_slice(&dout.host[cols..2 * cols]);
+        let from = apart::<T>(gpu, &dout.host, cols, stride);
+        let from = from.mat(ids.len(), stride).cols(0..cols).rows(0..2);
+        let mut spread = gpu.zeros::<T>(7 * stride).expect("memory");
+        let to = spread.mat_mut(7, stride).cols(0..cols);
+        embedding::scatter(gpu, from, device_places.view(), &to).expect("launched");
+        let mut expected = vec![0.0; 7 * stride];
+        expected[4 * stride..][..cols].copy_from_slice(&dout.host[..cols]);
+        expected[stride..][..cols].copy_from_slice(&dout.host[cols..2 * cols]);
         assert_eq!(values(gpu, &spread), expected);
     }
 }
