@@ -43,7 +43,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let config = ModelConfig::from_json(CONFIG)?;
     let decoder = {
         let weights = tiny::weights_bf16(&config, 0);
-        Decoder::load_on_gpu(&config, &weights, DType::BF16, &gpu, &Threads::new(2)?)?
+        let dtype = match gpu.has_bf16() {
+            true => DType::BF16,
+            false => DType::F16,
+        };
+        Decoder::load_on_gpu(&config, &weights, dtype, &gpu, &Threads::new(2)?)?
     };
     println!("{}, copies {:.2} TB/s", gpu.name()?, bandwidth / 1e12);
     println!(
@@ -57,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // What a step must read: every weight once, and the keys and values of every sequence.
         let context = u64::from(batch * (PROMPT + LENGTH / 2));
         let read = 2 * config.num_parameters() as u64
-            + context * KvPages::bytes_per_block(&config, 1, DType::BF16);
+            + context * KvPages::bytes_per_block(&config, 1, decoder.dtype());
         println!(
             "| {batch} | {:.0} | {:.0} | {:.2} | {:.0}% |",
             f64::from(batch * PROMPT) / prefill,

@@ -1,8 +1,8 @@
 //! How many tokens per second does LoRA training take on a GPU, and how close is that to what the GPU can multiply?
 //!
-//! Qwen2.5-0.5B's shape with random weights, rank 16 on all projections, bf16: micro-batches of packed rows of 4,096 tokens
-//! made of conversations of about 1,000, three quarters of whose tokens are trained. `peers/train_gpu.py` asks transformers
-//! and PEFT the same.
+//! Qwen2.5-0.5B's shape with random weights, rank 16 on all projections, bf16, or f16 before `sm_80`: micro-batches of
+//! packed rows of 4,096 tokens made of conversations of about 1,000, three quarters of whose tokens are trained.
+//! `peers/train_gpu.py` asks transformers and PEFT the same.
 //!
 //! ```sh
 //! cargo bench --features cuda --bench train_gpu && python benches/peers/train_gpu.py
@@ -12,14 +12,15 @@
 
 use std::time::Instant;
 
-use candle_core::{DType, Device};
-use half::bf16;
+use candle_core::Device;
+use half::f16;
 use updraft::chat::Example;
 
 use updraft::model::{Adapter, Decoder, Gpu, LoraConfig, ModelConfig, Threads, tiny};
-use updraft::train::{MemorySource, TrainConfig, Trainer, Work};
+use updraft::train::{ExampleSource, MemorySource, TrainConfig, Trainer, Work, check_gpu_memory};
 use updraft_kernels::cuda::linear;
 
+/// Rows of a micro-batch, or as many as fit the memory.
 const ROWS: u32 = 8;
 const ROW: u32 = 4096;
 const LENGTH: u32 = 1024;
@@ -37,64 +38,81 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let ceiling = products_per_second(&gpu)?;
     let config = ModelConfig::from_json(CONFIG)?;
     let threads = Threads::new(2)?;
-    let decoder = {
-        let weights = tiny::weights_bf16(&config, 0);
-        Decoder::load_on_gpu(&config, &weights, DType::BF16, &gpu, &threads)?
-    };
-    let token = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % 151_936;
-    let example = |e: u32| Example {
-        input_ids: (0..LENGTH).map(|t| token(e * LENGTH + t)).collect(),
-        loss_spans: std::iter::once(LENGTH / 4..LENGTH).collect(),
-    };
-    let examples: Vec<Example> = (0..ROWS * ROW / LENGTH).map(example).collect();
-    let mut work = Work::default();
-    for example in &examples {
-        work.add(example);
-    }
-    let source = MemorySource::new("bench", examples);
     let lora = LoraConfig {
         r: 16,
         lora_alpha: 16.0,
         ..LoraConfig::default()
     };
+    let (source, settings) = fitting(&gpu, &config, &lora)?;
+    let decoder = {
+        let weights = tiny::weights_bf16(&config, 0);
+        Decoder::load_on_gpu(&config, &weights, settings.dtype(), &gpu, &threads)?
+    };
+    let mut work = Work::default();
+    for example in source.open(0, 0)? {
+        work.add(&example?);
+    }
     let adapter = Adapter::init(&lora, &config, 3407, &Device::Cpu)?;
     let flops = work.flops(&config, adapter.parameters());
-    let settings = TrainConfig {
-        per_device_train_batch_size: ROWS,
-        packing: true,
-        max_seq_len: ROW,
-        max_steps: Some(STEPS + 2),
-        ignore_memory_estimate: true, // which is of the host's memory
-        ..TrainConfig::default()
-    };
+    let rows = settings.per_device_train_batch_size;
     let mut trainer = Trainer::new(&decoder, adapter, &source, settings)?;
     trainer.run_until(2)?;
     let started = Instant::now();
-    trainer.run_until(STEPS + 2)?;
+    let report = trainer.run_until(STEPS + 2)?;
     let step = started.elapsed().as_secs_f64() / STEPS as f64;
     println!(
-        "{}, {:.0} TFLOP/s in a large bf16 product",
+        "{}, {:.0} TFLOP/s in a large product of 16-bit numbers",
         gpu.name()?,
         ceiling / 1e12
     );
     println!(
-        "{:.0} tokens/s, {:.1} ms a step of {} tokens, {:.1}% of that product's rate",
+        "{:.0} tokens/s, {:.1} ms a step of {rows} rows, {} tokens, {:.1}% of that product's rate, {:.1} GiB at the peak",
         work.tokens as f64 / step,
         step * 1e3,
         work.tokens,
-        100.0 * flops / step / ceiling
+        100.0 * flops / step / ceiling,
+        report.peak_gpu_memory_bytes.unwrap_or(0) as f64 / f64::from(1 << 30)
     );
     Ok(())
+}
+
+/// The data of one micro-batch, and the settings of a run that fits the memory.
+fn fitting(
+    gpu: &Gpu,
+    config: &ModelConfig,
+    lora: &LoraConfig,
+) -> Result<(MemorySource, TrainConfig), Box<dyn std::error::Error>> {
+    let token = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % 151_936;
+    let example = |e: u32| Example {
+        input_ids: (0..LENGTH).map(|t| token(e * LENGTH + t)).collect(),
+        loss_spans: std::iter::once(LENGTH / 4..LENGTH).collect(),
+    };
+    let mut rows = ROWS;
+    loop {
+        let source = MemorySource::new("bench", (0..rows * ROW / LENGTH).map(example).collect());
+        let settings = TrainConfig {
+            per_device_train_batch_size: rows,
+            packing: true,
+            max_seq_len: ROW,
+            max_steps: Some(STEPS + 2),
+            bf16: gpu.has_bf16(),
+            fp16: !gpu.has_bf16(),
+            ..TrainConfig::default()
+        };
+        match check_gpu_memory(config, lora, source.plan(), &settings, gpu) {
+            Ok(_) => return Ok((source, settings)),
+            Err(error) if rows == 1 => return Err(error.into()),
+            Err(_) => rows /= 2,
+        }
+    }
 }
 
 /// The rate of a large product of random numbers.
 fn products_per_second(gpu: &Gpu) -> Result<f64, Box<dyn std::error::Error>> {
     let size = 8192;
     let number = |i: usize| ((i.wrapping_mul(2_654_435_761) >> 8) % 2001) as f32 / 1000.0 - 1.0;
-    let numbers: Vec<bf16> = (0..size * size)
-        .map(|i| bf16::from_f32(number(i)))
-        .collect();
-    let (a, mut c) = (gpu.upload(&numbers)?, gpu.zeros::<bf16>(size * size)?);
+    let numbers: Vec<f16> = (0..size * size).map(|i| f16::from_f32(number(i))).collect();
+    let (a, mut c) = (gpu.upload(&numbers)?, gpu.zeros::<f16>(size * size)?);
     let mut run = |times: u32| -> Result<f64, Box<dyn std::error::Error>> {
         let started = Instant::now();
         for _ in 0..times {

@@ -42,9 +42,13 @@ def main():
         return logits[:, -1].argmax(-1, keepdim=True)
 
     for batch in args.batch:
+        torch._dynamo.reset()  # every batch size compiles anew, and is not counted against the others
         step = torch.compile(one_token, mode="reduce-overhead", fullgraph=True) if args.compile else one_token
         cache = StaticCache(config=config, max_batch_size=batch, max_cache_len=args.prompt + args.length,
                             device=args.device, dtype=torch.bfloat16)
+        # Otherwise its tensors are made inside of the compiled step, which then cannot be captured into a graph.
+        cache.early_initialization(batch, config.num_key_value_heads, config.hidden_size // config.num_attention_heads,
+                                   torch.bfloat16, torch.device(args.device))
         prompt = torch.randint(0, 151_936, (batch, args.prompt), device=args.device)
         with torch.inference_mode():
             for _ in range(2):  # the first time warms up, and compiles

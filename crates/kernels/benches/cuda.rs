@@ -1,7 +1,7 @@
 //! How close do the kernels come to what the GPU can do?
 //!
 //! Qwen2.5-0.5B's shapes in bf16. What only moves memory is measured against the bandwidth of a copy, what multiplies
-//! against the rate of a large product by cuBLAS, both measured in the same run. `benches/peers/kernels.py` asks torch for
+//! against the rate of a large product by cuBLAS, both measured in the same run. `benches/peers/torch_kernels.py` asks torch for
 //! the same. Prints a table for `benches/NOTES.md`:
 //!
 //! ```sh

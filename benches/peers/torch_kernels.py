@@ -1,7 +1,7 @@
 """torch on the same shapes as `crates/kernels/benches/cuda.rs`: microseconds of each operation.
 
-    python benches/peers/kernels.py                         # on a GPU
-    python benches/peers/kernels.py --device cpu --tokens 64    # whether it runs at all
+    python benches/peers/torch_kernels.py                         # on a GPU
+    python benches/peers/torch_kernels.py --device cpu --tokens 64    # whether it runs at all
 """
 
 import argparse
