@@ -30,7 +30,6 @@ pub(super) struct Driver {
     blas: CudaBlas,
     modules: HashMap<&'static str, Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
-    capability: u32,
 }
 
 /// How many devices there are.
@@ -103,7 +102,6 @@ impl Driver {
             blas,
             modules,
             functions: Mutex::default(),
-            capability,
         })
     }
 
@@ -137,8 +135,9 @@ impl Driver {
         Ok(bytes)
     }
 
+    /// What the kernels were compiled for: a later device runs them as they are.
     pub(super) fn capability(&self) -> u32 {
-        self.capability
+        compiled::CAPABILITY
     }
 
     pub(super) fn alloc(&self, bytes: usize) -> Result<Allocation> {

@@ -105,6 +105,7 @@ struct Block {
     Dim place, threads, grid;
     Barrier barrier;
     unsigned char* dynamic_shared = nullptr;
+    unsigned capability = 0;
     ucontext_t scheduler;
     Entry entry;
     void** arguments;
@@ -144,8 +145,10 @@ inline void run_thread() {
     swapcontext(&thread->context, &block->scheduler);
 }
 
-// Runs a whole grid. Returns 0, or 1 for a name that is no kernel's.
-inline int launch(const char* name, const unsigned* grid, unsigned num_threads, unsigned shared, void** arguments) {
+// Runs a whole grid as a device of some capability would. Returns 0, or 1 for a name that is no kernel's.
+inline int launch(
+    unsigned capability, const char* name, const unsigned* grid, unsigned num_threads, unsigned shared,
+    void** arguments) {
     const auto found = entries().find(name);
     if (found == entries().end()) {
         return 1;
@@ -157,6 +160,7 @@ inline int launch(const char* name, const unsigned* grid, unsigned num_threads, 
     }
     std::vector<unsigned char> dynamic(shared + 16);
     Block here;
+    here.capability = capability;
     here.grid = {grid[0], grid[1], grid[2]};
     here.threads = {num_threads, 1, 1};
     here.entry = found->second;
