@@ -23,6 +23,7 @@ fn main() {
         .flag_if_supported("-Wno-unknown-pragmas")
         .flag_if_supported("-Wno-unused-function")
         .flag_if_supported("-Wno-clobbered")
+        .flag_if_supported("-U_FORTIFY_SOURCE") // it would refuse jumps from one stack to another
         .file(std::path::Path::new(SOURCES).join("emulator.cpp"))
         .compile("updraft_cuda_emulator");
 }

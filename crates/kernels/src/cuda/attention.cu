@@ -3,7 +3,7 @@
 // (<https://arxiv.org/abs/2307.08691>). The backward pass walks everything twice, once for the gradients of keys and
 // values and once for those of queries, so that nothing is added out of turn and every bit repeats.
 //
-// Head dims 64 and 128 in f16 and bf16 only; attention_simple.cu does the rest.
+// Head dims 64 and 128 only, f16 since sm_75 and bf16 since sm_80; attention_simple.cu does the rest.
 #include "mma.cuh"
 
 // A tile's sequence and its first row, as rows of the batch.

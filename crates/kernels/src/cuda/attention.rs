@@ -1,6 +1,7 @@
 //! Causal attention over packed sequences on a GPU; see [`crate::attention`].
 //!
-//! Head dims 64 and 128 in f16 and bf16 go to tensor cores on `sm_80` and later; everything else takes a simpler way.
+//! Head dims 64 and 128 go to tensor cores, in f16 on `sm_75` and later, in bf16 on `sm_80` and later; everything else takes
+//! a simpler way.
 
 use super::launch::{Arguments, Kernel};
 use super::memory::Number;
@@ -191,7 +192,7 @@ pub fn backward<T: Number>(
 }
 
 /// Which kernels run.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Path {
     TensorCores,
     Simple,
@@ -207,9 +208,8 @@ impl Path {
         let mut all = [qkv.q, qkv.k, qkv.v]
             .into_iter()
             .chain(others.iter().copied());
-        let fits = size_of::<T>() == 2
+        let fits = gpu.has_tensor_cores_for::<T>()
             && matches!(heads.head_dim, 64 | 128)
-            && gpu.has_async_copies()
             && all.all(|mat| mat.is_aligned());
         if fits {
             Self::TensorCores
@@ -293,4 +293,36 @@ fn check<T>(
         rows * heads.num_heads,
         "one log-sum-exp for each row and head"
     );
+}
+
+#[cfg(all(test, feature = "cuda-emulator"))]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn tensor_cores_are_taken_where_they_know_the_numbers() {
+        fn path<T: Number>(capability: u32, head_dim: usize) -> Path {
+            let gpu = Gpu::emulated_as(capability);
+            let heads = Heads {
+                num_heads: 1,
+                num_kv_heads: 1,
+                head_dim,
+                scale: 1.0,
+            };
+            let rows = gpu.zeros::<T>(2 * head_dim).expect("memory");
+            let (q, k, v) = (
+                rows.mat(2, head_dim),
+                rows.mat(2, head_dim),
+                rows.mat(2, head_dim),
+            );
+            Path::of(&gpu, &heads, &Qkv { q, k, v }, &[])
+        }
+        assert_eq!(path::<f16>(75, 64), Path::TensorCores);
+        assert_eq!(path::<bf16>(75, 64), Path::Simple);
+        assert_eq!(path::<bf16>(80, 128), Path::TensorCores);
+        assert_eq!(path::<f16>(90, 96), Path::Simple);
+        assert_eq!(path::<f32>(90, 64), Path::Simple);
+    }
 }

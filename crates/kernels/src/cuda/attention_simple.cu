@@ -1,5 +1,5 @@
-// Causal attention for every number type and head dim up to 256, without tensor cores: f32, small models, and GPUs that
-// came before sm_80. A warp takes a row, 32 rows of the other side at a time: first each lane scores one of them, then
+// Causal attention for every number type and head dim up to 256, without tensor cores: f32, small models, and
+// bf16 before sm_80. A warp takes a row, 32 rows of the other side at a time: first each lane scores one of them, then
 // all lanes add them up, each its share of the columns. Also what attention.cu's backward pass begins with.
 #include "common.cuh"
 

@@ -19,6 +19,10 @@ impl PartialEq for Gpu {
     }
 }
 
+/// The capability of an emulated device.
+#[cfg(feature = "cuda-emulator")]
+const EMULATED: u32 = 90;
+
 /// What an emulated device has moved.
 #[cfg(feature = "cuda-emulator")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,7 +79,18 @@ impl Gpu {
     #[cfg(feature = "cuda-emulator")]
     #[must_use]
     pub fn emulated_with(bytes: u64) -> Self {
-        let emulator = super::emulator::Emulator::new(bytes);
+        Self::emulate(bytes, EMULATED)
+    }
+
+    /// An emulated device of a capability, as in 75: kernels take the ways that they take there.
+    #[cfg(all(test, feature = "cuda-emulator"))]
+    pub(super) fn emulated_as(capability: u32) -> Self {
+        Self::emulate(u64::MAX, capability)
+    }
+
+    #[cfg(feature = "cuda-emulator")]
+    fn emulate(bytes: u64, capability: u32) -> Self {
+        let emulator = super::emulator::Emulator::new(bytes, capability);
         Self {
             backend: Backend::Emulator(Arc::new(emulator)),
         }
@@ -275,7 +290,9 @@ impl Gpu {
             Backend::Driver(driver) => unsafe { driver.launch(kernel, &mut pointers) },
             #[cfg(feature = "cuda-emulator")]
             // SAFETY: the caller's promise.
-            Backend::Emulator(_) => unsafe { super::emulator::launch(kernel, &mut pointers) },
+            Backend::Emulator(emulator) => unsafe {
+                super::emulator::launch(emulator.capability(), kernel, &mut pointers)
+            },
         }
     }
 
@@ -322,16 +339,27 @@ impl Gpu {
     /// Whether it multiplies bf16: `sm_80` and later.
     #[must_use]
     pub fn has_bf16(&self) -> bool {
-        self.has_async_copies() // which came with it
+        let capability = match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.device_capability(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => emulator.capability(),
+        };
+        capability >= 80
     }
 
-    /// Whether blocks can copy to shared memory beside their work: `sm_80` and later.
-    pub(super) fn has_async_copies(&self) -> bool {
-        match &self.backend {
+    /// Whether tensor cores multiply such numbers: f16 since `sm_75`, bf16 since `sm_80`, f32 not as exactly as it must be.
+    pub(super) fn has_tensor_cores_for<T: Number>(&self) -> bool {
+        let capability = match &self.backend {
             #[cfg(feature = "cuda")]
-            Backend::Driver(driver) => driver.capability() >= 80,
+            Backend::Driver(driver) => driver.capability(),
             #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(_) => true,
+            Backend::Emulator(emulator) => emulator.capability(),
+        };
+        match T::NAME {
+            "f16" => capability >= 75,
+            "bf16" => capability >= 80,
+            _ => false,
         }
     }
 

@@ -30,6 +30,7 @@ pub(super) struct Driver {
     blas: CudaBlas,
     modules: HashMap<&'static str, Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
+    /// The device's own, as in `90`.
     capability: u32,
 }
 
@@ -137,7 +138,13 @@ impl Driver {
         Ok(bytes)
     }
 
+    /// What the kernels were compiled for: a later device runs them as they are.
     pub(super) fn capability(&self) -> u32 {
+        compiled::CAPABILITY
+    }
+
+    /// What the device could run.
+    pub(super) fn device_capability(&self) -> u32 {
         self.capability
     }
 

@@ -44,6 +44,7 @@ namespace swiglu {
 }
 
 extern "C" int updraft_emulator_launch(
-    const char* kernel, const unsigned* grid, unsigned threads, unsigned shared, void** arguments) {
-    return emulator::launch(kernel, grid, threads, shared, arguments);
+    unsigned capability, const char* kernel, const unsigned* grid, unsigned threads, unsigned shared,
+    void** arguments) {
+    return emulator::launch(capability, kernel, grid, threads, shared, arguments);
 }

@@ -14,6 +14,8 @@ use super::{Error, Result};
 pub(super) struct Emulator {
     /// Bytes that can be held at once.
     limit: u64,
+    /// Which GPUs' ways the kernels take.
+    capability: u32,
     held: Mutex<Held>,
 }
 
@@ -26,9 +28,16 @@ struct Held {
 }
 
 impl Emulator {
-    pub(super) fn new(limit: u64) -> Self {
-        let held = Mutex::default();
-        Self { limit, held }
+    pub(super) fn new(limit: u64, capability: u32) -> Self {
+        Self {
+            limit,
+            capability,
+            held: Mutex::default(),
+        }
+    }
+
+    pub(super) fn capability(&self) -> u32 {
+        self.capability
     }
 
     pub(super) fn limit(&self) -> u64 {
@@ -83,6 +92,7 @@ impl Drop for Taken {
 // SAFETY: as declared in emulator.cpp.
 unsafe extern "C" {
     fn updraft_emulator_launch(
+        capability: c_uint,
         kernel: *const c_char,
         grid: *const c_uint,
         threads: c_uint,
@@ -91,11 +101,15 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Runs a kernel to its end.
+/// Runs a kernel to its end, as a device of some capability would.
 ///
 /// # Safety
 /// The arguments are those of the kernel, and every address among them is good for what the kernel does with it.
-pub(super) unsafe fn launch(kernel: &Kernel, arguments: &mut [*mut c_void]) -> Result<()> {
+pub(super) unsafe fn launch(
+    capability: u32,
+    kernel: &Kernel,
+    arguments: &mut [*mut c_void],
+) -> Result<()> {
     let name = CString::new(kernel.name.as_str()).expect("a kernel's name");
     let grid = kernel
         .grid
@@ -103,6 +117,7 @@ pub(super) unsafe fn launch(kernel: &Kernel, arguments: &mut [*mut c_void]) -> R
     // SAFETY: the name ends in 0, the grid has three numbers; the rest is the caller's promise.
     let status = unsafe {
         updraft_emulator_launch(
+            capability,
             name.as_ptr(),
             grid.as_ptr(),
             kernel.threads,

@@ -174,6 +174,15 @@ mod checks {
     };
 }
 
+/// Products in halves and plain copies instead of asynchronous ones.
+#[cfg(feature = "cuda-emulator")]
+#[test]
+fn f16_takes_tensor_cores_before_sm_80() {
+    let gpu = Gpu::emulated_as(75);
+    checks::attention_agrees::<f16>(&gpu);
+    checks::attention_of_a_sequence_ignores_its_neighbours::<f16>(&gpu);
+}
+
 #[test]
 fn copies_are_equal() {
     for gpu in gpus() {
