@@ -48,7 +48,9 @@ pub struct Decoder {
 pub struct GpuMemory {
     /// What it can hold: what is free there, and what it holds already.
     pub available_bytes: u64,
-    /// The most it has held at once, the driver's own not counted.
+    /// What it holds now, the driver's own not counted.
+    pub held_bytes: u64,
+    /// The most it has held at once.
     pub peak_bytes: u64,
 }
 
@@ -213,11 +215,14 @@ impl Decoder {
     pub fn gpu_memory(&self) -> Option<GpuMemory> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if let Some(gpu) = &self.gpu {
-            let figures = gpu.available_bytes().ok().zip(gpu.peak_bytes().ok());
-            return figures.map(|(available_bytes, peak_bytes)| GpuMemory {
-                available_bytes,
-                peak_bytes,
-            });
+            let figures = || {
+                Ok(GpuMemory {
+                    available_bytes: gpu.available_bytes()?,
+                    held_bytes: gpu.held_bytes()?,
+                    peak_bytes: gpu.peak_bytes()?,
+                })
+            };
+            return figures().ok::<updraft_kernels::cuda::Error>();
         }
         None
     }

@@ -133,6 +133,19 @@ impl Gpu {
         }
     }
 
+    /// The bytes that this process holds on the device now, the driver's own not counted.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn held_bytes(&self) -> Result<u64> {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.held_bytes(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => Ok(emulator.held()),
+        }
+    }
+
     /// The device's name, as its driver gives it.
     ///
     /// # Errors

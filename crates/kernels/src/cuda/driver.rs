@@ -2,16 +2,18 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::cublas::{CudaBlas, result as blas, sys as blas_sys};
+use cudarc::cublas::sys as blas_sys;
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum, CUresult};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
+use super::blas::Blas;
 use super::launch::Kernel;
 use super::linear::Product;
 use super::memory::{Mat, MatMut, Number};
+use super::small_blocks::SmallBlocks;
 use super::{Error, Result};
 
 /// The kernels of each `.cu` file as `nvcc` compiled them, and for which capability.
@@ -27,7 +29,8 @@ const SHARED_UNASKED: u32 = 48 << 10;
 pub(super) struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    blas: CudaBlas,
+    blas: Blas,
+    small_blocks: Arc<Mutex<SmallBlocks>>,
     modules: HashMap<&'static str, Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
     /// The device's own, as in `90`.
@@ -40,10 +43,23 @@ pub(super) fn count() -> Result<usize> {
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NoDriver);
     }
+    check_driver()?;
     match CudaContext::device_count() {
         Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
         Err(error) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
         Err(error) => Err(Error::of(error, 0)),
+    }
+}
+
+/// Whether the driver knows the CUDA that this program was compiled with; of an older one even the errors vary.
+fn check_driver() -> Result<()> {
+    let mut version = 0;
+    // SAFETY: asks the driver's version, which needs no device.
+    let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    status.result().map_err(|error| Error::of(error, 0))?;
+    match u32::try_from(version).is_ok_and(|version| version / 1000 >= sys::CUDA_VERSION / 1000) {
+        true => Ok(()),
+        false => Err(Error::OldDriver),
     }
 }
 
@@ -91,8 +107,8 @@ impl Driver {
         unsafe { context.disable_event_tracking() };
         keep_freed_memory(&context)?;
         let stream = context.new_stream().map_err(|error| Error::of(error, 0))?;
-        let blas = CudaBlas::new(stream.clone())
-            .map_err(|error| Error::Driver(format!("cuBLAS does not start: {error:?}")))?;
+        let small_blocks = Arc::<Mutex<SmallBlocks>>::default();
+        let blas = Blas::new(&stream, &small_blocks)?;
         let mut modules = HashMap::new();
         for &(name, image) in compiled::IMAGES {
             let module = context.load_module(Ptx::from_binary(image.to_vec()));
@@ -102,6 +118,7 @@ impl Driver {
             context,
             stream,
             blas,
+            small_blocks,
             modules,
             functions: Mutex::default(),
             capability,
@@ -122,7 +139,12 @@ impl Driver {
 
     pub(super) fn peak_bytes(&self) -> Result<u64> {
         self.bind()?;
-        self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)
+        self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
+    }
+
+    pub(super) fn held_bytes(&self) -> Result<u64> {
+        self.bind()?;
+        self.pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
     }
 
     /// A figure of the pool that all memory comes from.
@@ -150,12 +172,30 @@ impl Driver {
 
     pub(super) fn alloc(&self, bytes: usize) -> Result<Allocation> {
         self.bind()?;
-        let stream = self.stream.clone();
-        let failed = |error| Error::of(error, bytes);
-        // SAFETY: the stream is alive; a length of 0 is no allocation, so at least one byte is asked for.
-        let address =
-            unsafe { result::malloc_async(stream.cu_stream(), bytes.max(1)) }.map_err(failed)?;
-        Ok(Allocation { address, stream })
+        let alloc = || Allocation::new(&self.stream, &self.small_blocks, bytes);
+        match alloc() {
+            Err(Error::OutOfMemory { .. }) => {
+                self.give_back_what_is_free()?;
+                alloc()
+            }
+            done => done,
+        }
+    }
+
+    /// What was freed and is kept goes back, so that another size, or what does not ask the pool, may have it.
+    fn give_back_what_is_free(&self) -> Result<()> {
+        for address in lock(&self.small_blocks).drain() {
+            // SAFETY: allocated on this stream, and nobody's.
+            unsafe { result::free_async(address, self.stream.cu_stream()) }
+                .map_err(|error| Error::of(error, 0))?;
+        }
+        self.synchronize()?;
+        // SAFETY: the device is open, and the pool is its own.
+        let status = unsafe {
+            result::device::get_default_mem_pool(self.context.cu_device())
+                .and_then(|pool| sys::cuMemPoolTrimTo(pool, 0).result())
+        };
+        status.map_err(|error| Error::of(error, 0))
     }
 
     pub(super) fn zeros(&self, bytes: usize) -> Result<Allocation> {
@@ -253,41 +293,13 @@ impl Driver {
         c: &MatMut<'_, O>,
     ) -> Result<()> {
         self.bind()?;
-        let op = |transposed| {
-            if transposed {
-                blas_sys::cublasOperation_t::CUBLAS_OP_T
-            } else {
-                blas_sys::cublasOperation_t::CUBLAS_OP_N
+        match self.blas.product(product, a, b, c) {
+            Err(Error::OutOfMemory { .. }) => {
+                self.give_back_what_is_free()?;
+                self.blas.product(product, a, b, c)
             }
-        };
-        let int = |number: usize| i32::try_from(number).expect("dimensions fit in 31 bits");
-        let (alpha, beta) = (product.alpha, product.beta);
-        // cuBLAS counts columns first, which is the transposed product of the transposed factors.
-        // SAFETY: the views were checked to be this device's and to have the product's shapes.
-        let status = unsafe {
-            blas::gemm_ex(
-                *self.blas.handle(),
-                op(product.b_transposed),
-                op(product.a_transposed),
-                int(product.cols),
-                int(product.rows),
-                int(product.inner),
-                (&raw const alpha).cast(),
-                b.view.address() as *const c_void,
-                data_type::<T>(),
-                int(b.stride()),
-                a.view.address() as *const c_void,
-                data_type::<T>(),
-                int(a.stride()),
-                (&raw const beta).cast(),
-                c.view.address() as *mut c_void,
-                data_type::<O>(),
-                int(c.stride()),
-                blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        };
-        status.map_err(|error| Error::Driver(format!("cuBLAS: {error:?}")))
+            done => done,
+        }
     }
 
     fn bind(&self) -> Result<()> {
@@ -297,22 +309,39 @@ impl Driver {
     }
 }
 
-fn data_type<T: Number>() -> blas_sys::cudaDataType {
-    match T::NAME {
-        "f32" => blas_sys::cudaDataType::CUDA_R_32F,
-        "f16" => blas_sys::cudaDataType::CUDA_R_16F,
-        _ => blas_sys::cudaDataType::CUDA_R_16BF,
-    }
-}
-
 /// Memory of a device, given back in the order of its stream.
 #[derive(Debug)]
 pub(super) struct Allocation {
     address: sys::CUdeviceptr,
+    /// Of the block, at least what was asked for.
+    size: usize,
     stream: Arc<CudaStream>,
+    small_blocks: Arc<Mutex<SmallBlocks>>,
 }
 
 impl Allocation {
+    /// The calling thread is the context's.
+    pub(super) fn new(
+        stream: &Arc<CudaStream>,
+        small_blocks: &Arc<Mutex<SmallBlocks>>,
+        bytes: usize,
+    ) -> Result<Self> {
+        let size = SmallBlocks::size_for(bytes);
+        let kept = lock(small_blocks).take(size);
+        let address = match kept {
+            Some(address) => address,
+            // SAFETY: the stream is alive, and a block has at least one byte.
+            None => unsafe { result::malloc_async(stream.cu_stream(), size) }
+                .map_err(|error| Error::of(error, bytes))?,
+        };
+        Ok(Self {
+            address,
+            size,
+            stream: stream.clone(),
+            small_blocks: small_blocks.clone(),
+        })
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.address
     }
@@ -320,19 +349,26 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
-        if self.stream.context().bind_to_thread().is_ok() {
+        let is_kept = lock(&self.small_blocks).keep(self.size, self.address);
+        if !is_kept && self.stream.context().bind_to_thread().is_ok() {
             // SAFETY: allocated on this stream and not yet given back. A failure shows at the next call.
             let _ = unsafe { result::free_async(self.address, self.stream.cu_stream()) };
         }
     }
 }
 
+fn lock(small_blocks: &Mutex<SmallBlocks>) -> MutexGuard<'_, SmallBlocks> {
+    small_blocks.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Error {
-    fn of(error: DriverError, bytes: usize) -> Self {
+    pub(super) fn of(error: DriverError, bytes: usize) -> Self {
         match error.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => Self::OutOfMemory { bytes },
             CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
-            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => Self::OldDriver,
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUresult::CUDA_ERROR_INVALID_IMAGE
+            | CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => Self::OldDriver,
             _ => Self::Driver(error.to_string()),
         }
     }

@@ -44,6 +44,10 @@ impl Emulator {
         self.limit
     }
 
+    pub(super) fn held(&self) -> u64 {
+        self.with(|held| held.now)
+    }
+
     pub(super) fn peak(&self) -> u64 {
         self.with(|held| held.most)
     }

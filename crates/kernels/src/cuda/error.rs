@@ -44,7 +44,7 @@ pub enum Error {
     },
     /// Too little memory is free.
     #[error(
-        "out of GPU memory: {bytes} bytes more were asked for; make the micro-batch smaller, or free the GPU"
+        "out of GPU memory: {bytes} bytes more were asked for; ask less of it (a smaller micro-batch or KV cache), or free the GPU"
     )]
     OutOfMemory {
         /// What the failed call asked for.

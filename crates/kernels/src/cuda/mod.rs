@@ -27,6 +27,8 @@
 
 #![allow(unsafe_code, reason = "launching kernels and copying device memory")]
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod device;
 #[cfg(feature = "cuda")]
 mod driver;
@@ -35,6 +37,8 @@ mod emulator;
 mod error;
 mod launch;
 mod memory;
+#[cfg(feature = "cuda")]
+mod small_blocks;
 #[cfg(test)]
 mod tests;
 

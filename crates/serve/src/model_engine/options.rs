@@ -101,7 +101,7 @@ impl EngineOptions {
             let Some(gpu) = decoder.gpu_memory() else {
                 return KV_CACHE_BYTES_ON_CPU;
             };
-            let left = gpu.available_bytes.saturating_sub(gpu.peak_bytes) as f64;
+            let left = gpu.available_bytes.saturating_sub(gpu.held_bytes) as f64;
             let work = self.working_bytes(decoder);
             ((left * SHARE_OF_GPU) as u64).saturating_sub(work)
         })
