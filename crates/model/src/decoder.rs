@@ -180,7 +180,7 @@ impl Decoder {
         if self.gpu.is_some() && adapter.saves_modules() {
             return Err(crate::gpu::host_only());
         }
-        let saved = adapter.saved();
+        let saved = adapter.saved()?;
         Ok(Self {
             config: self.config.clone(),
             dtype: self.dtype,
@@ -240,7 +240,7 @@ impl Decoder {
 
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
+    pub fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
         self.gpu.as_ref()
     }
 
@@ -312,9 +312,11 @@ impl Decoder {
             let placed = adapters.iter().map(|adapter| self.placed(adapter));
             let placed = placed.collect::<Result<Vec<_>>>()?;
             let views = adapters.iter().zip(&placed);
-            let views: Vec<&Views> = views
-                .map(|(adapter, placed)| placed.as_deref().unwrap_or(adapter.views()))
-                .collect();
+            let views = views.map(|(adapter, placed)| match placed {
+                Some(placed) => Ok(&**placed),
+                None => adapter.views(),
+            });
+            let views = views.collect::<Result<Vec<&Views>>>()?;
             let pass = self.pass(&ops, batch)?;
             let stream = self.run(&pass, &adapter_rows(batch, &views), kv, |_| {})?;
             let mut stream = stream.rows(&ops, &pass.logit_rows)?;

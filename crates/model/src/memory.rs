@@ -32,7 +32,8 @@ pub struct Working {
     pub activations: Activations,
     /// Where it computes.
     pub processor: Processor,
-    /// Numbers the optimizer keeps for each parameter: two for AdamW.
+    /// Numbers the optimizer keeps for each parameter: two for AdamW. On a GPU one that keeps any is taken to work there,
+    /// over parameters in f32 of its own; one that keeps none works on the host's.
     pub optimizer_moments: u64,
     /// Adapters that are kept beside the one in training: the best so far.
     pub kept_adapters: u64,
@@ -79,10 +80,11 @@ pub enum Processor {
 ///
 /// ```text
 /// weights      e · numbers of the model, and 4 · D · positions for the rotary table
-/// adapter      e · P
+/// adapter      e · P; where an optimizer works there, 4 · P and, if e is not 4, e · P
 /// gradients    4 · P
+/// optimizer    4 · P · moments
 /// activations  e · T · (kept + working) + e · 4·N·C + e · logits, with 4 bytes for a log-sum-exp or root, label or loss;
-///              at least 4 · P, while the adapter is on its way
+///              at least 4 · P, while the adapter is on its way or the gradients of workers are added up
 ///   logits     V · min(2²⁸ / V rows, N)
 /// ```
 ///
@@ -130,11 +132,16 @@ impl MemoryEstimate {
         let parameters = adapter_parameters(model, lora);
         let number = work.weights.size_in_bytes() as u64;
         let table = F32_BYTES * (model.head_dim * model.max_len()) as u64;
+        let adapter = match work.optimizer_moments {
+            0 => number,
+            _ if number == F32_BYTES => F32_BYTES,
+            _ => F32_BYTES + number,
+        };
         Self {
             weights: number * model.num_parameters() + table,
-            adapter: number * parameters,
+            adapter: adapter * parameters,
             gradients: F32_BYTES * parameters,
-            optimizer: 0,
+            optimizer: F32_BYTES * parameters * work.optimizer_moments,
             activations: activations(model, lora, batch, work).max(F32_BYTES * parameters),
             checkpoint: 0,
             export: 0,

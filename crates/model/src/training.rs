@@ -33,7 +33,10 @@ impl Decoder {
         self.check_parts(parts, adapter)?;
         let placed = adapter.map(|adapter| self.placed(adapter)).transpose()?;
         let placed = placed.flatten();
-        let views = placed.as_deref().or(adapter.map(Adapter::views));
+        let views = match (&placed, adapter) {
+            (Some(placed), _) => Some(&**placed),
+            (None, adapter) => adapter.map(Adapter::views).transpose()?,
+        };
         let losses = self.each_job(
             parts,
             |_| Ok(()),
@@ -102,10 +105,11 @@ impl Decoder {
             }
         };
         let p = adapter.config().lora_dropout;
+        let views = adapter.views()?;
         let jobs = self.each_job(parts, own, |ops, part, own| {
             let rows = &part.row_keys()[..];
             let trained = Trained {
-                adapter: adapter.views(),
+                adapter: views,
                 gradients: own.as_ref().unwrap_or(gradients).views(),
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };

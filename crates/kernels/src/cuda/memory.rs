@@ -50,7 +50,9 @@ macro_rules! elements {
         )*
     };
 }
-elements!(f32, f64, f16, bf16, u8, u32, u64, [u32; 2], [i32; 3]);
+elements!(
+    f32, f64, f16, bf16, u8, u32, u64, [u32; 2], [u32; 4], [i32; 3]
+);
 
 macro_rules! number {
     ($number:ty, $name:literal, $narrow:expr) => {
