@@ -295,29 +295,24 @@ impl Bench {
     /// The adapter of rank 16: 336 tensors, 8.8 million numbers.
     fn optimizer(&self) -> Result<(), Error> {
         let gpu = &self.gpu;
-        let lens: Vec<usize> = (0..336)
-            .map(|i| if i % 2 == 0 { 14_336 } else { 38_016 })
-            .collect();
-        let buffers = || {
-            lens.iter()
-                .map(|&len| gpu.zeros::<f32>(len))
-                .collect::<Result<Vec<_>, _>>()
-        };
-        let (mut params, grads, mut firsts, mut seconds) =
-            (buffers()?, buffers()?, buffers()?, buffers()?);
-        let moments = firsts.iter_mut().zip(&mut seconds);
-        let trained: Vec<adamw::Trained<'_>> = params
-            .iter_mut()
-            .zip(&grads)
-            .zip(moments)
-            .map(|((param, grad), (exp_avg, exp_avg_sq))| adamw::Trained {
-                param: param.view_mut(),
-                grad: grad.view(),
-                exp_avg: exp_avg.view_mut(),
-                exp_avg_sq: exp_avg_sq.view_mut(),
+        let lens = (0..336).map(|i| if i % 2 == 0 { 14_336 } else { 38_016 });
+        let mut len = 0;
+        let trained: Vec<adamw::Trained> = lens
+            .map(|numbers| {
+                len += numbers;
+                let range = len - numbers..len;
+                adamw::Trained { range, group: 0 }
             })
             .collect();
-        let mut tensors = adamw::Tensors::new(gpu, &trained)?;
+        let (mut param, grad) = (gpu.zeros::<f32>(len)?, gpu.zeros::<f32>(len)?);
+        let (mut exp_avg, mut exp_avg_sq) = (gpu.zeros::<f32>(len)?, gpu.zeros::<f32>(len)?);
+        let mut tensors = adamw::Tensors::new(gpu, &trained, len)?;
+        let flat = adamw::Flat {
+            param: param.view_mut(),
+            grad: grad.view(),
+            exp_avg: exp_avg.view_mut(),
+            exp_avg_sq: exp_avg_sq.view_mut(),
+        };
         let adamw = AdamW {
             learning_rate: 2e-4,
             beta1: 0.9,
@@ -325,10 +320,9 @@ impl Bench {
             eps: 1e-8,
             weight_decay: 0.01,
         };
-        let bytes = lens.iter().sum::<usize>() * 4 * 8;
-        self.moves("clipping and AdamW", bytes, || {
-            tensors.clip(gpu, 1.0, 1.0)?;
-            tensors.step(gpu, &adamw, 1)
+        self.moves("clipping and AdamW", len * 4 * 8, || {
+            tensors.clip(gpu, flat.grad, 1.0, 1.0)?;
+            tensors.step(gpu, &[adamw], 1, &flat)
         })
     }
 }

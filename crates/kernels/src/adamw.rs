@@ -82,19 +82,19 @@ impl AdamW {
         }
     }
 
-    /// The factors of a step in the order of `Factors` in `cuda/adamw.cu`.
+    /// The factors of a step that tensors of all groups share, in the order of `Factors` in `cuda/adamw.cu`; then what
+    /// multiplies a parameter and what its step is multiplied with.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    pub(crate) fn factors(&self, step: u64) -> [f32; 7] {
+    pub(crate) fn factors(&self, step: u64) -> ([f32; 5], [f32; 2]) {
         let f = self.factors_of::<f32>(step);
-        [
-            f.decay,
+        let shared = [
             f.toward_grad,
             f.beta2,
             f.toward_square,
-            f.step_size,
             f.root_correction,
             f.eps,
-        ]
+        ];
+        (shared, [f.decay, f.step_size])
     }
 }
 

@@ -183,7 +183,7 @@ impl Decoder {
         if self.gpu.is_some() && adapter.saves_modules() {
             return Err(crate::gpu::host_only());
         }
-        let saved = adapter.saved();
+        let saved = adapter.saved()?;
         Ok(Self {
             config: self.config.clone(),
             dtype: self.dtype,
@@ -215,14 +215,14 @@ impl Decoder {
     pub fn gpu_memory(&self) -> Option<GpuMemory> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         if let Some(gpu) = &self.gpu {
-            let figures = || {
+            let figures = || -> updraft_kernels::cuda::Result<GpuMemory> {
                 Ok(GpuMemory {
                     available_bytes: gpu.available_bytes()?,
                     held_bytes: gpu.held_bytes()?,
                     peak_bytes: gpu.peak_bytes()?,
                 })
             };
-            return figures().ok::<updraft_kernels::cuda::Error>();
+            return figures().ok();
         }
         None
     }
@@ -251,7 +251,7 @@ impl Decoder {
 
     /// The GPU it lies on, if on one.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    pub(crate) fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
+    pub fn gpu(&self) -> Option<&updraft_kernels::cuda::Gpu> {
         self.gpu.as_ref()
     }
 
@@ -326,9 +326,11 @@ impl Decoder {
             let placed = adapters.iter().map(|adapter| self.placed(adapter));
             let placed = placed.collect::<Result<Vec<_>>>()?;
             let views = adapters.iter().zip(&placed);
-            let views: Vec<&Views> = views
-                .map(|(adapter, placed)| placed.as_deref().unwrap_or(adapter.views()))
-                .collect();
+            let views = views.map(|(adapter, placed)| match placed {
+                Some(placed) => Ok(&**placed),
+                None => adapter.views(),
+            });
+            let views = views.collect::<Result<Vec<&Views>>>()?;
             let pass = self.pass(&blocks, &ops, batch)?;
             let adapters = AdapterRows::of_batch(batch, &views);
             let stream = self.run(&blocks, &pass, &adapters, kv, |_| {})?;

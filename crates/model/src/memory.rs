@@ -33,7 +33,8 @@ pub struct Working {
     pub activations: Activations,
     /// Where it computes.
     pub processor: Processor,
-    /// Numbers the optimizer keeps for each parameter: two for AdamW.
+    /// Numbers the optimizer keeps for each parameter: two for AdamW. On a GPU one that keeps any is taken to work there,
+    /// over parameters in f32 of its own; one that keeps none works on the host's.
     pub optimizer_moments: u64,
     /// Adapters that are kept beside the one in training: the best so far.
     pub kept_adapters: u64,
@@ -82,11 +83,13 @@ pub enum Processor {
 /// weights      e · (numbers of the model + borders), and 4 · D · positions for the rotary table
 ///   borders    for each group of linear maps that share their input, R·(D_in + ΣD_out + R), where R is their ΣR or up to
 ///              seven more; none with dropout, which leaves the adapter beside the weights
-/// adapter      e · P
+/// adapter      e · P; where an optimizer works there, 4 · P and, if e is not 4, e · P
 /// gradients    4 · P
+/// optimizer    4 · P · moments
 /// activations  e · T · (kept + working) + e · 4·N·C + e · logits, with 4 bytes for a log-sum-exp or root, label or loss,
 ///              and ΣR for each layer once more in kept and in working;
-///              at least 4 · P, while the adapter is on its way, and e · the numbers of a group while its border is made
+///              at least 4 · P, while the adapter is on its way or the gradients of workers are added up, and e · the
+///              numbers of a group while its border is made
 ///   logits     V · min(2²⁸ / V rows, N)
 /// ```
 ///
@@ -145,11 +148,16 @@ impl MemoryEstimate {
                 }
             }
         }
+        let adapter = match work.optimizer_moments {
+            0 => number,
+            _ if number == F32_BYTES => F32_BYTES,
+            _ => F32_BYTES + number,
+        };
         Self {
             weights: number * (model.num_parameters() + borders) + table,
-            adapter: number * parameters,
+            adapter: adapter * parameters,
             gradients: F32_BYTES * parameters,
-            optimizer: 0,
+            optimizer: F32_BYTES * parameters * work.optimizer_moments,
             activations: activations(model, lora, batch, work)
                 .max(F32_BYTES * parameters)
                 .max(number * largest),
@@ -426,9 +434,13 @@ mod tests {
         let recomputed = estimate(Activations::Recomputed);
         assert!(stored < 15_000_000_000, "{stored}");
         assert!(recomputed < 4_000_000_000, "{recomputed}");
-        // By hand: weights with their borders, activations of 24 blocks, and the logits of 1,766 rows.
+        // By hand: weights with their borders; parameters in f32 and f16, gradients and two moments; activations of 24
+        // blocks; and the logits of 1,766 rows.
         let borders = 24 * 562_944;
-        let by_hand = 2 * (494_032_768 + borders) + 2 * 8192 * 24 * 15_504 + 2 * 151_936 * 1_766;
+        let by_hand = 2 * (494_032_768 + borders)
+            + 18 * 8_798_208
+            + 2 * 8192 * 24 * 15_504
+            + 2 * 151_936 * 1_766;
         assert!(
             stored > by_hand && stored < by_hand + by_hand / 20,
             "{stored}"

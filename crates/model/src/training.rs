@@ -39,7 +39,10 @@ impl Decoder {
             Some(adapter) => self.hold_with(&ops, adapter, placed.as_ref())?,
             None => self.hold(),
         };
-        let views = placed.as_deref().or(adapter.map(Adapter::views));
+        let views = match (&placed, adapter) {
+            (Some(placed), _) => Some(&**placed),
+            (None, adapter) => adapter.map(Adapter::views).transpose()?,
+        };
         let losses = self.each_job(
             parts,
             |_| Ok(()),
@@ -108,10 +111,11 @@ impl Decoder {
             }
         };
         let (p, blocks) = (adapter.config().lora_dropout, self.hold());
+        let views = adapter.views()?;
         let jobs = self.each_job(parts, own, |ops, part, own| {
             let rows = &part.row_keys()[..];
             let trained = Trained {
-                adapter: adapter.views(),
+                adapter: views,
                 gradients: own.as_ref().unwrap_or(gradients).views(),
                 dropout: (p > 0.0).then_some(Dropout { p, rows }),
             };

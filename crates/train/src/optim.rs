@@ -10,9 +10,13 @@ use crate::config::{OptimizerKind, TrainConfig};
 use crate::{Error, Result};
 
 mod adamw;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod sgd;
 
 pub use adamw::AdamW;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub use gpu::GpuOptimizer;
 pub use sgd::Sgd;
 
 /// Changes parameters by their gradients, one optimizer step at a time.
@@ -37,14 +41,24 @@ pub trait Optimizer: Debug + Send + Sync {
     /// name had before.
     fn update(&mut self, name: &str, values: &mut [f32], gradient: &[f32]) -> Result<()>;
 
-    /// Everything a later process needs to continue, without a copy.
-    fn state(&self) -> OptimizerState<'_>;
+    /// Everything a later process needs to continue, without a copy of what is in the host's memory.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when a GPU that has a part of it fails.
+    fn state(&self) -> Result<OptimizerState<'_>>;
 
     /// Takes over such a state.
     ///
     /// # Errors
     /// [`Error::Shape`] when its tensors do not belong together.
     fn restore(&mut self, state: OptimizerState<'_>) -> Result<()>;
+
+    /// The power to take steps on a GPU, where it has that. Where it has not, gradients come to the host and parameters go
+    /// back in each step.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn on_gpu(&mut self) -> Option<&mut dyn GpuOptimizer> {
+        None
+    }
 }
 
 /// An optimizer's memory, as a checkpoint stores it.

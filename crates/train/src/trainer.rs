@@ -4,6 +4,7 @@ mod pause;
 mod report;
 mod resume;
 mod step;
+mod update;
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -132,6 +133,13 @@ impl<'a> Trainer<'a> {
     /// both.
     pub fn with_evaluation(mut self, held_out: &'a dyn ExampleSource) -> Self {
         self.held_out = Some(held_out);
+        self
+    }
+
+    /// Steps with this optimizer instead of the one that the settings name. Checkpoints carry its
+    /// [`state`](Optimizer::state), not its kind: continue with the same.
+    pub fn with_optimizer(mut self, optimizer: impl Optimizer + 'static) -> Self {
+        self.optimizer = Box::new(optimizer);
         self
     }
 

@@ -1,19 +1,14 @@
 // The norm of all gradients, clipping and AdamW, over any number of tensors in three launches; the formulas are in
-// ../adamw.rs and ../clip.rs. The host cuts the tensors into chunks of at most CHUNK numbers; a block takes one.
+// ../adamw.rs and ../clip.rs. The tensors lie one after the other in flat buffers, which the host cuts into chunks of some
+// thousand numbers of one tensor; a block takes one.
 #include "common.cuh"
 
-constexpr int CHUNK = 4096;
+constexpr int MAX_GROUPS = 4;
 
-struct Tensor {
-    float* param;
-    float* grad;
-    float* exp_avg;
-    float* exp_avg_sq;
-    long long len;
-};
 struct Chunk {
-    unsigned tensor;
-    unsigned index;
+    unsigned long long start;
+    unsigned len;
+    unsigned group;
 };
 // `finite` is 1 or 0: a step whose gradients overflowed must change nothing.
 struct Clip {
@@ -21,8 +16,13 @@ struct Clip {
     float coefficient;
     unsigned finite;
 };
+// What all tensors share.
 struct Factors {
-    float decay, toward_grad, beta2, toward_square, step_size, root_correction, eps;
+    float toward_grad, beta2, toward_square, root_correction, eps;
+};
+// What those of a group share: their weight decay and learning rate.
+struct Groups {
+    float decay[MAX_GROUPS], step_size[MAX_GROUPS];
 };
 
 __device__ inline double block_sum_f64(double x) {
@@ -38,16 +38,12 @@ __device__ inline double block_sum_f64(double x) {
     return lanes[0];
 }
 
-KERNEL(adamw_sum_of_squares, (const Tensor* tensors, const Chunk* chunks, double* partial)) {
+KERNEL(adamw_sum_of_squares, (const float* grad, const Chunk* chunks, double* partial)) {
     const Chunk chunk = chunks[blockIdx.x];
-    const Tensor tensor = tensors[chunk.tensor];
     double sum = 0.0;
-    for (int i = threadIdx.x; i < CHUNK; i += blockDim.x) {
-        const long long at = static_cast<long long>(chunk.index) * CHUNK + i;
-        if (at < tensor.len) {
-            const double g = tensor.grad[at];
-            sum += g * g;
-        }
+    for (unsigned i = threadIdx.x; i < chunk.len; i += blockDim.x) {
+        const double g = grad[chunk.start + i];
+        sum += g * g;
     }
     sum = block_sum_f64(sum);
     if (threadIdx.x == 0) {
@@ -72,23 +68,21 @@ KERNEL(adamw_clip, (const double* partial, int num_chunks, double unscale, doubl
     }
 }
 
-KERNEL(adamw_step, (const Tensor* tensors, const Chunk* chunks, const Clip* clip, Factors f)) {
+KERNEL(adamw_step, (const Chunk* chunks, const Clip* clip, Factors f, Groups groups, const float* grad, float* param,
+                    float* exp_avg, float* exp_avg_sq)) {
     if (!clip->finite) {
         return;
     }
     const float coefficient = clip->coefficient;
     const Chunk chunk = chunks[blockIdx.x];
-    const Tensor tensor = tensors[chunk.tensor];
-    for (int i = threadIdx.x; i < CHUNK; i += blockDim.x) {
-        const long long at = static_cast<long long>(chunk.index) * CHUNK + i;
-        if (at >= tensor.len) {
-            return;
-        }
-        const float g = tensor.grad[at] * coefficient;
-        const float m = fmaf(g - tensor.exp_avg[at], f.toward_grad, tensor.exp_avg[at]);
-        const float v = fmaf(f.toward_square * g, g, f.beta2 * tensor.exp_avg_sq[at]);
-        tensor.exp_avg[at] = m;
-        tensor.exp_avg_sq[at] = v;
-        tensor.param[at] = tensor.param[at] * f.decay - f.step_size * (m / (sqrtf(v) / f.root_correction + f.eps));
+    const float decay = groups.decay[chunk.group], step_size = groups.step_size[chunk.group];
+    for (unsigned i = threadIdx.x; i < chunk.len; i += blockDim.x) {
+        const unsigned long long at = chunk.start + i;
+        const float g = grad[at] * coefficient;
+        const float m = fmaf(g - exp_avg[at], f.toward_grad, exp_avg[at]);
+        const float v = fmaf(f.toward_square * g, g, f.beta2 * exp_avg_sq[at]);
+        exp_avg[at] = m;
+        exp_avg_sq[at] = v;
+        param[at] = param[at] * decay - step_size * (m / (sqrtf(v) / f.root_correction + f.eps));
     }
 }

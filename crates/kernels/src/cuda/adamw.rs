@@ -1,38 +1,51 @@
 //! Clipping and AdamW over all trained tensors at once on a GPU; see [`crate::adamw`] and [`crate::clip`].
 
+use std::ops::Range;
+
 use super::launch::{Arguments, Kernel};
 use super::memory::ViewMut;
 use super::{Buffer, Gpu, Result, View};
 use crate::adamw::AdamW;
 
-/// Numbers of a chunk, as in `adamw.cu`.
+/// Numbers of a chunk, at most: a block goes through one.
 const CHUNK: usize = 4096;
 const THREADS: u32 = 256;
+/// Groups of tensors with a learning rate and a weight decay of their own, at most; as in `adamw.cu`.
+pub const MAX_GROUPS: usize = 4;
 
-/// One trained tensor with its gradient and moments, all in f32.
+/// One trained tensor of flat buffers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trained {
+    /// Its elements.
+    pub range: Range<usize>,
+    /// Which of a step's groups it belongs to.
+    pub group: usize,
+}
+
+/// What a step reads and changes: flat buffers of one layout, all in f32.
 #[derive(Debug)]
-pub struct Trained<'a> {
-    /// The parameter.
+pub struct Flat<'a> {
+    /// The parameters.
     pub param: ViewMut<'a, f32>,
-    /// Its gradient.
+    /// Their gradients.
     pub grad: View<'a, f32>,
-    /// AdamW's first moment.
+    /// AdamW's first moments.
     pub exp_avg: ViewMut<'a, f32>,
-    /// AdamW's second moment.
+    /// AdamW's second moments.
     pub exp_avg_sq: ViewMut<'a, f32>,
 }
 
-/// Where the tensors of a step lie, on the device.
+/// How the flat buffers of trained tensors are divided, on the device.
 #[derive(Debug)]
-pub struct Tensors<'a> {
-    /// As `Tensor` in `adamw.cu`: four addresses and a length each.
-    table: Buffer<u64>,
-    /// As `Chunk` in `adamw.cu`.
-    chunks: Buffer<[u32; 2]>,
+pub struct Tensors {
+    /// As `Chunk` in `adamw.cu`: the first element; how many, and the group.
+    chunks: Buffer<[u32; 4]>,
     partial: Buffer<f64>,
     /// As `Clip` in `adamw.cu`.
     clip: Buffer<f64>,
-    lent: std::marker::PhantomData<&'a mut [f32]>,
+    /// Length of the flat buffers.
+    len: usize,
+    num_groups: usize,
 }
 
 /// What [`Tensors::clip`] found.
@@ -44,44 +57,35 @@ pub struct Norm {
     pub is_finite: bool,
 }
 
-impl<'a> Tensors<'a> {
-    /// Lists tensors on the device.
+impl Tensors {
+    /// Lists tensors of buffers of `len` numbers on the device.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](super::Error::OutOfMemory), [`Error::Driver`](super::Error::Driver).
     ///
     /// # Panics
-    /// If a tensor's lengths differ, one is of another device, or there are 2³² chunks.
-    pub fn new(gpu: &Gpu, tensors: &[Trained<'a>]) -> Result<Self> {
-        let (mut table, mut chunks) = (Vec::new(), Vec::new());
-        for (index, tensor) in tensors.iter().enumerate() {
-            let len = tensor.param.len();
-            let others = [
-                tensor.grad.len(),
-                tensor.exp_avg.len(),
-                tensor.exp_avg_sq.len(),
-            ];
-            assert_eq!(others, [len; 3], "the parameter's length");
-            for view in [&tensor.param, &tensor.exp_avg, &tensor.exp_avg_sq] {
-                view.as_view().check(gpu);
+    /// If tensors overlap or come in another order than in the buffers, one ends behind them, or there are more than
+    /// [`MAX_GROUPS`].
+    pub fn new(gpu: &Gpu, tensors: &[Trained], len: usize) -> Result<Self> {
+        let (mut chunks, mut end) = (Vec::new(), 0);
+        for Trained { range, group } in tensors {
+            assert!(end <= range.start, "tensors in the order of the buffers");
+            assert!(range.end <= len, "tensors within the buffers");
+            assert!(*group < MAX_GROUPS, "at most {MAX_GROUPS} groups");
+            end = range.end;
+            for start in range.clone().step_by(CHUNK) {
+                let (low, high) = (start as u32, (start as u64 >> 32) as u32);
+                let numbers = CHUNK.min(range.end - start);
+                chunks.push([low, high, numbers as u32, *group as u32]);
             }
-            tensor.grad.check(gpu);
-            table.extend([
-                tensor.param.address(),
-                tensor.grad.address(),
-                tensor.exp_avg.address(),
-                tensor.exp_avg_sq.address(),
-                len as u64,
-            ]);
-            let number = |number: usize| u32::try_from(number).expect("less than 2³² chunks");
-            chunks.extend((0..len.div_ceil(CHUNK)).map(|chunk| [number(index), number(chunk)]));
         }
+        let groups = tensors.iter().map(|tensor| tensor.group + 1);
         Ok(Self {
-            table: gpu.upload(&table)?,
             partial: gpu.alloc(chunks.len())?,
             chunks: gpu.upload(&chunks)?,
             clip: gpu.alloc(2)?,
-            lent: std::marker::PhantomData,
+            len,
+            num_groups: groups.max().unwrap_or(0),
         })
     }
 
@@ -90,14 +94,24 @@ impl<'a> Tensors<'a> {
     ///
     /// # Errors
     /// [`Error::Driver`](super::Error::Driver).
-    pub fn clip(&mut self, gpu: &Gpu, unscale: f64, max_norm: f64) -> Result<()> {
+    ///
+    /// # Panics
+    /// If the gradients are not as many numbers as the tensors' buffers.
+    pub fn clip(
+        &mut self,
+        gpu: &Gpu,
+        grad: View<'_, f32>,
+        unscale: f64,
+        max_norm: f64,
+    ) -> Result<()> {
+        assert_eq!(grad.len(), self.len, "the tensors' gradients");
         let chunks = self.chunks.len();
         let sums = Arguments::new()
-            .view(self.table.view())
+            .view(grad)
             .view(self.chunks.view())
             .out(&self.partial.view_mut());
         let sum = Kernel::named("adamw", "adamw_sum_of_squares".to_owned());
-        // SAFETY: the kernel's parameters; the table holds what `new` checked, lent for as long as this lives.
+        // SAFETY: the kernel's parameters; the chunks are parts of `len` numbers.
         unsafe { gpu.launch(&sum.grid([chunks, 1, 1], THREADS), sums)? };
         let arguments = Arguments::new()
             .view(self.partial.view())
@@ -123,20 +137,50 @@ impl<'a> Tensors<'a> {
         })
     }
 
-    /// As [`AdamW::step`] for every tensor, with the gradients as [`clip`](Self::clip) said; changes nothing where their
-    /// norm is no number.
+    /// As [`AdamW::step`] for every tensor, by the rule of its group, with the gradients as [`clip`](Self::clip) said;
+    /// changes nothing where their norm is no number.
     ///
     /// # Errors
     /// [`Error::Driver`](super::Error::Driver).
-    pub fn step(&mut self, gpu: &Gpu, adamw: &AdamW, step: u64) -> Result<()> {
-        let chunks = self.chunks.len();
+    ///
+    /// # Panics
+    /// If there is no rule for each group, rules differ in more than learning rate and weight decay, or a buffer has
+    /// another length than the tensors' buffers.
+    pub fn step(&mut self, gpu: &Gpu, rules: &[AdamW], step: u64, flat: &Flat<'_>) -> Result<()> {
+        assert!(
+            rules.len() >= self.num_groups && rules.len() <= MAX_GROUPS,
+            "a rule for each group"
+        );
+        let lengths = [
+            flat.param.len(),
+            flat.grad.len(),
+            flat.exp_avg.len(),
+            flat.exp_avg_sq.len(),
+        ];
+        assert_eq!(lengths, [self.len; 4], "the tensors' buffers");
+        let Some((first, others)) = rules.split_first() else {
+            return Ok(()); // no tensors
+        };
+        let (shared, own) = first.factors(step);
+        // As `Groups` in `adamw.cu`.
+        let mut groups = [0.0; 2 * MAX_GROUPS];
+        (groups[0], groups[MAX_GROUPS]) = (own[0], own[1]);
+        for (group, rule) in (1..).zip(others) {
+            let (same, own) = rule.factors(step);
+            assert_eq!(same, shared, "rules that differ in learning rate and decay");
+            (groups[group], groups[MAX_GROUPS + group]) = (own[0], own[1]);
+        }
         let arguments = Arguments::new()
-            .view(self.table.view())
             .view(self.chunks.view())
             .view(self.clip.view())
-            .floats(adamw.factors(step));
+            .floats(shared)
+            .floats(groups)
+            .view(flat.grad)
+            .out(&flat.param)
+            .out(&flat.exp_avg)
+            .out(&flat.exp_avg_sq);
         let kernel = Kernel::named("adamw", "adamw_step".to_owned());
-        // SAFETY: the kernel's parameters; the table holds what `new` checked, lent for as long as this lives.
-        unsafe { gpu.launch(&kernel.grid([chunks, 1, 1], THREADS), arguments) }
+        // SAFETY: the kernel's parameters; the chunks are parts of `len` numbers, and of no more groups than rules.
+        unsafe { gpu.launch(&kernel.grid([self.chunks.len(), 1, 1], THREADS), arguments) }
     }
 }

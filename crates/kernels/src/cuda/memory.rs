@@ -51,7 +51,7 @@ macro_rules! elements {
     };
 }
 elements!(
-    f32, f64, f16, bf16, u8, u32, u64, [u32; 2], [i32; 3], [u32; 5]
+    f32, f64, f16, bf16, u8, u32, u64, [u32; 2], [u32; 4], [i32; 3], [u32; 5]
 );
 
 macro_rules! number {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, TensorId};
 
 use super::config::LoraConfig;
-use super::plan::{LayerAdapter, PairAdapter, Parameter, Plan, Role, Views};
+use super::plan::{PairAdapter, Parameter, Plan, Role, Views};
 use super::saved::{Saved, SavedModules};
 use crate::bridge::{edit_slice, read};
 use crate::config::{EMBEDDING, HEAD, ModelConfig, Projection};
@@ -31,18 +31,10 @@ pub struct Adapter {
     plan: Plan,
     values: Tensor,
     views: Views,
-    /// A copy on a GPU, until the values change.
+    /// Its values on a GPU, which are the newer ones once they were changed there: whoever looks at `values` or `views`
+    /// settles first.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    there: std::sync::Mutex<Option<There>>,
-}
-
-/// A copy of an adapter on a GPU, in the type that the decoder there computes in.
-#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-#[derive(Debug)]
-struct There {
-    gpu: updraft_kernels::cuda::Gpu,
-    dtype: DType,
-    views: std::sync::Arc<Views>,
+    there: std::sync::Mutex<super::there::There>,
 }
 
 impl Adapter {
@@ -181,6 +173,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::Candle`] if the device fails.
     pub fn values(&self) -> Result<Vec<f32>> {
+        self.settle()?;
         Ok(self.values.host()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
@@ -190,6 +183,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::Candle`] if the device fails.
     pub fn with<R>(&self, look: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        self.settle()?;
         match self.is_plain() {
             true => Ok(look(read::<f32>(&self.values)?.slice())),
             false => Ok(look(&self.values()?)),
@@ -207,6 +201,7 @@ impl Adapter {
     /// # Errors
     /// [`Error::Device`] off the CPU, [`Error::Candle`] if the adapter is not F32.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.settle()?;
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         {
             self.there = std::sync::Mutex::default();
@@ -214,11 +209,65 @@ impl Adapter {
         edit_slice(&self.values, change)
     }
 
+    /// [`update`](Self::update) in a GPU's memory, where the values stay: the host's become current when somebody looks
+    /// at them.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] if the adapter is not F32; [`Error::Gpu`] if the GPU fails.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub fn update_on_gpu<R>(
+        &mut self,
+        gpu: &updraft_kernels::cuda::Gpu,
+        change: impl FnOnce(updraft_kernels::cuda::ViewMut<'_, f32>) -> R,
+    ) -> Result<R> {
+        read::<f32>(&self.values)?; // the type
+        let mut there = self.newest_for(gpu)?;
+        let mut values = there.change(self.values.host()?, gpu)?.write::<f32>();
+        Ok(change(values.view()))
+    }
+
+    /// Makes the host's values current, if they changed on a GPU.
+    fn settle(&self) -> Result<()> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        self.settle_from(&mut self.there())?;
+        Ok(())
+    }
+
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn there(&self) -> std::sync::MutexGuard<'_, super::there::There> {
+        let there = self.there.lock();
+        there.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn settle_from(&self, there: &mut super::there::There) -> Result<()> {
+        match there.take_newer()? {
+            Some(newer) => edit_slice(&self.values, |values: &mut [f32]| {
+                values.copy_from_slice(&newer);
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// What is on a GPU, when either that or the host has the newest values.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn newest_for(
+        &self,
+        gpu: &updraft_kernels::cuda::Gpu,
+    ) -> Result<std::sync::MutexGuard<'_, super::there::There>> {
+        let mut there = self.there();
+        if !there.has_master_on(gpu) {
+            self.settle_from(&mut there)?;
+        }
+        Ok(there)
+    }
+
     /// The same adapter in another number type, or with its own memory in the same one.
     ///
     /// # Errors
     /// [`Error::Candle`] if candle cannot convert.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        self.settle()?;
         let values = if dtype == self.dtype() {
             self.values.host()?.copy()?
         } else {
@@ -260,60 +309,43 @@ impl Adapter {
         model.tie_word_embeddings && one_of_both && !self.plan.tied_head()
     }
 
-    pub(crate) fn views(&self) -> &Views {
-        &self.views
+    pub(crate) fn views(&self) -> Result<&Views> {
+        self.settle()?;
+        Ok(&self.views)
     }
 
-    /// A copy of it on a GPU in some type, made once for each change of its values.
+    /// Its values on a GPU in some type, made once for each change of them.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn on_gpu(
         &self,
         gpu: &updraft_kernels::cuda::Gpu,
         dtype: DType,
     ) -> Result<std::sync::Arc<Views>> {
-        let there = self.there.lock();
-        let mut there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(there) = there.as_ref()
-            && (&there.gpu, there.dtype) == (gpu, dtype)
-        {
-            return Ok(there.views.clone());
-        }
-        let values = crate::gpu::Tensor::upload(gpu, self.values.host()?, DType::F32)?;
-        let views = self.plan.views(&Tensor::Gpu(values.cast(dtype)?))?;
-        let views = std::sync::Arc::new(views);
-        *there = Some(There {
-            gpu: gpu.clone(),
-            dtype,
-            views: views.clone(),
-        });
-        Ok(views)
+        let mut there = self.newest_for(gpu)?;
+        there.views(&self.plan, self.values.host()?, gpu, dtype)
     }
 
     /// Which flat buffer it is a view of.
     pub(crate) fn id(&self) -> TensorId {
         self.values
             .host()
-            .expect("an adapter lies in the host's memory")
+            .expect("an adapter has the host's memory")
             .id()
     }
 
-    pub(crate) fn saved(&self) -> &Saved {
-        &self.views.saved
+    pub(crate) fn saved(&self) -> Result<&Saved> {
+        Ok(&self.views()?.saved)
     }
 
     /// Some of the flat buffer.
     pub(super) fn part(&self, range: &Range<usize>) -> Result<Vec<f32>> {
+        self.settle()?;
         let part = self.values.narrow(0, range.start, range.len())?;
         Ok(part.host()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
-    }
-
-    /// The adapters of one block; none beyond the last adapted one.
-    pub(crate) fn layer(&self, layer: usize) -> Option<&LayerAdapter> {
-        self.views.layers.get(layer)
     }
 
     /// The pair of one linear map, `A` as its own view.
@@ -323,6 +355,7 @@ impl Adapter {
         layer: usize,
     ) -> Result<Option<(Tensor, &PairAdapter)>> {
         let group = self
+            .views()?
             .layer(layer)
             .and_then(|groups| groups[Group::of(projection) as usize].as_ref());
         let pair = group.and_then(|group| {

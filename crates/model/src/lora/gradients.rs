@@ -16,7 +16,8 @@ pub struct Gradients {
     plan: Plan,
     values: Tensor,
     views: Views,
-    /// What has added up on a GPU and is not in `values` yet.
+    /// The sums on a GPU while they are there, in place of `values`, which are zeros then: whoever looks at those settles
+    /// first.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     there: std::sync::Mutex<Option<There>>,
 }
@@ -27,6 +28,20 @@ pub struct Gradients {
 struct There {
     sums: crate::gpu::Tensor,
     views: std::sync::Arc<Views>,
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+impl There {
+    fn zeros(gpu: &updraft_kernels::cuda::Gpu, plan: &Plan) -> Result<Self> {
+        let len = plan.len();
+        let sums = crate::gpu::Tensor::of_buffer(gpu, gpu.zeros::<f32>(len)?, &[len]);
+        Self::of(sums, plan)
+    }
+
+    fn of(sums: crate::gpu::Tensor, plan: &Plan) -> Result<Self> {
+        let views = std::sync::Arc::new(plan.views(&sums.clone().into())?);
+        Ok(Self { sums, views })
+    }
 }
 
 impl Gradients {
@@ -53,42 +68,66 @@ impl Gradients {
         })
     }
 
-    /// Where gradients add up on a GPU until somebody looks at them: as many times as the steps have micro-batches.
+    /// Where gradients add up on a GPU until somebody looks at them.
     #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
     pub(crate) fn on_gpu(
         &mut self,
         gpu: &updraft_kernels::cuda::Gpu,
     ) -> Result<std::sync::Arc<Views>> {
-        let there = self.there.get_mut();
-        let there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(there) = there.as_ref().filter(|there| there.sums.gpu() == gpu) {
-            return Ok(there.views.clone());
-        }
-        self.settle()?;
-        let len = self.plan.len();
-        let sums = crate::gpu::Tensor::of_buffer(gpu, gpu.zeros::<f32>(len)?, &[len]);
-        let views = std::sync::Arc::new(self.plan.views(&sums.clone().into())?);
-        let there = There {
-            sums,
-            views: views.clone(),
-        };
-        self.there = std::sync::Mutex::new(Some(there));
-        Ok(views)
+        Ok(self.there(gpu)?.views.clone())
     }
 
-    /// Adds what is on a GPU, if anything is.
+    /// Calls `change` with the flat buffer in a GPU's memory, where it stays until somebody looks at it here: an optimizer
+    /// step, or a reduction over workers.
+    ///
+    /// # Errors
+    /// [`Error::Candle`](crate::Error::Candle) if they are not F32; [`Error::Gpu`](crate::Error::Gpu) if the GPU fails.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    pub fn update_on_gpu<R>(
+        &mut self,
+        gpu: &updraft_kernels::cuda::Gpu,
+        change: impl FnOnce(updraft_kernels::cuda::ViewMut<'_, f32>) -> R,
+    ) -> Result<R> {
+        let sums = &self.there(gpu)?.sums;
+        let mut sums = sums.write::<f32>();
+        Ok(change(sums.view()))
+    }
+
+    /// The sums on a GPU, from here if they are not there yet.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn there(&mut self, gpu: &updraft_kernels::cuda::Gpu) -> Result<&There> {
+        let there = self.there.get_mut();
+        let there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+        if there.as_ref().is_none_or(|there| there.sums.gpu() != gpu) {
+            let is_zero = self.with(|values| values.iter().all(|&value| value == 0.0))?;
+            let sums = match is_zero {
+                true => There::zeros(gpu, &self.plan)?,
+                false => {
+                    let here = self.values.host()?;
+                    let sums = crate::gpu::Tensor::upload(gpu, here, DType::F32)?;
+                    edit_slice(&self.values, |values: &mut [f32]| values.fill(0.0))?;
+                    There::of(sums, &self.plan)?
+                }
+            };
+            self.there = std::sync::Mutex::new(Some(sums));
+        }
+        let there = self.there.get_mut();
+        let there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+        Ok(there.as_ref().expect("just put there"))
+    }
+
+    /// Brings the sums here, if they are on a GPU.
     fn settle(&self) -> Result<()> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         {
             let there = self.there.lock();
             let mut there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
-            if let Some(There { sums, .. }) = there.take() {
+            if let Some(There { sums, .. }) = &*there {
                 let sums = sums.to_host()?;
                 edit_slice(&self.values, |values: &mut [f32]| {
-                    for (value, sum) in values.iter_mut().zip(&sums) {
-                        *value += sum;
-                    }
+                    values.copy_from_slice(&sums);
                 })?;
+                *there = None;
             }
         }
         Ok(())
@@ -106,11 +145,18 @@ impl Gradients {
     /// Starts over.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) off the CPU.
+    /// [`Error::Device`](crate::Error::Device) off the CPU; [`Error::Gpu`](crate::Error::Gpu) if a GPU fails.
     pub fn zero(&mut self) -> Result<()> {
         #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
         {
-            self.there = std::sync::Mutex::default();
+            let there = std::mem::take(&mut self.there).into_inner();
+            let there = there.unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some(There { sums, views }) = there {
+                let gpu = sums.gpu().clone();
+                drop((sums, views)); // so that their memory serves again
+                self.there = std::sync::Mutex::new(Some(There::zeros(&gpu, &self.plan)?));
+                return Ok(());
+            }
         }
         typed!(self.values, F => edit_slice(&self.values, |values: &mut [F]| values.fill(0.0)))
     }

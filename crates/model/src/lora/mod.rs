@@ -9,6 +9,8 @@ mod pattern;
 pub mod peft;
 mod plan;
 mod saved;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod there;
 
 pub use adapter::Adapter;
 pub use combine::{Combination, combine};

@@ -142,7 +142,7 @@ fn a_step_takes_what_was_estimated() {
             weights: dtype,
             activations,
             processor: Processor::Gpu,
-            optimizer_moments: 2,
+            optimizer_moments: 0, // `train` steps, and measures it
             kept_adapters: 0,
         };
         let lora = adapter.config();
@@ -195,6 +195,117 @@ fn nothing_is_copied_twice() {
         );
         assert_eq!(step(&adapter, 1), (batch_up, bytes + 4 * labels));
         adapter.update(|values| values[0] += 1.0).expect("f32");
+    }
+}
+
+/// What an optimizer changes on a GPU stays there until somebody looks; what is changed here wins over it.
+#[cfg(feature = "cuda-emulator")] // which counts what is copied
+#[test]
+fn values_that_change_on_a_gpu_are_current_for_whoever_looks() {
+    let world = World::new(Architecture::Qwen2);
+    let mut adapter = world.adapter(&uneven_lora(), 4);
+    let mut reference = world.adapter(&uneven_lora(), 4);
+    let part = [one_part(&documents(&[10, 7], 1))];
+    let (gpu, other) = (Gpu::emulated(), Gpu::emulated());
+    let double = |adapter: &mut Adapter, gpu: &Gpu| {
+        adapter
+            .update_on_gpu(gpu, |mut values| {
+                let doubled = gpu.download(values.as_view()).expect("finished");
+                let doubled: Vec<f32> = doubled.iter().map(|value| 2.0 * value).collect();
+                let doubled = gpu.upload(&doubled).expect("memory");
+                gpu.copy(doubled.view(), &values.reborrow())
+                    .expect("launched");
+            })
+            .expect("on a GPU");
+    };
+    let double_here = |adapter: &mut Adapter| {
+        adapter
+            .update(|values| values.iter_mut().for_each(|value| *value *= 2.0))
+            .expect("f32");
+    };
+    let values = |adapter: &Adapter| adapter.values().expect("readable");
+    let downloaded = || gpu.emulated_traffic().downloaded;
+    for dtype in [DType::F32, DType::BF16] {
+        let decoder = on_gpu(&world, dtype, &gpu);
+        let loss = |adapter: &Adapter| decoder.loss(&part, Some(adapter)).expect("a loss");
+        // Where it stands, a decoder on the GPU reads it: nothing but losses comes back.
+        double(&mut adapter, &gpu);
+        double_here(&mut reference);
+        let before = downloaded();
+        let there = loss(&adapter);
+        let losses = 4 * part[0].num_labels() as u64;
+        assert_eq!(downloaded() - before, losses);
+        assert_eq!(there.to_bits(), loss(&reference).to_bits());
+        // It comes once.
+        let bytes = 4 * adapter.num_parameters() as u64;
+        let before = downloaded();
+        assert_eq!(values(&adapter), values(&reference));
+        assert_eq!(
+            adapter.with(|values| values[0]).expect("f32"),
+            values(&reference)[0]
+        );
+        assert_eq!(downloaded() - before, bytes);
+        // Changed here, there, on another GPU, and here again.
+        double_here(&mut adapter);
+        double_here(&mut reference);
+        assert_eq!(loss(&adapter).to_bits(), loss(&reference).to_bits());
+        double(&mut adapter, &gpu);
+        double(&mut adapter, &other);
+        double(&mut adapter, &gpu);
+        double_here(&mut adapter);
+        (0..4).for_each(|_| double_here(&mut reference));
+        assert_eq!(values(&adapter), values(&reference));
+        // A copy is of the newest values, and stays.
+        double(&mut adapter, &gpu);
+        let copy = adapter.to_dtype(DType::F32).expect("a copy");
+        double(&mut adapter, &gpu);
+        double_here(&mut reference);
+        assert_eq!(values(&copy), values(&reference));
+        double_here(&mut reference);
+        assert_eq!(values(&adapter), values(&reference));
+        // Small again, so that bf16 has something to tell apart.
+        for adapter in [&mut adapter, &mut reference] {
+            adapter
+                .update(|values| values.iter_mut().for_each(|value| *value /= 256.0))
+                .expect("f32");
+        }
+    }
+}
+
+/// Gradients go to a GPU and come back as they are, whatever was added up before.
+#[test]
+fn gradients_move_between_host_and_gpu() {
+    for gpu in tiny::gpus() {
+        let world = World::new(Architecture::Qwen2);
+        let adapter = world.adapter(&uneven_lora(), 4);
+        let mut gradients = Gradients::zeros(&adapter).expect("zeros");
+        let count = |gradients: &mut Gradients| {
+            gradients
+                .update_on_gpu(&gpu, |sums| gpu.download(sums.as_view()).expect("finished"))
+                .expect("on the GPU")
+        };
+        assert!(count(&mut gradients).iter().all(|&sum| sum == 0.0));
+        gradients
+            .update(|values| {
+                values
+                    .iter_mut()
+                    .zip(1u16..)
+                    .for_each(|(v, i)| *v = i.into());
+            })
+            .expect("f32");
+        let expected = gradients.with(<[f32]>::to_vec).expect("f32");
+        assert_eq!(count(&mut gradients), expected);
+        assert_eq!(count(&mut gradients), expected);
+        assert_eq!(gradients.with(<[f32]>::to_vec).expect("f32"), expected);
+        assert_eq!(count(&mut gradients), expected);
+        gradients.zero().expect("zeros");
+        assert!(count(&mut gradients).iter().all(|&sum| sum == 0.0));
+        gradients.zero().expect("zeros");
+        assert!(
+            gradients
+                .with(|all| all.iter().all(|&sum| sum == 0.0))
+                .expect("f32")
+        );
     }
 }
 

@@ -1,5 +1,8 @@
 //! Adam with decoupled weight decay.
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -23,6 +26,10 @@ pub struct AdamW {
     threads: Threads,
     step: u64,
     moments: BTreeMap<String, Moments>,
+    /// Moments on a GPU while they are there, in place of those in the host's memory: whoever looks at `moments` settles
+    /// first.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    there: Option<gpu::There>,
 }
 
 #[derive(Debug)]
@@ -47,8 +54,41 @@ impl AdamW {
             threads: threads.clone(),
             step: 0,
             moments: BTreeMap::new(),
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            there: None,
         }
     }
+
+    /// By how much a parameter's learning rate differs from the schedule's, and its weight decay.
+    fn group_of(&self, name: &str) -> (f64, f64) {
+        let weight_decay = match decays(name) {
+            true => self.rule.weight_decay,
+            false => 0.0,
+        };
+        (
+            learning_rate_ratio(name, self.loraplus_lr_ratio),
+            weight_decay,
+        )
+    }
+
+    /// Brings the moments here, if they are on a GPU.
+    fn settle(&mut self) -> Result<()> {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(there) = &self.there {
+            self.moments.extend(there.download()?);
+            self.there = None;
+        }
+        Ok(())
+    }
+}
+
+/// A parameter's moments as a checkpoint names them.
+fn tensors_of<'a>(name: &str, moments: [Cow<'a, [f32]>; 2]) -> [(String, Cow<'a, [f32]>); 2] {
+    let [exp_avg, exp_avg_sq] = moments;
+    [
+        (format!("{EXP_AVG}{name}"), exp_avg),
+        (format!("{EXP_AVG_SQ}{name}"), exp_avg_sq),
+    ]
 }
 
 impl Optimizer for AdamW {
@@ -59,6 +99,8 @@ impl Optimizer for AdamW {
 
     fn update(&mut self, name: &str, values: &mut [f32], gradient: &[f32]) -> Result<()> {
         same_len(name, values.len(), gradient.len())?;
+        self.settle()?;
+        let (ratio, weight_decay) = self.group_of(name);
         if !self.moments.contains_key(name) {
             let zeros = vec![0.0; values.len()];
             let moments = Moments {
@@ -72,12 +114,6 @@ impl Optimizer for AdamW {
             exp_avg_sq,
         } = self.moments.get_mut(name).expect("just inserted");
         same_len(name, exp_avg.len(), values.len())?;
-        let weight_decay = if decays(name) {
-            self.rule.weight_decay
-        } else {
-            0.0
-        };
-        let ratio = learning_rate_ratio(name, self.loraplus_lr_ratio);
         let rule = adamw::AdamW {
             learning_rate: self.rule.learning_rate * ratio,
             weight_decay,
@@ -94,19 +130,23 @@ impl Optimizer for AdamW {
         Ok(())
     }
 
-    fn state(&self) -> OptimizerState<'_> {
+    fn state(&self) -> Result<OptimizerState<'_>> {
         let mut tensors = BTreeMap::new();
         for (name, moments) in &self.moments {
-            let both = [
-                (EXP_AVG, &moments.exp_avg),
-                (EXP_AVG_SQ, &moments.exp_avg_sq),
-            ];
-            tensors.extend(both.map(|(kind, values)| (format!("{kind}{name}"), Cow::from(values))));
+            let both = [&moments.exp_avg, &moments.exp_avg_sq];
+            tensors.extend(tensors_of(name, both.map(Cow::from)));
         }
-        OptimizerState {
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(there) = &self.there {
+            for (name, moments) in there.download()? {
+                let both = [moments.exp_avg, moments.exp_avg_sq];
+                tensors.extend(tensors_of(&name, both.map(Cow::from)));
+            }
+        }
+        Ok(OptimizerState {
             step: self.step,
             tensors,
-        }
+        })
     }
 
     fn restore(&mut self, mut state: OptimizerState<'_>) -> Result<()> {
@@ -133,7 +173,16 @@ impl Optimizer for AdamW {
             );
         }
         (self.step, self.moments) = (state.step, moments);
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        {
+            self.there = None;
+        }
         Ok(())
+    }
+
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn on_gpu(&mut self) -> Option<&mut dyn super::GpuOptimizer> {
+        Some(self)
     }
 }
 
@@ -145,6 +194,23 @@ mod tests {
         use super::*;
 
         crate::optimizer_tests!(AdamW::new(&TrainConfig::default(), &Threads::single()));
+    }
+
+    /// Decay, which moves the bottom of any bowl.
+    #[cfg(feature = "cuda-emulator")]
+    mod conformance_with_decay_and_lora_plus {
+        use super::*;
+
+        fn optimizer() -> AdamW {
+            let config = TrainConfig {
+                weight_decay: 0.1,
+                loraplus_lr_ratio: Some(4.0),
+                ..Default::default()
+            };
+            AdamW::new(&config, &Threads::single())
+        }
+
+        crate::optimizer_gpu_tests!(optimizer());
     }
 
     /// `torch.optim.AdamW([0.5, -1.0], lr=0.1, weight_decay=0.01)` after

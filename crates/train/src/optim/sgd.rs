@@ -53,11 +53,11 @@ impl Optimizer for Sgd {
         Ok(())
     }
 
-    fn state(&self) -> OptimizerState<'_> {
-        OptimizerState {
+    fn state(&self) -> Result<OptimizerState<'_>> {
+        Ok(OptimizerState {
             step: self.step,
             ..Default::default()
-        }
+        })
     }
 
     fn restore(&mut self, state: OptimizerState<'_>) -> Result<()> {

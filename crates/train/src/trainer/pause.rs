@@ -106,7 +106,7 @@ impl Trainer<'_> {
         let Some((checkpoints, runtime)) = place else {
             return Ok(());
         };
-        runtime.block_on(checkpoints.save(&self.snapshot()))?;
+        runtime.block_on(checkpoints.save(&self.snapshot()?))?;
         self.unproven = Some(step);
         for observer in &mut self.observers {
             observer.on_checkpoint(step);

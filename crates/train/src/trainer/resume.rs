@@ -78,7 +78,7 @@ impl Trainer<'_> {
             log,
             evals,
             best,
-        } = self.snapshot();
+        } = self.snapshot()?;
         Ok(Checkpoint {
             state,
             adapter: adapter.to_dtype(adapter.dtype())?,
@@ -89,10 +89,10 @@ impl Trainer<'_> {
         })
     }
 
-    /// The run as it stands, without a copy.
-    pub(super) fn snapshot(&self) -> Snapshot<'_> {
-        let optimizer = self.optimizer.state();
-        Snapshot {
+    /// The run as it stands, without a copy of what is in the host's memory.
+    pub(super) fn snapshot(&self) -> Result<Snapshot<'_>> {
+        let optimizer = self.optimizer.state()?;
+        Ok(Snapshot {
             state: RunState {
                 cursor: self.cursor.clone(),
                 optimizer_step: optimizer.step,
@@ -104,7 +104,7 @@ impl Trainer<'_> {
             log: &self.log,
             evals: &self.evals,
             best: self.best.as_ref(),
-        }
+        })
     }
 
     fn machine(&self) -> Machine {

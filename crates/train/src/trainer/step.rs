@@ -1,8 +1,6 @@
-//! One optimizer step: gradients over its micro-batches, scaled and clipped, and the parameters moved.
+//! One optimizer step: gradients over its micro-batches, of all workers, and what follows from their norm.
 
-use updraft_kernels::clip;
 use updraft_kernels::noise::derive;
-use updraft_model::Parameter;
 
 use super::Trainer;
 use crate::batch::{Noise, noisy_parts};
@@ -55,15 +53,12 @@ impl Trainer<'_> {
                 self.config.activations(),
             )?;
         }
-        self.gradients.update(|values| self.workers.sum(values))??;
+        self.sum_gradients()?;
         let loss = self.workers.sum_f64(loss_sum)? / trained_tokens as f64;
         if !loss.is_finite() {
             return Err(Error::LossNotFinite { step, loss });
         }
-        let mut grad_norm = self
-            .gradients
-            .with(|values| clip::sum_of_squares(values).sqrt())?
-            / factor;
+        let mut grad_norm = self.grad_norm(factor)?;
         let overflowed = !grad_norm.is_finite();
         let skipped = match &mut self.loss_scale {
             Some(scale) => {
@@ -101,37 +96,6 @@ impl Trainer<'_> {
             overflowed,
         });
         Ok(())
-    }
-
-    /// Takes the loss scale out of the gradients, clips them and moves the parameters.
-    fn update(&mut self, grad_norm: f64, factor: f64, learning_rate: f64) -> Result<()> {
-        let coefficient = clip::coefficient(grad_norm, self.config.max_grad_norm) / factor;
-        if coefficient < 1.0 {
-            let threads = self.decoder.threads();
-            self.gradients
-                .update(|values| clip::scale(threads, coefficient, values))?;
-        }
-        self.optimizer.begin_step(learning_rate);
-        let Self {
-            adapter,
-            gradients,
-            optimizer,
-            parameters,
-            ..
-        } = self;
-        gradients.with(|gradients| {
-            adapter.update(|values| {
-                parameters
-                    .iter()
-                    .try_for_each(|Parameter { name, range, .. }| {
-                        optimizer.update(
-                            name,
-                            &mut values[range.clone()],
-                            &gradients[range.clone()],
-                        )
-                    })
-            })
-        })??
     }
 
     /// A GPU that ran out of memory says what it was asked for; what fits is known here.

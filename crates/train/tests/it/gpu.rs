@@ -12,7 +12,7 @@ use updraft_train::{MemorySource, TrainConfig, Trainer};
 use crate::world::lora;
 use crate::world::{adapter, config, decoder, model, source, span};
 
-fn on_gpu(dtype: DType, gpu: &Gpu) -> Decoder {
+pub(crate) fn on_gpu(dtype: DType, gpu: &Gpu) -> Decoder {
     let weights = tiny::weights(&tiny::config(Architecture::Qwen2), 1);
     let threads = Threads::single();
     Decoder::load_on_gpu(&model(), &weights, dtype, gpu, &threads).expect("the tiny model")

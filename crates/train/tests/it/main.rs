@@ -11,6 +11,8 @@ mod evaluation;
 mod export;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 mod gpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu_optimizer;
 mod identities;
 mod peft;
 mod refusals;
