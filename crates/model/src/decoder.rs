@@ -24,8 +24,9 @@ use crate::weights::Weights;
 
 /// A decoder-only language model, ready to run.
 ///
-/// It holds no state between calls: pages belong to the caller, adapters are passed in, and any
-/// number of threads may use one decoder at once.
+/// No call depends on the calls before: pages belong to the caller, adapters are passed in, and any
+/// number of threads may use one decoder at once. On a GPU the adapter trained last stays in memory
+/// behind the weights; steps with different ones take turns.
 #[derive(Debug)]
 pub struct Decoder {
     pub(crate) config: ModelConfig,

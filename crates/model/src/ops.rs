@@ -12,7 +12,7 @@ use updraft_kernels::{Float, MatMut, Threads, embedding, noise, q8_0, rms_norm, 
 use crate::bridge::{Real, RopeTable, edit, edit_slice, read, tensor, typed, unsupported_dtype};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::indices::Indices;
+use crate::indices::{Indices, RowKeys};
 use crate::quantized;
 use crate::tensor::Tensor;
 
@@ -226,13 +226,15 @@ impl Ops {
         })
     }
 
-    /// `x` with a share `p` of its numbers dropped and the others scaled up; `keys: [T]`, `x: [T, C]`.
-    pub(crate) fn dropout(&self, p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
-        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::dropout(p, keys, x)?)));
+    /// `x` with a share `p` of its numbers dropped and the others scaled up, `x: [T, C]`; which, the rows' keys decide for
+    /// one use of them.
+    pub(crate) fn dropout(&self, p: f64, keys: (&RowKeys, u64), x: &Tensor) -> Result<Tensor> {
+        on_gpu!(x, x => Ok(Tensor::Gpu(crate::gpu::dropout(p, (keys.0.gpu()?, keys.1), x)?)));
+        let keys = derived(keys);
         typed!(x, F => {
             let (view, shape) = (read::<F>(x)?, (x.rows(), x.cols()));
             let mut out = vec![F::ZERO; shape.0 * shape.1];
-            noise::dropout(&self.threads, p, keys, view.mat(), MatMut::new(&mut out, shape.0, shape.1));
+            noise::dropout(&self.threads, p, &keys, view.mat(), MatMut::new(&mut out, shape.0, shape.1));
             tensor(out, shape)
         })
     }
@@ -241,15 +243,19 @@ impl Ops {
     pub(crate) fn dropout_backward(
         &self,
         p: f64,
-        keys: &[u64],
+        keys: (&RowKeys, u64),
         dout: &Tensor,
         dx: &Tensor,
     ) -> Result<()> {
-        on_gpu!(dout, dout => crate::gpu::dropout_backward(p, keys, dout, dx.gpu()?));
+        on_gpu!(dout, dout => {
+            let keys = (keys.0.gpu()?, keys.1);
+            crate::gpu::dropout_backward(p, keys, dout, dx.gpu()?)
+        });
+        let keys = derived(keys);
         typed!(dout, F => {
             let dout = read::<F>(dout)?;
             edit(dx, |dx: MatMut<'_, F>| {
-                noise::dropout_backward(&self.threads, p, keys, dout.mat(), dx);
+                noise::dropout_backward(&self.threads, p, &keys, dout.mat(), dx);
             })
         })
     }
@@ -315,6 +321,11 @@ impl Ops {
             })?
         })
     }
+}
+
+fn derived((keys, use_): (&RowKeys, u64)) -> Vec<u64> {
+    let keys = keys.host.iter();
+    keys.map(|&key| noise::derive(key, use_)).collect()
 }
 
 /// A rotary table for positions `0..num_positions` in a number type.

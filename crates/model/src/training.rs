@@ -6,6 +6,7 @@ use crate::batch::Part;
 use crate::blocks::Held;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::indices::RowKeys;
 use crate::layers::{AdapterRows, Dropout, SavedBlock, Stream, Trained};
 use crate::lora::{Adapter, Gradients, Views};
 use crate::ops::{Ops, Rows};
@@ -113,11 +114,11 @@ impl Decoder {
         let (p, blocks) = (adapter.config().lora_dropout, self.hold());
         let views = adapter.views()?;
         let jobs = self.each_job(parts, own, |ops, part, own| {
-            let rows = &part.row_keys()[..];
+            let keys = self.keys(part, p)?;
             let trained = Trained {
                 adapter: views,
                 gradients: own.as_ref().unwrap_or(gradients).views(),
-                dropout: (p > 0.0).then_some(Dropout { p, rows }),
+                dropout: keys.as_ref().map(|keys| Dropout { p, keys }),
             };
             self.backward(&blocks, ops, part, denom, trained, activations)
         })?;
@@ -191,6 +192,12 @@ impl Decoder {
             threads: self.threads().clone(),
             rows: Rows::Together,
         }
+    }
+
+    /// What dropout draws from, where the weights are; none if nothing is dropped.
+    pub(crate) fn keys(&self, part: &Part, p: f64) -> Result<Option<RowKeys>> {
+        let keys = || RowKeys::beside(&self.head, part.row_keys());
+        (p > 0.0).then(keys).transpose()
     }
 
     /// How far the noise on each token's embedding goes, `[T]`.

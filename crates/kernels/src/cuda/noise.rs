@@ -4,7 +4,7 @@ use super::launch::{Arguments, Kernel};
 use super::memory::Number;
 use super::{Gpu, Mat, MatMut, Result, View};
 
-/// As [`crate::noise::dropout`].
+/// As [`crate::noise::dropout`], with keys [derived](crate::noise::derive) from the rows' for one use of them.
 ///
 /// # Shapes
 /// `keys: [T]`, `x`, `out: [T, C]`
@@ -17,14 +17,14 @@ use super::{Gpu, Mat, MatMut, Result, View};
 pub fn dropout<T: Number>(
     gpu: &Gpu,
     p: f64,
-    keys: View<'_, u64>,
+    keys: (View<'_, u64>, u64),
     x: Mat<'_, T>,
     out: &MatMut<'_, T>,
 ) -> Result<()> {
     run(gpu, "dropout", p, keys, x, out)
 }
 
-/// As [`crate::noise::dropout_backward`]: adds to `dx`.
+/// As [`crate::noise::dropout_backward`], with keys as [`dropout`]'s: adds to `dx`.
 ///
 /// # Shapes
 /// `keys: [T]`, `dout`, `dx: [T, C]`
@@ -37,7 +37,7 @@ pub fn dropout<T: Number>(
 pub fn dropout_backward<T: Number>(
     gpu: &Gpu,
     p: f64,
-    keys: View<'_, u64>,
+    keys: (View<'_, u64>, u64),
     dout: Mat<'_, T>,
     dx: &MatMut<'_, T>,
 ) -> Result<()> {
@@ -48,7 +48,7 @@ fn run<T: Number>(
     gpu: &Gpu,
     base: &str,
     p: f64,
-    keys: View<'_, u64>,
+    (keys, use_): (View<'_, u64>, u64),
     x: Mat<'_, T>,
     out: &MatMut<'_, T>,
 ) -> Result<()> {
@@ -64,6 +64,7 @@ fn run<T: Number>(
         .unsigned(threshold)
         .float(scale as f32)
         .view(keys)
+        .long(use_ as usize)
         .mat(x)
         .int(cols)
         .long(x.stride())

@@ -196,21 +196,24 @@ pub(crate) fn add_bias_gradient(dy: &Tensor, dbias: &Tensor) -> Result<()> {
     })
 }
 
-pub(crate) fn dropout(p: f64, keys: &[u64], x: &Tensor) -> Result<Tensor> {
+pub(crate) fn dropout(p: f64, keys: (View<'_, u64>, u64), x: &Tensor) -> Result<Tensor> {
     let out = x.alloc(&[x.rows(), x.cols()])?;
-    let keys = x.gpu().upload(keys)?;
     typed!(x, T => {
         let (x_read, mut out) = (x.read::<T>(), out.write::<T>());
-        kernels::noise::dropout(x.gpu(), p, keys.view(), x_read.mat(), &out.mat())?;
+        kernels::noise::dropout(x.gpu(), p, keys, x_read.mat(), &out.mat())?;
     });
     Ok(out)
 }
 
-pub(crate) fn dropout_backward(p: f64, keys: &[u64], dout: &Tensor, dx: &Tensor) -> Result<()> {
-    let keys = dout.gpu().upload(keys)?;
+pub(crate) fn dropout_backward(
+    p: f64,
+    keys: (View<'_, u64>, u64),
+    dout: &Tensor,
+    dx: &Tensor,
+) -> Result<()> {
     typed!(dout, T => {
         let (read, mut dx) = (dout.read::<T>(), dx.write::<T>());
-        Ok(kernels::noise::dropout_backward(dout.gpu(), p, keys.view(), read.mat(), &dx.mat())?)
+        Ok(kernels::noise::dropout_backward(dout.gpu(), p, keys, read.mat(), &dx.mat())?)
     })
 }
 

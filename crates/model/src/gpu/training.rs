@@ -27,11 +27,11 @@ impl Decoder {
         let p = adapter.config().lora_dropout;
         let mut total = 0.0;
         for part in parts.iter().filter(|part| !part.labels.is_empty()) {
-            let rows = &part.row_keys()[..];
+            let keys = self.keys(part, p)?;
             let trained = Trained {
                 adapter: &views,
                 gradients: &sums,
-                dropout: (p > 0.0).then_some(Dropout { p, rows }),
+                dropout: keys.as_ref().map(|keys| Dropout { p, keys }),
             };
             total += self.backward(&blocks, &ops, part, denom, trained, activations)?;
         }

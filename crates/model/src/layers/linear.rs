@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use updraft_kernels::noise::derive;
-
 use super::border::{self, Border};
 use super::{GroupAdapter, Loader, Pass, Saved};
 use crate::batch::Batch;
 use crate::config::Projection;
 use crate::error::Result;
+use crate::indices::RowKeys;
 use crate::lora::{LayerAdapter, Views};
 use crate::ops::Ops;
 use crate::tensor::Tensor;
@@ -81,14 +80,13 @@ impl<'a> AdapterRows<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dropout<'a> {
     pub(crate) p: f64,
-    /// A key for each row, `[T]`.
-    pub(crate) rows: &'a [u64],
+    pub(crate) keys: &'a RowKeys,
 }
 
-impl Dropout<'_> {
-    fn keys(&self, layer: usize, projection: Projection) -> Vec<u64> {
-        let use_ = (layer as u64) << 8 | projection as u64;
-        self.rows.iter().map(|&row| derive(row, use_)).collect()
+impl<'a> Dropout<'a> {
+    /// The rows' keys, and which use of them a map's is.
+    fn keys_of(&self, layer: usize, projection: Projection) -> (&'a RowKeys, u64) {
+        (self.keys, (layer as u64) << 8 | projection as u64)
     }
 }
 
@@ -237,8 +235,8 @@ impl Linear {
         };
         let down = x.zeros(&[x.rows(), adapter.a.rows()])?;
         for pair in &adapter.pairs {
-            let keys = dropout.keys(self.layer, pair.projection);
-            let kept = ops.dropout(dropout.p, &keys, x)?;
+            let keys = dropout.keys_of(self.layer, pair.projection);
+            let kept = ops.dropout(dropout.p, keys, x)?;
             let own = ops.linear(&kept, &rows(&adapter.a, &pair.ranks)?, None, 0)?;
             ops.copy(&own, &narrow(&down, &pair.ranks)?)?;
         }
@@ -283,8 +281,8 @@ impl Linear {
         for pair in &adapter.pairs {
             let a = rows(&adapter.a, &pair.ranks)?;
             let dkept = ops.linear_backward(&narrow(dlow, &pair.ranks)?, &a)?;
-            let keys = dropout.keys(self.layer, pair.projection);
-            ops.dropout_backward(dropout.p, &keys, &dkept, dx)?;
+            let keys = dropout.keys_of(self.layer, pair.projection);
+            ops.dropout_backward(dropout.p, keys, &dkept, dx)?;
         }
         Ok(())
     }
@@ -330,8 +328,8 @@ impl Linear {
             None => ops.add_weight_gradient(1.0, dlow, x, &gradients.a)?,
             Some(dropout) => {
                 for pair in &gradients.pairs {
-                    let keys = dropout.keys(self.layer, pair.projection);
-                    let kept = ops.dropout(dropout.p, &keys, x)?;
+                    let keys = dropout.keys_of(self.layer, pair.projection);
+                    let kept = ops.dropout(dropout.p, keys, x)?;
                     let (dlow, da) = (narrow(dlow, &pair.ranks)?, rows(&gradients.a, &pair.ranks)?);
                     ops.add_weight_gradient(1.0, &dlow, &kept, &da)?;
                 }

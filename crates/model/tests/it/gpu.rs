@@ -164,10 +164,11 @@ fn a_step_takes_what_was_estimated() {
 fn nothing_is_copied_twice() {
     let world = World::new(Architecture::Qwen2);
     let mut adapter = world.adapter(&uneven_lora(), 4);
-    let parts = [
+    let mut parts = [
         one_part(&documents(&[10, 7], 1)),
         one_part(&documents(&[12], 2)),
     ];
+    (parts[0].seeds, parts[1].seeds) = (vec![1, 2], vec![3]);
     let gpu = Gpu::emulated();
     let decoder = on_gpu(&world, DType::BF16, &gpu);
     let step = |adapter: &Adapter, micro_batches: usize| {
@@ -188,6 +189,18 @@ fn nothing_is_copied_twice() {
     let tiles = 3; // a sequence of up to 64 tokens is one
     let batch_up = 4 * (2 * tokens + 2 * labels + 3 * tiles);
     let bytes = 4 * adapter.num_parameters();
+    // Where something is dropped, a key for each row, whatever the number of layers and maps.
+    let dropping = world.adapter(
+        &LoraConfig {
+            lora_dropout: 0.5,
+            ..uneven_lora()
+        },
+        4,
+    );
+    assert_eq!(
+        step(&dropping, 2),
+        (bytes + 2 * (batch_up + 8 * tokens), bytes + 2 * 4 * labels)
+    );
     for _ in 0..2 {
         assert_eq!(
             step(&adapter, 3),

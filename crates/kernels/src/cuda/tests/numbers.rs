@@ -8,10 +8,16 @@ pub(super) fn dropout_drops_the_same_numbers<T: Number>(gpu: &Gpu) {
         .map(|row| crate::noise::derive(9, row))
         .collect();
     let device_keys = gpu.upload(&keys).expect("memory");
+    let use_ = (3 << 8) | 5;
+    let keys: Vec<u64> = keys
+        .iter()
+        .map(|&key| crate::noise::derive(key, use_))
+        .collect();
+    let device_keys = (device_keys.view(), use_);
     let x = input::<T>(gpu, rows * cols, 1);
     let mut out = poison::<T>(gpu, rows * cols);
     let x_mat = x.device.mat(rows, cols);
-    noise::dropout(gpu, p, device_keys.view(), x_mat, &out.mat_mut(rows, cols)).expect("launched");
+    noise::dropout(gpu, p, device_keys, x_mat, &out.mat_mut(rows, cols)).expect("launched");
     let threads = Threads::single();
     let mut expected = vec![0.0; rows * cols];
     let host_x = Mat::new(&x.host, rows, cols);
@@ -23,7 +29,7 @@ pub(super) fn dropout_drops_the_same_numbers<T: Number>(gpu: &Gpu) {
 
     let mut dx = input::<T>(gpu, rows * cols, 2);
     let dx_mat = dx.device.mat_mut(rows, cols);
-    noise::dropout_backward(gpu, p, device_keys.view(), x_mat, &dx_mat).expect("launched");
+    noise::dropout_backward(gpu, p, device_keys, x_mat, &dx_mat).expect("launched");
     let host_dx = MatMut::new(&mut dx.host, rows, cols);
     crate::noise::dropout_backward(&threads, p, &keys, host_x, host_dx);
     check("dx", gpu, &dx.device, &dx.host);
