@@ -7,9 +7,9 @@ mod training;
 pub(crate) use ops::{
     add_bias_gradient, add_linear, add_rows, add_uniform, add_weight_gradient, attention,
     attention_backward, copy, cross_entropy, cross_entropy_backward, dropout, dropout_backward,
-    gather, linear, linear_backward, linear_backward_beside, linear_backward_into, linear_beside,
-    logits, paged_attention, rms_norm, rms_norm_backward, rms_norm_backward_weight, rope, scatter,
-    swiglu, swiglu_backward,
+    finish_qkv, gather, linear, linear_backward, linear_backward_beside, linear_backward_into,
+    linear_beside, logits, paged_attention, rms_norm, rms_norm_backward, rms_norm_backward_weight,
+    rope, scatter, swiglu, swiglu_backward, write_pages,
 };
 pub(crate) use tensor::Tensor;
 

@@ -60,6 +60,27 @@ macro_rules! rows {
 }
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 impl Logits {
+    /// A copy of some rows of those on a GPU, one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for logits in the host's memory,
+    /// [`Error::Gpu`](crate::Error::Gpu) if the GPU fails.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn pick(&self, rows: &[u32]) -> Result<Vec<f32>> {
+        let logits = self.0.gpu()?;
+        assert!(
+            rows.iter().all(|&row| (row as usize) < self.num_rows()),
+            "rows of the logits"
+        );
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = logits.gpu().upload(rows)?;
+        crate::gpu::gather(logits, rows.view())?.to_host()
+    }
+
     /// Changes some logits, then chooses a token of each row where they lie, on a GPU; `None` where no logit is finite.
     ///
     /// # Errors

@@ -74,6 +74,14 @@ impl Tensor {
         }
     }
 
+    pub(crate) fn is_on_gpu(&self) -> bool {
+        match self {
+            Self::Host(_) => false,
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            Self::Gpu(_) => true,
+        }
+    }
+
     pub(crate) fn dims(&self) -> &[usize] {
         either!(self, tensor => tensor.dims())
     }

@@ -149,6 +149,11 @@ impl Arguments {
         self.push(&bytes)
     }
 
+    /// A pointer to nothing.
+    pub(super) fn null(self) -> Self {
+        self.push(&0_u64.to_ne_bytes())
+    }
+
     /// A pointer to what is read.
     pub(super) fn view<T: memory::Element>(mut self, view: View<'_, T>) -> Self {
         self.devices.push(view.device());

@@ -148,6 +148,7 @@ on_all!(
     rms_norm_agrees,
     rms_norm_of_strided_rows_agrees,
     rope_turns_and_turns_back,
+    qkv_is_finished_at_once,
     swiglu_agrees,
     embedding_agrees,
     products_agree,
@@ -169,8 +170,8 @@ mod checks {
     };
     pub(super) use super::products::{cross_entropy_agrees, products_agree};
     pub(super) use super::rows::{
-        embedding_agrees, rms_norm_agrees, rms_norm_of_strided_rows_agrees,
-        rope_turns_and_turns_back, swiglu_agrees,
+        embedding_agrees, qkv_is_finished_at_once, rms_norm_agrees,
+        rms_norm_of_strided_rows_agrees, rope_turns_and_turns_back, swiglu_agrees,
     };
 }
 

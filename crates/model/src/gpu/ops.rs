@@ -297,7 +297,53 @@ pub(crate) fn attention_backward(
     Ok(dqkv)
 }
 
-/// Writes new keys and values to their pages, then attends over the pages.
+/// In one pass: the bias, the turn of queries and keys, keys and values to their pages.
+pub(crate) fn finish_qkv(
+    model: &ModelConfig,
+    table: &Table,
+    positions: View<'_, u32>,
+    bias: Option<&Tensor>,
+    qkv: &Tensor,
+    pages: Option<(&Places<'_>, &LayerPages)>,
+) -> Result<()> {
+    let gpu = qkv.gpu();
+    let pages = pages.map(|(places, pages)| -> Result<_> {
+        Ok((places.gpu()?, pages.keys.gpu()?, pages.values.gpu()?))
+    });
+    let pages = pages.transpose()?;
+    typed!(qkv, T => {
+        let bias = bias.map(Tensor::read::<T>);
+        let mut held = pages.map(|(there, keys, values)| (there, keys.write::<T>(), values.write::<T>()));
+        let new = held.as_mut().map(|(there, keys, values)| kernels::rope::NewPages {
+            slots: there.slots.view(),
+            keys: keys.view(),
+            values: values.view(),
+        });
+        let mut write = qkv.write::<T>();
+        let bias = bias.as_ref().map(|bias| bias.view());
+        let heads = heads(model);
+        Ok(kernels::rope::finish_qkv(gpu, &heads, table, positions, bias, &write.mat(), new.as_ref())?)
+    })
+}
+
+/// Writes new keys and values to their pages.
+pub(crate) fn write_pages(
+    model: &ModelConfig,
+    places: &Places<'_>,
+    pages: &LayerPages,
+    qkv: &Tensor,
+) -> Result<()> {
+    let (gpu, slots) = (qkv.gpu(), places.gpu()?.slots.view());
+    let (keys, values) = (pages.keys.gpu()?, pages.values.gpu()?);
+    typed!(qkv, T => {
+        let read = qkv.read::<T>();
+        let Qkv { k, v, .. } = split(model, read.mat());
+        kernels::paged_attention::kv_scatter(gpu, k, slots, &keys.write::<T>().view())?;
+        Ok(kernels::paged_attention::kv_scatter(gpu, v, slots, &values.write::<T>().view())?)
+    })
+}
+
+/// Attends over the pages, which hold the new keys and values already.
 pub(crate) fn paged_attention(
     model: &ModelConfig,
     places: &Places<'_>,
@@ -307,12 +353,8 @@ pub(crate) fn paged_attention(
     let (gpu, there) = (qkv.gpu(), places.gpu()?);
     let (keys, values) = (pages.keys.gpu()?, pages.values.gpu()?);
     typed!(qkv, T => {
-        let read = qkv.read::<T>();
-        let Qkv { q, k, v } = split(model, read.mat());
-        let slots = there.slots.view();
-        kernels::paged_attention::kv_scatter(gpu, k, slots, &keys.write::<T>().view())?;
-        kernels::paged_attention::kv_scatter(gpu, v, slots, &values.write::<T>().view())?;
-        let (keys, values) = (keys.read::<T>(), values.read::<T>());
+        let (read, keys, values) = (qkv.read::<T>(), keys.read::<T>(), values.read::<T>());
+        let q = split(model, read.mat()).q;
         let memory = kernels::paged_attention::Pages {
             keys: keys.view(),
             values: values.view(),

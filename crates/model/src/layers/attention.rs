@@ -89,15 +89,8 @@ impl Attention {
         pages: Option<(&Places<'_>, &mut LayerPages)>,
     ) -> Result<(Tensor, SavedAttention)> {
         let (ops, config) = (pass.ops, pass.config);
-        let (qkv, low_qkv) = self.qkv.forward(pass, &x, adapters, 0)?;
-        let head_norms = match &self.head_norms {
-            None => None,
-            Some((q, k)) => Some((
-                q.forward_heads(ops, &q_of(pass, &qkv)?)?,
-                k.forward_heads(ops, &k_of(pass, &qkv)?)?,
-            )),
-        };
-        ops.rope(pass.rope, &pass.positions, &qk_of(pass, &qkv)?)?;
+        let pages = pages.map(|(places, pages)| (places, &*pages));
+        let (qkv, low_qkv, head_norms) = self.qkv(pass, &x, adapters, pages)?;
         let (out, lse) = match pages {
             None => ops
                 .attention(config, &pass.seq_starts, &qkv, self.o.room(pass))
@@ -120,6 +113,42 @@ impl Attention {
                 low_o,
             },
         ))
+    }
+
+    /// Queries, keys and values, normed and turned, and where there are pages keys and values in theirs.
+    fn qkv(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        adapters: &[AdapterRows<'_>],
+        pages: Option<(&Places<'_>, &LayerPages)>,
+    ) -> Result<(Tensor, Option<Tensor>, Option<(SavedNorm, SavedNorm)>)> {
+        let (ops, config) = (pass.ops, pass.config);
+        if self.head_norms.is_none() && x.is_on_gpu() {
+            let (qkv, low) = self.qkv.forward_without_bias(pass, x, adapters)?;
+            ops.finish_qkv(
+                config,
+                pass.rope,
+                &pass.positions,
+                self.qkv.bias(),
+                &qkv,
+                pages,
+            )?;
+            return Ok((qkv, low, None));
+        }
+        let (qkv, low) = self.qkv.forward(pass, x, adapters, 0)?;
+        let head_norms = match &self.head_norms {
+            None => None,
+            Some((q, k)) => Some((
+                q.forward_heads(ops, &q_of(pass, &qkv)?)?,
+                k.forward_heads(ops, &k_of(pass, &qkv)?)?,
+            )),
+        };
+        ops.rope(pass.rope, &pass.positions, &qk_of(pass, &qkv)?)?;
+        if let Some((places, pages)) = pages {
+            ops.write_pages(config, places, pages, &qkv)?;
+        }
+        Ok((qkv, low, head_norms))
     }
 
     /// `dy: [T, C]` → the gradient of the input; adds the parameters' gradients.

@@ -194,7 +194,33 @@ impl Linear {
         adapters: &[AdapterRows<'_>],
         room: usize,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let (ops, bias) = (pass.ops, self.bias.as_ref());
+        self.forward_with(pass, x, adapters, room, self.bias.as_ref())
+    }
+
+    /// [`forward`](Self::forward) but for the bias, which whoever asks adds.
+    pub(crate) fn forward_without_bias(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        adapters: &[AdapterRows<'_>],
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        self.forward_with(pass, x, adapters, 0, None)
+    }
+
+    /// `[ΣD_out]`
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    fn forward_with(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        adapters: &[AdapterRows<'_>],
+        room: usize,
+        bias: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let ops = pass.ops;
         if let Some(border) = self.border(pass) {
             let (y, low) = border.forward(ops, x, bias, room)?;
             return Ok((y, Some(low)));

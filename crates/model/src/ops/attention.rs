@@ -6,10 +6,10 @@ use updraft_kernels::{Float, MatMut, kv_scatter};
 
 use super::{Ops, no_room, on_gpu};
 use crate::batch::Batch;
-use crate::bridge::{Real, View, edit_slice, read, tensor, typed};
+use crate::bridge::{Real, RopeTable, View, edit_slice, read, tensor, typed};
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::indices::SeqStarts;
+use crate::indices::{Indices, SeqStarts};
 use crate::kv_pages::{LayerPages, Places};
 use crate::tensor::Tensor;
 
@@ -66,21 +66,55 @@ impl Ops {
         })
     }
 
-    /// Writes the new keys and values to their pages, then attends over the pages.
+    /// On a GPU, in one pass: adds the bias, turns queries and keys, and writes keys and values to their pages, if there
+    /// are any.
+    pub(crate) fn finish_qkv(
+        &self,
+        model: &ModelConfig,
+        table: &RopeTable,
+        positions: &Indices<'_>,
+        bias: Option<&Tensor>,
+        qkv: &Tensor,
+        pages: Option<(&Places<'_>, &LayerPages)>,
+    ) -> Result<()> {
+        on_gpu!(qkv, qkv => {
+            let bias = bias.map(Tensor::gpu).transpose()?;
+            crate::gpu::finish_qkv(model, table.gpu()?, positions.gpu()?, bias, qkv, pages)
+        });
+        let _ = (model, table, positions, bias, qkv, pages);
+        unreachable!("asked for on a GPU only")
+    }
+
+    /// Writes new keys and values to their pages.
+    pub(crate) fn write_pages(
+        &self,
+        model: &ModelConfig,
+        places: &Places<'_>,
+        pages: &LayerPages,
+        qkv: &Tensor,
+    ) -> Result<()> {
+        on_gpu!(qkv, qkv => crate::gpu::write_pages(model, places, pages, qkv));
+        typed!(qkv, F => {
+            let view = read::<F>(qkv)?;
+            let Qkv { k, v, .. } = split(model, &view);
+            edit_slice(&pages.keys, |keys: &mut [F]| kv_scatter::forward(k, &places.slots, keys))?;
+            edit_slice(&pages.values, |values: &mut [F]| kv_scatter::forward(v, &places.slots, values))
+        })
+    }
+
+    /// Attends over the pages, which hold the new keys and values already.
     pub(crate) fn paged_attention(
         &self,
         model: &ModelConfig,
         batch: &Batch,
         places: &Places<'_>,
-        pages: &mut LayerPages,
+        pages: &LayerPages,
         qkv: &Tensor,
     ) -> Result<Tensor> {
         on_gpu!(qkv, qkv => Ok(Tensor::Gpu(crate::gpu::paged_attention(model, places, pages, qkv)?)));
         typed!(qkv, F => {
             let view = read::<F>(qkv)?;
-            let Qkv { q, k, v } = split(model, &view);
-            edit_slice(&pages.keys, |keys: &mut [F]| kv_scatter::forward(k, &places.slots, keys))?;
-            edit_slice(&pages.values, |values: &mut [F]| kv_scatter::forward(v, &places.slots, values))?;
+            let q = split(model, &view).q;
             let (keys, values) = (read::<F>(&pages.keys)?, read::<F>(&pages.values)?);
             let memory =
                 Pages { keys: keys.slice(), values: values.slice(), block_size: places.tables.block_size };

@@ -162,6 +162,75 @@ pub(super) fn rope_turns_and_turns_back<T: Number>(gpu: &Gpu) {
     }
 }
 
+/// In one pass what takes four: the bias, the turn, keys and values into their slots.
+pub(super) fn qkv_is_finished_at_once<T: Number>(gpu: &Gpu) {
+    let threads = Threads::single();
+    for (head_dim, with_bias) in [(64, true), (6, false)] {
+        let heads = Heads {
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim,
+            scale: 1.0,
+        };
+        let (q_dim, kv_dim) = (4 * head_dim, 2 * head_dim);
+        let (width, stride) = (q_dim + 2 * kv_dim, q_dim + 2 * kv_dim + 8);
+        let frequencies: Vec<f32> = (0..head_dim / 2).map(|i| 0.5_f32.powi(i as i32)).collect();
+        let (positions, slots) = ([0_u32, 7, 1, 99], [5_u32, 0, 3, 4]);
+        let table = crate::rope::Table::<f32>::new(&frequencies, 100, 1.0);
+        let there = rope::Table::new(gpu, &table).expect("memory");
+        let exact = crate::rope::Table::<f64>::new(&frequencies, 100, 1.0);
+        let (bias, x) = (input::<T>(gpu, width, 2), input::<T>(gpu, 4 * stride, 3));
+
+        let mut expected = x.host.clone();
+        let mut rows = MatMut::new(&mut expected, 4, stride).split_cols(width).0;
+        if with_bias {
+            crate::linear::add_bias(&threads, &bias.host, rows.reborrow());
+        }
+        let (turned, _) = rows.split_cols(q_dim + kv_dim);
+        crate::rope::forward(&threads, &exact, &positions, turned);
+
+        for paged in [false, true] {
+            let mut qkv = gpu.alloc::<T>(4 * stride).expect("memory");
+            gpu.copy(x.device.view(), &qkv.view_mut()).expect("copied");
+            let there_positions = gpu.upload(&positions).expect("memory");
+            let there_slots = gpu.upload(&slots).expect("memory");
+            let mut pages = [poison::<T>(gpu, 6 * kv_dim), poison::<T>(gpu, 6 * kv_dim)];
+            let [keys, values_] = &mut pages;
+            let new = rope::NewPages {
+                slots: there_slots.view(),
+                keys: keys.view_mut(),
+                values: values_.view_mut(),
+            };
+            let mat = qkv.mat_mut(4, stride).cols(0..width);
+            let bias = with_bias.then(|| bias.device.view());
+            let positions = there_positions.view();
+            let new = paged.then_some(&new);
+            rope::finish_qkv(gpu, &heads, &there, positions, bias, &mat, new).expect("launched");
+            let found = values(gpu, &qkv);
+            let columns = if paged { q_dim } else { width };
+            for row in 0..4 {
+                let cols = row * stride..row * stride + columns;
+                close::<T>("in place", &found[cols.clone()], &expected[cols]);
+            }
+            if !paged {
+                continue;
+            }
+            for (page, start) in pages.iter().zip([q_dim, q_dim + kv_dim]) {
+                let page = values(gpu, page);
+                for (row, &slot) in slots.iter().enumerate() {
+                    let slot = slot as usize * kv_dim..(slot as usize + 1) * kv_dim;
+                    let cols = row * stride + start..row * stride + start + kv_dim;
+                    close::<T>("in its slot", &page[slot], &expected[cols]);
+                }
+                assert!(
+                    page[kv_dim..3 * kv_dim].iter().all(|x| x.is_nan()),
+                    "others' slots"
+                );
+            }
+        }
+    }
+}
+
 pub(super) fn swiglu_agrees<T: Number>(gpu: &Gpu) {
     let threads = Threads::single();
     for (rows, inner, gap) in [(3, 48, 0), (2, 5, 1), (4, 4864, 16)] {

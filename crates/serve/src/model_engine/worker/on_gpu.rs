@@ -12,7 +12,7 @@ struct Plan {
     choices: Vec<Choice>,
     edits: Vec<Edit>,
     /// Rows whose logits somebody wants to see.
-    on_host: Vec<usize>,
+    on_host: Vec<u32>,
 }
 
 const LIKELIEST: Choice = Choice {
@@ -30,10 +30,7 @@ impl Worker {
         let plan = self.plan(rows);
         let (tokens, logits) = guard(|| {
             let mut all = self.decoder.logits(hidden)?;
-            let mut logits = Vec::new(); // before they are changed
-            for &at in &plan.on_host {
-                logits.extend(all.rows(at..at + 1)?.to_vec()?);
-            }
+            let logits = all.pick(&plan.on_host)?; // before they are changed
             let tokens = match plan.on_host.len() == rows.len() {
                 true => Vec::new(),
                 false => all.sample(&plan.choices, &plan.edits)?,
@@ -43,7 +40,7 @@ impl Worker {
         let mut logits = logits.chunks_exact(self.decoder.config().vocab_size);
         let mut on_host = plan.on_host.iter().peekable();
         for (at, &row) in rows.iter().enumerate() {
-            if on_host.next_if_eq(&&at).is_some() {
+            if on_host.next_if(|&&row| row as usize == at).is_some() {
                 let logits = logits.next().expect("copied above");
                 self.use_logits(&[row], logits);
             } else if let Some(token) = tokens[at] {
@@ -79,7 +76,7 @@ impl Worker {
             };
             let choice = next.and_then(|sequence| sequence.choice(at as u32, &mut plan.edits));
             if choice.is_none() {
-                plan.on_host.push(at);
+                plan.on_host.push(at as u32);
             }
             plan.choices.push(choice.unwrap_or(LIKELIEST));
         }
