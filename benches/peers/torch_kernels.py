@@ -74,6 +74,23 @@ def main():
         return torch.autograd.grad(loss, hidden)
 
     print(f"| head and its loss, both ways | {microseconds(head_and_loss, synchronize, 5):.1f} |")
+    # Keys and values lie side by side here: torch has no pages.
+    for sequences, context in ((256, 2048), (1, 131_072)):
+        if tokens * 8 < sequences * context:
+            continue
+        q = numbers(sequences, HEADS, 1, HEAD_DIM)
+        k, v = (numbers(sequences, KV_HEADS, context, HEAD_DIM) for _ in range(2))
+        taken = microseconds(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), synchronize)
+        print(f"| decoding {sequences} after {context} | {taken:.1f} |")
+    logits = torch.rand(64, vocab, device=args.device) * 20
+
+    def nucleus():
+        ordered, ids = torch.softmax(logits / 0.8, dim=-1).sort(dim=-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= 0.95, 0.0)
+        return ids.gather(1, torch.multinomial(ordered, 1)).tolist()
+
+    print(f"| greedy choice | {microseconds(lambda: logits.argmax(dim=-1).tolist(), synchronize):.1f} |")
+    print(f"| nucleus sampling | {microseconds(nucleus, synchronize):.1f} |")
     params = [torch.zeros(14_336 if i % 2 == 0 else 38_016, device=args.device) for i in range(336)]
     for param in params:
         param.grad = torch.zeros_like(param)

@@ -16,8 +16,8 @@ use half::bf16;
 use updraft_kernels::adamw::AdamW;
 use updraft_kernels::attention::Heads;
 use updraft_kernels::cuda::{
-    Buffer, Error, Gpu, adamw, attention, linear, linear_cross_entropy, rms_norm, rope, sampling,
-    swiglu,
+    Buffer, Error, Gpu, adamw, attention, linear, linear_cross_entropy, paged_attention, rms_norm,
+    rope, sampling, swiglu,
 };
 
 const HIDDEN: usize = 896;
@@ -40,6 +40,9 @@ fn main() -> Result<(), Error> {
     bench.attention(1024)?;
     bench.attention(4096)?;
     bench.head()?;
+    bench.pages(256, 2048, 1)?;
+    bench.pages(1, 131_072, 1)?;
+    bench.pages(4, 4096, 4096)?;
     bench.sampling()?;
     bench.optimizer()
 }
@@ -262,6 +265,52 @@ impl Bench {
                 &mut scratch.view_mut(),
             )
         })
+    }
+
+    /// So many sequences of so many tokens, the newest of which attend: all keys and values are read once for one, and
+    /// multiplied twice for many.
+    fn pages(&self, sequences: usize, context: usize, new: usize) -> Result<(), Error> {
+        let gpu = &self.gpu;
+        let (rows, block_size) = (sequences * new, 16);
+        let (q, kv) = (
+            HEADS.num_heads * HEADS.head_dim,
+            HEADS.num_kv_heads * HEADS.head_dim,
+        );
+        let numbers = sequences * context * kv;
+        let (keys, values) = (self.numbers(numbers)?, self.numbers(numbers)?);
+        let pages = paged_attention::Pages {
+            keys: keys.view(),
+            values: values.view(),
+            block_size,
+        };
+        // A sequence's blocks do not lie side by side.
+        let table = |s: usize| {
+            let blocks = (0..context / block_size).map(|block| (block * sequences + s) as u32);
+            blocks.collect::<Vec<_>>()
+        };
+        let block_tables: Vec<Vec<u32>> = (0..sequences).map(table).collect();
+        let seq_starts: Vec<u32> = (0..=sequences).map(|s| (s * new) as u32).collect();
+        let host = updraft_kernels::paged_attention::Sequences {
+            seq_starts: &seq_starts,
+            context_lens: &vec![context as u32; sequences],
+            block_tables: &block_tables,
+        };
+        let on_device = paged_attention::Sequences::new(gpu, &host, block_size)?;
+        let queries = self.numbers(rows * q)?;
+        let mut out = gpu.zeros::<bf16>(rows * q)?;
+        let mut attend = || {
+            let (queries, out) = (queries.mat(rows, q), out.mat_mut(rows, q));
+            paged_attention::forward(gpu, &HEADS, &on_device, &pages, queries, &out)
+        };
+        if new == 1 {
+            let what = format!("decoding {sequences} after {context}");
+            self.moves(&what, 2 * numbers * 2, &mut attend)
+        } else {
+            // As without pages.
+            let product = (rows * context) as f64 * q as f64;
+            let what = format!("prompts of {new} into pages");
+            self.multiplies(&what, 2.0 * product, &mut attend)
+        }
     }
 
     /// A token for each of 64 sequences; the share is that of reading the logits once.

@@ -1,7 +1,6 @@
 // All kernels for the CPU, and the one function that runs them by name. Each file in a namespace of its own, as they are
 // modules of their own on a GPU.
-#include "common.cuh"
-#include "mma.cuh"
+#include "attention.cuh"
 
 namespace adamw {
 #include "adamw.cu"
@@ -29,6 +28,9 @@ namespace noise {
 }
 namespace paged_attention {
 #include "paged_attention.cu"
+}
+namespace paged_prefill {
+#include "paged_prefill.cu"
 }
 namespace rms_norm {
 #include "rms_norm.cu"

@@ -8,6 +8,7 @@
 
 mod attention;
 mod numbers;
+mod paged_attention;
 mod products;
 mod rows;
 mod sampling;
@@ -17,7 +18,7 @@ use half::{bf16, f16};
 
 use super::memory::Number;
 use super::{Buffer, Gpu, cast, embedding, linear, linear_cross_entropy};
-use super::{noise, paged_attention, rms_norm, rope, swiglu};
+use super::{noise, rms_norm, rope, swiglu};
 use crate::attention::Heads;
 use crate::testing::random;
 use crate::{Mat, MatMut, Threads};
@@ -157,16 +158,23 @@ on_all!(
     attention_agrees,
     attention_of_a_sequence_ignores_its_neighbours,
     paged_attention_agrees,
+    paged_attention_of_any_heads_agrees,
+    paged_attention_of_large_scores_agrees,
+    chunks_of_a_prompt_agree_with_all_of_it,
     casts_round_to_nearest,
     sums_of_matrices_agree,
 );
 
 mod checks {
     pub(super) use super::attention::{
-        attention_agrees, attention_of_a_sequence_ignores_its_neighbours, paged_attention_agrees,
+        attention_agrees, attention_of_a_sequence_ignores_its_neighbours,
     };
     pub(super) use super::numbers::{
         casts_round_to_nearest, dropout_drops_the_same_numbers, sums_of_matrices_agree,
+    };
+    pub(super) use super::paged_attention::{
+        chunks_of_a_prompt_agree_with_all_of_it, paged_attention_agrees,
+        paged_attention_of_any_heads_agrees, paged_attention_of_large_scores_agrees,
     };
     pub(super) use super::products::{cross_entropy_agrees, products_agree};
     pub(super) use super::rows::{
@@ -182,6 +190,7 @@ fn f16_takes_tensor_cores_before_sm_80() {
     let gpu = Gpu::emulated_as(75);
     checks::attention_agrees::<f16>(&gpu);
     checks::attention_of_a_sequence_ignores_its_neighbours::<f16>(&gpu);
+    checks::chunks_of_a_prompt_agree_with_all_of_it::<f16>(&gpu);
 }
 
 #[test]

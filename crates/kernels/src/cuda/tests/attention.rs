@@ -1,4 +1,4 @@
-//! Attention over packed sequences, and over pages.
+//! Attention over packed sequences.
 
 use super::super::attention;
 use super::*;
@@ -58,7 +58,7 @@ pub(super) fn attention_of_a_sequence_ignores_its_neighbours<T: Number>(gpu: &Gp
     }
 }
 
-fn heads(head_dim: usize, num_heads: usize, num_kv_heads: usize) -> Heads<f32> {
+pub(super) fn heads(head_dim: usize, num_heads: usize, num_kv_heads: usize) -> Heads<f32> {
     Heads {
         num_heads,
         num_kv_heads,
@@ -161,84 +161,5 @@ impl<T: Number> AttentionCase<T> {
         let grads = crate::attention::QkvGrads { dq, dk, dv };
         crate::attention::backward(&threads, &heads, &self.seq_starts, qkv, saved, dout, grads);
         (out, lse, dqkv)
-    }
-}
-
-pub(super) fn paged_attention_agrees<T: Number>(gpu: &Gpu) {
-    let threads = Threads::single();
-    for (head_dim, num_heads, num_kv_heads, block_size) in [(64, 4, 2, 16), (24, 3, 1, 4)] {
-        let heads_f32 = heads(head_dim, num_heads, num_kv_heads);
-        let heads = Heads {
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            scale: 1.0 / (head_dim as f64).sqrt(),
-        };
-        let context_lens = [1_u32, 7, 700, 40];
-        let new_tokens = [1_u32, 3, 1, 40];
-        let mut next = 0;
-        let block_tables: Vec<Vec<u32>> = context_lens
-            .iter()
-            .map(|&len| {
-                let blocks = len.div_ceil(block_size as u32);
-                next += blocks;
-                (next - blocks..next).rev().collect()
-            })
-            .collect();
-        let seq_starts = [0, 1, 4, 5, 45];
-        let (rows, slots_in_all) = (45, next as usize * block_size);
-        let (width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
-        let mut keys = input::<T>(gpu, slots_in_all * kv_width, 1);
-        let mut values_ = input::<T>(gpu, slots_in_all * kv_width, 2);
-        let new = input::<T>(gpu, rows * 2 * kv_width, 3);
-        let slots: Vec<u32> = (0..4)
-            .flat_map(|s| {
-                let (len, new, table) = (context_lens[s], new_tokens[s], &block_tables[s]);
-                (len - new..len).map(move |token| {
-                    let block = block_size as u32;
-                    table[(token / block) as usize] * block + token % block
-                })
-            })
-            .collect();
-        let device_slots = gpu.upload(&slots).expect("memory");
-        let new_mat = new.device.mat(rows, 2 * kv_width);
-        let host_new = Mat::new(&new.host, rows, 2 * kv_width);
-        for (cols, pages) in [
-            (0..kv_width, &mut keys),
-            (kv_width..2 * kv_width, &mut values_),
-        ] {
-            let from = new_mat.cols(cols.clone());
-            paged_attention::kv_scatter(gpu, from, device_slots.view(), &pages.device.view_mut())
-                .expect("launched");
-            crate::kv_scatter::forward(host_new.cols(cols), &slots, &mut pages.host);
-            assert_eq!(values(gpu, &pages.device), pages.host);
-        }
-        let q = input::<T>(gpu, rows * width, 4);
-        let host = crate::paged_attention::Sequences {
-            seq_starts: &seq_starts,
-            context_lens: &context_lens,
-            block_tables: &block_tables,
-        };
-        let sequences = paged_attention::Sequences::new(gpu, &host, block_size).expect("memory");
-        let pages = paged_attention::Pages {
-            keys: keys.device.view(),
-            values: values_.device.view(),
-            block_size,
-        };
-        let mut out = poison::<T>(gpu, rows * width);
-        let q_mat = q.device.mat(rows, width);
-        let out_mat = out.mat_mut(rows, width);
-        paged_attention::forward(gpu, &heads_f32, &sequences, &pages, q_mat, &out_mat)
-            .expect("launched");
-        let mut expected = vec![0.0; rows * width];
-        let pages = crate::paged_attention::Pages {
-            keys: &keys.host,
-            values: &values_.host,
-            block_size,
-        };
-        let host_q = Mat::new(&q.host, rows, width);
-        let host_out = MatMut::new(&mut expected, rows, width);
-        crate::paged_attention::forward(&threads, &heads, &host, &pages, host_q, host_out);
-        check("out", gpu, &out, &expected);
     }
 }
