@@ -11,10 +11,12 @@
 //! (`runs/`) and checkpoints, from which the same command goes on after an interruption. On SIGTERM
 //! and Ctrl-C it writes one more and exits with 143; on a second one it exits at once. Data, base and settings must be the same then, or be given another `--out`.
 //!
-//! Several processes train one run together where torchrun, SkyPilot or Kubernetes says that there are several
-//! (`torchrun --no-python --nproc_per_node 2 -- finetune_lora …`): each is given the same arguments, takes its share of every
-//! step's `--gradient_accumulation_steps` micro-batches, and with `--device cuda` the GPU of its `LOCAL_RANK`. The first one
-//! writes; for the others to go on after an interruption they must see the same `--out`.
+//! `--workers 8` trains with eight processes on this machine: each takes its share of every step's
+//! `--gradient_accumulation_steps` micro-batches, and with `--device cuda` a GPU of its own. When one fails the others are
+//! ended. Several machines take part where SkyPilot or Kubernetes starts the same command on each; or torchrun starts all
+//! processes (`torchrun --no-python --nproc_per_node 2 -- finetune_lora …`). The first one writes; for the others to go on
+//! after an interruption they must see the same `--out`. GPUs add up gradients through NCCL in a build with the feature
+//! `nccl`, else over TCP.
 //!
 //! Any setting of transformers' `TrainingArguments` and PEFT's `LoraConfig` that we know is an
 //! option by its own name. Besides:
@@ -25,6 +27,7 @@
 //! --report_to NAMES        jsonl,tensorboard unless said otherwise; mlflow and wandb with the
 //!                          features of their names and the servers that the environment names
 //! --device cuda            train on a GPU, the first or that of LOCAL_RANK; on the second with cuda:1; needs the feature `cuda`
+//! --workers 2              processes on this machine
 //! --push_to_hub OWNER/NAME upload the result as HF_TOKEN; needs the feature `push`
 //! --eval_fraction 0.05     held out of training
 //! --logging_steps 10       --threads, as many as there are cores for each process
@@ -34,7 +37,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -49,8 +52,9 @@ use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads, peft};
 use updraft::store::{CancelToken, Store};
 use updraft::train::metrics::{RunInfo, Sink, TextLines};
 use updraft::train::{
-    Checkpoints, Error, ExamplePlan, ExampleSource, FUSED, LORA_MODEL, Launch, MemorySource,
-    TcpCollective, TrainConfig, Trainer, check_memory, evaluate, export, gemm_ceiling, model_card,
+    Checkpoints, Collective, Ended, Error, ExamplePlan, ExampleSource, FUSED, LORA_MODEL, Launch,
+    MemorySource, Processes, TcpCollective, TrainConfig, Trainer, check_memory, evaluate, export,
+    gemm_ceiling, model_card,
 };
 
 /// What a shell says of a program that SIGTERM ended.
@@ -73,6 +77,10 @@ fn main() -> Result<ExitCode> {
     let out = options.need("out")?;
     let eval_fraction: f64 = options.take("eval_fraction", "0.05")?;
     let launch = Launch::from_env(|name| std::env::var(name).ok())?;
+    let workers: usize = options.take("workers", "1")?;
+    if workers > 1 && local("LOCAL_RANK").is_none() {
+        return start(launch.as_ref(), workers);
+    }
     let leads = launch.as_ref().is_none_or(|launch| launch.rank == 0);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = (threads / local("LOCAL_WORLD_SIZE").unwrap_or(1).max(1)).max(1);
@@ -191,7 +199,7 @@ fn main() -> Result<ExitCode> {
             "worker {rank} of {count} meets the others at {}",
             launch.master
         );
-        TcpCollective::join(launch, MEETING)
+        connect(TcpCollective::join(launch, MEETING)?, &decoder)
     };
     let workers = launch.as_ref().map(meet).transpose()?;
 
@@ -283,6 +291,36 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Starts this command once for each worker on this machine, and waits for them. SIGTERM and Ctrl-C go on to them.
+fn start(launch: Option<&Launch>, workers: usize) -> Result<ExitCode> {
+    let (runtime, cancel) = (Runtime::new()?, CancelToken::new());
+    watch_signals(&runtime, cancel.clone())?;
+    let program = std::env::current_exe()?;
+    let worker = || {
+        let mut command = Command::new(&program);
+        command.args(std::env::args_os().skip(1));
+        command
+    };
+    match Processes::start(launch, workers, worker)?.wait(&cancel)? {
+        Ended::Done => Ok(ExitCode::SUCCESS),
+        Ended::Stopped => Ok(ExitCode::from(STOPPED)),
+    }
+}
+
+/// With NCCL, GPUs add up gradients themselves.
+#[cfg(feature = "nccl")]
+fn connect(workers: TcpCollective, decoder: &Decoder) -> Result<Box<dyn Collective>> {
+    Ok(match decoder.gpu() {
+        Some(gpu) => Box::new(updraft::train::NcclCollective::join(workers, gpu)?),
+        None => Box::new(workers),
+    })
+}
+
+#[cfg(not(feature = "nccl"))]
+fn connect(workers: TcpCollective, _: &Decoder) -> Result<Box<dyn Collective>> {
+    Ok(Box::new(workers))
+}
+
 /// A number that torchrun tells the processes of one machine.
 fn local(variable: &str) -> Option<usize> {
     std::env::var(variable).ok()?.parse().ok()
@@ -313,8 +351,8 @@ fn load_on_gpu(
     );
     if visible > used {
         tracing::warn!(
-            "{visible} GPUs are visible and this run uses {used}: start a process for each \
-             (torchrun --no-python --nproc_per_node {visible}), or hide the others with CUDA_VISIBLE_DEVICES"
+            "{visible} GPUs are visible and this run uses {used}: start a process for each (--workers {visible}), \
+             or hide the others with CUDA_VISIBLE_DEVICES"
         );
     }
     println!("training on {}", gpu.name()?);

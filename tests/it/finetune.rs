@@ -134,6 +134,96 @@ fn two_processes_train_one_run() {
     );
 }
 
+/// One command starts both; each says its part, and the result is the first one's.
+#[test]
+fn two_workers_of_one_command_train_one_run() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let of_two = |out: &str| {
+        let mut command = finetune(dir.path(), out);
+        command.args(["--gradient_accumulation_steps", "2", "--max_steps", "6"]);
+        command
+    };
+    let alone = of_two("alone").output().expect("it starts");
+    let mut command = of_two("together");
+    let together = command
+        .args(["--workers", "2"])
+        .output()
+        .expect("it starts");
+    assert!(alone.status.success() && together.status.success());
+    let said = String::from_utf8_lossy(&together.stdout);
+    for line in [
+        "worker 0 of 2 meets",
+        "worker 1 of 2 meets",
+        "the first worker writes",
+    ] {
+        assert_eq!(said.matches(line).count(), 1, "{line}: {said}");
+    }
+    let last = |said: &[u8]| -> f64 {
+        let said = String::from_utf8_lossy(said).into_owned();
+        let mut losses = said.lines().filter_map(|line| line.split_once("'loss': "));
+        let (_, rest) = losses.next_back().expect("losses");
+        let (loss, _) = rest.split_once(',').expect("more figures");
+        loss.parse().expect("a number")
+    };
+    let (together, alone) = (last(&together.stdout), last(&alone.stdout));
+    assert!((together - alone).abs() < 1.5e-4, "{together} {alone}");
+    let sizes = |out: &str| written(dir.path(), out).map(|file| file.len());
+    assert_eq!(sizes("together"), sizes("alone"));
+}
+
+/// Which of a program's processes were started by it.
+#[cfg(target_os = "linux")]
+fn children(id: u32) -> Vec<String> {
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+    let children = children.expect("it runs");
+    children.split_whitespace().map(str::to_owned).collect()
+}
+
+/// A worker that is killed ends the command, which names it, and the other worker with it; the same command goes on.
+#[cfg(target_os = "linux")] // which tells a process's children
+#[test]
+fn when_a_worker_dies_the_command_says_so_and_ends() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let long = |command: &mut Command| {
+        command.args(["--max_steps", "100000", "--workers", "2"]);
+        command.args(["--gradient_accumulation_steps", "2"]);
+        command.stderr(Stdio::piped());
+    };
+    let mut command = finetune(dir.path(), "out");
+    long(&mut command);
+    let mut child = command.spawn().expect("it starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let third = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(" 3/100000 ")));
+    assert!(third.is_some(), "it trains");
+    let workers = children(child.id());
+    assert_eq!(workers.len(), 2);
+    let kill = Command::new("kill").args(["-KILL", &workers[1]]).status();
+    assert!(kill.expect("kill is there").success());
+    lines.for_each(drop);
+    let end = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&end.stderr);
+    assert_eq!(end.status.code(), Some(1), "{said}");
+    assert!(said.contains("worker 1 ended with signal: 9"), "{said}");
+    let is_gone = |id: &String| !Path::new("/proc").join(id).exists();
+    assert!(workers.iter().all(is_gone));
+
+    // Stopped by SIGTERM, both end with a checkpoint.
+    let mut command = finetune(dir.path(), "stopped");
+    long(&mut command);
+    let mut child = command.spawn().expect("it starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let third = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(" 3/100000 ")));
+    assert!(third.is_some(), "it trains");
+    let kill = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(kill.expect("kill is there").success());
+    let lines: Vec<String> = lines.map_while(Result::ok).collect();
+    let stopped = lines
+        .iter()
+        .filter(|line| line.contains("the same command goes on from there"));
+    assert_eq!(stopped.count(), 2, "{lines:?}");
+    assert_eq!(child.wait().expect("it ends").code(), Some(143));
+}
+
 /// Other data, and a base that is another model of the same shape: refused, and what is there stays.
 #[test]
 fn another_runs_checkpoint_is_refused_and_stays() {

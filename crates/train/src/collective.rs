@@ -4,16 +4,28 @@
 //! worker `r` of `W` takes those with `i % W == r`, and gradients and losses are added up in the order of ranks.
 //! So every worker holds the same bits, and any number of workers can continue what another number began.
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+mod gpu;
 mod inbox;
 mod launch;
 mod local;
 mod mesh;
+#[cfg(feature = "nccl")]
+mod nccl;
+#[cfg(unix)]
+mod processes;
 mod tcp;
 
 use std::fmt;
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub use gpu::{DeviceCollective, DeviceGroup, GpuCollective};
 pub use launch::Launch;
 pub use local::{LocalCollective, local_group};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclCollective;
+#[cfg(unix)]
+pub use processes::{Ended, Processes};
 pub use tcp::TcpCollective;
 
 use crate::{Error, Result};
@@ -45,6 +57,13 @@ pub trait Collective: fmt::Debug + Send {
     /// # Errors
     /// As [`exchange`](Self::exchange).
     fn sum(&mut self, values: &mut [f32]) -> Result<()>;
+
+    /// The power to add up what lies on GPUs, where it has that. Where it has not, gradients come to the host for
+    /// [`sum`](Self::sum) and go back.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
+        None
+    }
 }
 
 /// The only worker.
@@ -79,6 +98,30 @@ impl<C: Collective + ?Sized> Collective for &mut C {
     }
     fn sum(&mut self, values: &mut [f32]) -> Result<()> {
         (**self).sum(values)
+    }
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
+        (**self).on_gpu()
+    }
+}
+
+/// Of whatever kind.
+impl<C: Collective + ?Sized> Collective for Box<C> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+    fn num_workers(&self) -> usize {
+        (**self).num_workers()
+    }
+    fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        (**self).exchange(mine)
+    }
+    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
+        (**self).sum(values)
+    }
+    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+    fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
+        (**self).on_gpu()
     }
 }
 

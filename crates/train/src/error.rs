@@ -145,6 +145,16 @@ pub enum Error {
         /// What happened to it.
         source: std::io::Error,
     },
+    /// One of the processes that this one started as workers failed.
+    #[error("worker {rank} {what}: look at what it said; the others were ended")]
+    Process {
+        /// Which one.
+        rank: usize,
+        /// How it ended, or what could not be done with it.
+        what: String,
+        /// What the system says, if it does.
+        source: Option<std::io::Error>,
+    },
     /// The workers of a run were started differently.
     #[error("{what} of worker {rank} differs from the first worker's: start all of them alike")]
     WorkersDiffer {

@@ -44,6 +44,9 @@
 //! | feature | default | adds |
 //! | --- | --- | --- |
 //! | `conformance` | no | the suites every [`ExampleSource`] and [`Optimizer`] passes |
+//! | `cuda` | no | training on NVIDIA GPUs |
+//! | `cuda-emulator` | no | the same on kernels compiled for the CPU, to test it |
+//! | `nccl` | no | `NcclCollective`: several GPUs' gradients through NCCL |
 //! | `mlflow` | no | [`metrics`] to an MLflow tracking server |
 //! | `wandb` | no | [`metrics`] to Weights & Biases |
 
@@ -89,9 +92,15 @@ mod testing;
 pub use batch::parts;
 pub use checkpoint::{Checkpoint, Machine, RunState};
 pub use checkpoints::Checkpoints;
+#[cfg(feature = "nccl")]
+pub use collective::NcclCollective;
 pub use collective::{
     Alone, Collective, Launch, LocalCollective, MAX_MESSAGE, TcpCollective, local_group,
 };
+#[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+pub use collective::{DeviceCollective, DeviceGroup, GpuCollective};
+#[cfg(unix)]
+pub use collective::{Ended, Processes};
 pub use config::{OptimizerKind, TrainConfig};
 pub use error::{BoxError, Error, Result};
 pub use evaluation::{EvalRecord, best, evaluate};

@@ -231,6 +231,13 @@ impl Driver {
             .map_err(|error| Error::of(error, 0))
     }
 
+    /// The stream that everything runs on, its device made this thread's.
+    #[cfg(feature = "nccl")]
+    pub(super) fn stream(&self) -> Result<*mut c_void> {
+        self.bind()?;
+        Ok(self.stream.cu_stream().cast())
+    }
+
     pub(super) fn synchronize(&self) -> Result<()> {
         self.stream
             .synchronize()

@@ -23,6 +23,9 @@ namespace cross_entropy {
 namespace embedding {
 #include "embedding.cu"
 }
+namespace gathered {
+#include "gathered.cu"
+}
 namespace noise {
 #include "noise.cu"
 }

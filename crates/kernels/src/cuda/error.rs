@@ -15,6 +15,12 @@ pub enum Error {
          install the CUDA runtime, or add its folder to LD_LIBRARY_PATH"
     )]
     NoBlas,
+    /// There is no NCCL.
+    #[error(
+        "no NCCL: libnccl.so.2 is not on the library path; install it (libnccl2 of NVIDIA's repository, or the wheel \
+         nvidia-nccl-cu13 with its folder in LD_LIBRARY_PATH), or build without the feature nccl, which goes over TCP"
+    )]
+    NoNccl,
     /// The driver knows no such device.
     #[error(
         "no GPU {ordinal}: the driver sees {count}; choose a lower number, or look at CUDA_VISIBLE_DEVICES"

@@ -46,8 +46,11 @@ pub mod adamw;
 pub mod attention;
 pub mod cast;
 pub mod embedding;
+pub mod gathered;
 pub mod linear;
 pub mod linear_cross_entropy;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 pub mod noise;
 pub mod paged_attention;
 pub mod rms_norm;

@@ -249,6 +249,11 @@ fn values_that_change_on_a_gpu_are_current_for_whoever_looks() {
         let losses = 4 * part[0].num_labels() as u64;
         assert_eq!(downloaded() - before, losses);
         assert_eq!(there.to_bits(), loss(&reference).to_bits());
+        // And again, once it has read it.
+        double(&mut adapter, &gpu);
+        double_here(&mut reference);
+        assert_ne!(there.to_bits(), loss(&reference).to_bits());
+        assert_eq!(loss(&adapter).to_bits(), loss(&reference).to_bits());
         // It comes once.
         let bytes = 4 * adapter.num_parameters() as u64;
         let before = downloaded();

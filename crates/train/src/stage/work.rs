@@ -98,7 +98,13 @@ impl Work {
         let Some(launch) = &self.stage.launch else {
             return Ok(None);
         };
-        Ok(Some(Box::new(TcpCollective::join(launch, MEETING)?)))
+        let workers = TcpCollective::join(launch, MEETING)?;
+        #[cfg(feature = "nccl")]
+        if let Place::Gpu(gpu) = &self.place {
+            let workers = crate::collective::NcclCollective::join(workers, gpu)?;
+            return Ok(Some(Box::new(workers)));
+        }
+        Ok(Some(Box::new(workers)))
     }
 
     /// Writes, reads back and compares what a run leaves; returns what is to be committed.

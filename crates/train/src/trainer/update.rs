@@ -12,6 +12,14 @@ impl Trainer<'_> {
         if self.workers.num_workers() == 1 {
             return Ok(()); // they stay where they are
         }
+        #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+        if let Some(gpu) = self.decoder.gpu()
+            && let Some(workers) = self.workers.on_gpu()
+        {
+            return self
+                .gradients
+                .update_on_gpu(gpu, |mut sums| workers.sum_on_gpu(gpu, &mut sums))?;
+        }
         self.gradients.update(|values| self.workers.sum(values))?
     }
 

@@ -13,6 +13,8 @@ mod export;
 mod gpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
 mod gpu_optimizer;
+#[cfg(feature = "cuda-emulator")]
+mod gpu_workers;
 mod identities;
 mod peft;
 mod refusals;

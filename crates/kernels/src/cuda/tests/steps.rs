@@ -124,3 +124,30 @@ fn tensors_that_overlap_are_refused() {
     let trained = [0..5, 4..8].map(|range| Trained { range, group: 0 });
     let _ = Tensors::new(&Gpu::emulated(), &trained, 8);
 }
+
+/// The order of the workers shows in the last bits.
+#[test]
+fn gathered_numbers_are_added_in_the_order_of_workers() {
+    for gpu in gpus() {
+        for (workers, len) in [(1, 5), (3, 0), (2, 1), (5, 300), (3, 70_001)] {
+            let rows: Vec<Vec<f32>> = (0..workers)
+                .map(|worker| {
+                    let scale = 10.0_f32.powi(3 * worker as i32 - 4);
+                    let numbers = random::<f32>(len, worker as u64);
+                    numbers.iter().map(|number| number * scale).collect()
+                })
+                .collect();
+            let mut expected = rows[0].clone();
+            for row in &rows[1..] {
+                expected.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+            }
+            let gathered = gpu.upload(&rows.concat()).expect("memory");
+            let mut sums = poison::<f32>(&gpu, len);
+            super::super::gathered::sum(&gpu, gathered.mat(workers, len), &sums.view_mut())
+                .expect("launched");
+            let bits = |sums: &[f32]| sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>();
+            let sums = gpu.download(sums.view()).expect("finished");
+            assert_eq!(bits(&sums), bits(&expected), "{workers} of {len}");
+        }
+    }
+}
