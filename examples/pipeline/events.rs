@@ -49,6 +49,7 @@ impl Event {
 #[derive(Debug)]
 pub struct Events {
     json: bool,
+    silent: bool,
     last: Mutex<Option<(String, Instant)>>,
 }
 
@@ -57,15 +58,25 @@ impl Events {
         let json = std::env::var("UPDRAFT_EVENTS").is_ok_and(|value| value == "json");
         Self {
             json,
+            silent: false,
             last: Mutex::new(None),
         }
     }
 
-    pub fn finished(&self, summary: StageSummary) {
-        if !self.json {
-            return say(&finished_line(&summary));
+    /// Of a worker that does what another one tells of.
+    pub fn silent() -> Self {
+        Self {
+            silent: true,
+            ..Self::from_env()
         }
-        self.send(&Event::Finished(summary));
+    }
+
+    pub fn finished(&self, summary: StageSummary) {
+        match (self.silent, self.json) {
+            (true, _) => {}
+            (false, true) => self.send(&Event::Finished(summary)),
+            (false, false) => say(&finished_line(&summary)),
+        }
     }
 
     fn send(&self, event: &Event) {
@@ -92,6 +103,9 @@ impl Events {
 
 impl ProgressSink for Events {
     fn report(&self, progress: &Progress) {
+        if self.silent {
+            return;
+        }
         if self.json {
             self.send(&Event::Progress(progress.clone()));
         } else if self.due(&progress.stage) {

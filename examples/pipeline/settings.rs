@@ -27,6 +27,7 @@ flags:
   --max-steps N     stop after N optimizer steps, whatever the epochs
   --device DEVICE   cpu, cuda or cuda:1, to train and serve on; a GPU needs a build
                     with --features cuda                                       [cpu]
+  --workers N       processes that train together        [one for each GPU, or one]
   --save-steps N    optimizer steps between checkpoints                           [50]
   --report-to NAMES where training's figures go, of jsonl, tensorboard, mlflow, wandb;
                     the last two with the features of their names, and the servers that
@@ -70,6 +71,7 @@ pub struct Settings {
     pub epochs: f64,
     pub max_steps: Option<u64>,
     pub device: Compute,
+    pub workers: usize,
     pub save_steps: u64,
     pub report_to: String,
     pub logging_dir: String,
@@ -90,6 +92,7 @@ impl Settings {
             epochs: 1.0,
             max_steps: None,
             device: Compute::Cpu,
+            workers: 0,
             save_steps: 50,
             report_to: String::new(),
             logging_dir: "updraft-logs".to_owned(),
@@ -108,6 +111,7 @@ impl Settings {
                 Arg::Long("epochs") => settings.epochs = parser.value()?.parse()?,
                 Arg::Long("max-steps") => settings.max_steps = Some(parser.value()?.parse()?),
                 Arg::Long("device") => settings.device = parser.value()?.parse()?,
+                Arg::Long("workers") => settings.workers = parser.value()?.parse()?,
                 Arg::Long("save-steps") => settings.save_steps = parser.value()?.parse()?,
                 Arg::Long("report-to") => settings.report_to = parser.value()?.string()?,
                 Arg::Long("logging-dir") => settings.logging_dir = parser.value()?.string()?,
@@ -124,6 +128,9 @@ impl Settings {
         settings.logging_dir = logging_dir.display().to_string();
         if settings.logging_dir.contains(char::is_whitespace) {
             bail!("--logging-dir with a space in it; the task file cannot carry it");
+        }
+        if settings.workers == 0 {
+            settings.workers = settings.num_gpus()?.max(1);
         }
         settings.sinks()?; // A wrong name is better known now than in the task.
         Ok(Some(settings))
@@ -161,13 +168,13 @@ impl Settings {
     pub fn train_flags(&self) -> String {
         let max_steps = self.max_steps.map(|steps| format!(" --max-steps {steps}"));
         let (epochs, save_steps, date) = (self.epochs, self.save_steps, &self.date);
-        let device = self.device;
+        let (device, workers) = (self.device, self.workers);
         let report_to = match self.report_to.as_str() {
             "" => String::new(),
             names => format!(" --report-to {names} --logging-dir {}", self.logging_dir),
         };
         format!(
-            "--epochs {epochs} --device {device} --save-steps {save_steps} --date {date}{}{report_to}",
+            "--epochs {epochs} --device {device} --workers {workers} --save-steps {save_steps} --date {date}{}{report_to}",
             max_steps.unwrap_or_default()
         )
     }
@@ -191,7 +198,18 @@ impl Settings {
         }
     }
 
+    /// The GPUs that a run on one may have besides; a number such as in `cuda:1` asks for that one alone.
+    fn num_gpus(&self) -> Result<usize> {
+        #[cfg(feature = "cuda")]
+        if self.device == Compute::Cuda(0) {
+            return Ok(updraft::model::Gpu::count()?);
+        }
+        self.device.check()?;
+        Ok(1)
+    }
+
     /// The training run: the articles' settings, in the number type that suits the device. A tiny model wants larger steps.
+    /// Every worker gets a share of each step, which stays as large as it is.
     pub fn training(&self) -> Result<TrainConfig> {
         let dtype = self.device.training_dtype()?;
         let articles = TrainConfig {
@@ -208,7 +226,7 @@ impl Settings {
             save_steps: self.save_steps,
             ..TrainConfig::default()
         };
-        Ok(match self.model.as_str() {
+        let mut config = match self.model.as_str() {
             "tiny" => TrainConfig {
                 learning_rate: 8e-3,
                 per_device_train_batch_size: 4,
@@ -217,7 +235,14 @@ impl Settings {
                 ..articles
             },
             _ => articles,
-        })
+        };
+        while (config.gradient_accumulation_steps as usize) < self.workers
+            && config.per_device_train_batch_size.is_multiple_of(2)
+        {
+            config.gradient_accumulation_steps *= 2;
+            config.per_device_train_batch_size /= 2;
+        }
+        Ok(config)
     }
 }
 

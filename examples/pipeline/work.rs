@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,9 +16,9 @@ use updraft::dataset::{
     ImportOptions, MemorySource, PretokenizeOptions, Reader, ReaderOptions, Source, SourceOptions,
     import, pretokenize, resolve_source_with,
 };
-use updraft::model::{Threads, import_model};
+use updraft::model::{Compute, Threads, import_model};
 use updraft::store::{CancelToken, FinishedStage, Store};
-use updraft::train::{ExampleSource, Sources, TrainStage, train_stage};
+use updraft::train::{Ended, ExampleSource, Launch, Processes, Sources, TrainStage, train_stage};
 
 use crate::events::{Events, StageSummary};
 use crate::letters;
@@ -29,7 +29,8 @@ const LETTERS: (u64, usize) = (3407, 4000);
 
 pub async fn run(settings: &Settings) -> Result<()> {
     let store = Store::open(&settings.store)?;
-    let events = Events::from_env();
+    let worker = Worker::from_env()?;
+    let events = worker.events(false);
     let cancel = CancelToken::new();
     cancel_on_signal(cancel.clone())?;
     let (model, dataset) = (settings.model_name(), settings.dataset_name());
@@ -77,6 +78,10 @@ pub async fn run(settings: &Settings) -> Result<()> {
     })
     .await?;
 
+    if settings.workers > 1 && worker.local.is_none() {
+        return train_together(worker.launch, settings.workers, cancel).await;
+    }
+    let events = worker.events(true);
     stage("train", &events, async {
         let order = ReaderOptions {
             seed: training.seed,
@@ -98,9 +103,9 @@ pub async fn run(settings: &Settings) -> Result<()> {
             lora: settings.lora(),
             config: training.clone(),
             report_to: settings.sinks()?,
-            compute: settings.device,
-            launch: None,
-            threads: Threads::new(available_threads()).context("could not start threads")?,
+            compute: worker.device(settings.device),
+            launch: worker.launch.clone(),
+            threads: Threads::new(worker.threads()).context("could not start threads")?,
         };
         Ok(train_stage(&store, &run, source, &events, &cancel)
             .await?
@@ -108,6 +113,70 @@ pub async fn run(settings: &Settings) -> Result<()> {
     })
     .await?;
     Ok(())
+}
+
+/// Which of several processes this one is, as torchrun says it, or [`train_together`].
+struct Worker {
+    launch: Option<Launch>,
+    /// Its number on this machine, and how many are there.
+    local: Option<(usize, usize)>,
+}
+
+impl Worker {
+    fn from_env() -> Result<Worker> {
+        let variable = |name: &str| std::env::var(name).ok();
+        let number = |name| variable(name).and_then(|text| text.parse::<usize>().ok());
+        let local =
+            number("LOCAL_RANK").map(|rank| (rank, number("LOCAL_WORLD_SIZE").unwrap_or(1)));
+        Ok(Worker {
+            launch: Launch::from_env(variable)?,
+            local,
+        })
+    }
+
+    /// The first one tells of the training; of what comes before, whoever started the workers.
+    fn events(&self, training: bool) -> Events {
+        let leads = self.launch.as_ref().is_none_or(|launch| launch.rank == 0);
+        match self.local {
+            Some((_, count)) if count > 1 && !(training && leads) => Events::silent(),
+            _ => Events::from_env(),
+        }
+    }
+
+    /// A GPU for each.
+    fn device(&self, device: Compute) -> Compute {
+        match (device, self.local) {
+            (Compute::Cuda(_), Some((rank, count))) if count > 1 => Compute::Cuda(rank),
+            (device, _) => device,
+        }
+    }
+
+    /// Its share of this machine's cores.
+    fn threads(&self) -> usize {
+        let share = self.local.map_or(1, |(_, count)| count);
+        (available_threads() / share).max(1)
+    }
+}
+
+/// Starts this command once for each worker, and waits for them.
+async fn train_together(launch: Option<Launch>, workers: usize, cancel: CancelToken) -> Result<()> {
+    let ended = tokio::task::spawn_blocking(move || {
+        let program = std::env::current_exe()?;
+        let worker = || {
+            let mut command = std::process::Command::new(&program);
+            command.args(std::env::args_os().skip(1));
+            command
+        };
+        let ended = Processes::start(launch.as_ref(), workers, worker)?.wait(&cancel)?;
+        anyhow::Ok(ended)
+    });
+    match ended
+        .await
+        .context("the thread that waits for the workers")??
+    {
+        Ended::Done => Ok(()),
+        Ended::Stopped => bail!("cancelled; run again to continue"),
+    }
 }
 
 /// Times a stage and reports it.
