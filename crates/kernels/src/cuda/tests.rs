@@ -20,8 +20,7 @@ use super::memory::Number;
 use super::{Buffer, Gpu, cast, embedding, linear, linear_cross_entropy};
 use super::{noise, rms_norm, rope, swiglu};
 use crate::attention::Heads;
-use crate::testing::random;
-use crate::{Mat, MatMut, Threads};
+use crate::{Float, Mat, MatMut, Threads};
 
 /// The devices to test: the emulator if it was compiled, and the first GPU.
 fn gpus() -> Vec<Gpu> {
@@ -49,6 +48,13 @@ fn tolerance<T: Number>() -> f64 {
         "f16" => 1e-3,
         _ => 1e-2,
     }
+}
+
+/// Numbers in `-1..1`, others for each `UPDRAFT_TEST_SEED`, which is 0 unless it is set.
+fn random<F: Float>(len: usize, seed: u64) -> Vec<F> {
+    let run = std::env::var("UPDRAFT_TEST_SEED").ok();
+    let run: u64 = run.map_or(0, |run| run.parse().expect("a number in UPDRAFT_TEST_SEED"));
+    crate::testing::random(len, seed.wrapping_add(run << 32))
 }
 
 /// The same random numbers on the device and, as they were rounded, in f64.
