@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let step = decode / f64::from(LENGTH);
         // What a step must read: every weight once, and the keys and values of every sequence.
         let context = u64::from(batch * (PROMPT + LENGTH / 2));
-        let read = 2 * config.num_parameters() as u64
+        let read = 2 * config.num_parameters()
             + context * KvPages::bytes_per_block(&config, 1, decoder.dtype());
         println!(
             "| {batch} | {:.0} | {:.0} | {:.2} | {:.0}% |",

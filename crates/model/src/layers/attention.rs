@@ -33,6 +33,13 @@ pub(crate) struct SavedAttention {
     low_o: Option<Tensor>,
 }
 
+/// Queries, keys and values side by side, and what the backward pass needs of their making.
+struct Made {
+    qkv: Tensor,
+    low: Option<Tensor>,
+    head_norms: Option<(SavedNorm, SavedNorm)>,
+}
+
 impl Attention {
     pub(crate) fn load(loader: Loader<'_>, layer: usize) -> Result<Self> {
         let norm = |name: &str| {
@@ -90,7 +97,11 @@ impl Attention {
     ) -> Result<(Tensor, SavedAttention)> {
         let (ops, config) = (pass.ops, pass.config);
         let pages = pages.map(|(places, pages)| (places, &*pages));
-        let (qkv, low_qkv, head_norms) = self.qkv(pass, &x, adapters, pages)?;
+        let Made {
+            qkv,
+            low: low_qkv,
+            head_norms,
+        } = self.qkv(pass, &x, adapters, pages)?;
         let (out, lse) = match pages {
             None => ops
                 .attention(config, &pass.seq_starts, &qkv, self.o.room(pass))
@@ -122,7 +133,7 @@ impl Attention {
         x: &Tensor,
         adapters: &[AdapterRows<'_>],
         pages: Option<(&Places<'_>, &LayerPages)>,
-    ) -> Result<(Tensor, Option<Tensor>, Option<(SavedNorm, SavedNorm)>)> {
+    ) -> Result<Made> {
         let (ops, config) = (pass.ops, pass.config);
         if self.head_norms.is_none() && x.is_on_gpu() {
             let (qkv, low) = self.qkv.forward_without_bias(pass, x, adapters)?;
@@ -134,7 +145,12 @@ impl Attention {
                 &qkv,
                 pages,
             )?;
-            return Ok((qkv, low, None));
+            let head_norms = None;
+            return Ok(Made {
+                qkv,
+                low,
+                head_norms,
+            });
         }
         let (qkv, low) = self.qkv.forward(pass, x, adapters, 0)?;
         let head_norms = match &self.head_norms {
@@ -148,7 +164,11 @@ impl Attention {
         if let Some((places, pages)) = pages {
             ops.write_pages(config, places, pages, &qkv)?;
         }
-        Ok((qkv, low, head_norms))
+        Ok(Made {
+            qkv,
+            low,
+            head_norms,
+        })
     }
 
     /// `dy: [T, C]` → the gradient of the input; adds the parameters' gradients.
