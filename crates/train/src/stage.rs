@@ -117,7 +117,7 @@ struct Inputs<'a> {
 /// # Errors
 /// [`Error::Cancelled`] once `cancel` is, with a checkpoint written: after a step, or, when the training is over, within a
 /// tensor's work or a request to the store, with no manifest written; else as
-/// [`Trainer::run`], [`Error::Verification`], [`Error::Model`] and
+/// [`Trainer::run`](crate::Trainer::run), [`Error::Verification`], [`Error::Model`] and
 /// [`Error::Store`].
 pub async fn train_stage(
     store: &Store,
