@@ -48,7 +48,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use updraft::chat::{Chat, ChatFiles, Conversation, Example, Message, TemplateFiles};
 use updraft::model::memory::MemoryEstimate;
-use updraft::model::{Adapter, Decoder, LoraConfig, ModelFiles, Threads, peft};
+use updraft::model::{Adapter, Compute, Decoder, LoraConfig, ModelFiles, Threads, peft};
 use updraft::store::{CancelToken, Store};
 use updraft::train::metrics::{RunInfo, Sink, TextLines};
 use updraft::train::{
@@ -93,7 +93,7 @@ fn main() -> Result<ExitCode> {
         push_to_hub.is_empty() || cfg!(feature = "push"),
         "--push_to_hub needs a build with --features push"
     );
-    let device: String = options.take("device", "cpu")?;
+    let device = device(options.take("device", "cpu")?)?;
     let usual = match options.take("full", "false")? {
         true => LoraConfig::full_fine_tuning(),
         false => LoraConfig::default(),
@@ -180,13 +180,13 @@ fn main() -> Result<ExitCode> {
         let (config, weights) = (&files.config, &files.weights);
         Decoder::load(config, weights, dtype, &Device::Cpu, &threads)
     };
-    let is_on_cpu = device == "cpu";
+    let is_on_cpu = device == Compute::Cpu;
     let (estimate, decoder) = match is_on_cpu {
         true => {
             let fits = check_memory(&files.config, &lora, source.plan(), &config, &threads)?;
             (fits, load(dtype)?)
         }
-        false => load_on_gpu(&device, &files, &lora, source.plan(), &config, &threads)?,
+        false => load_on_gpu(device, &files, &lora, source.plan(), &config, &threads)?,
     };
     let (trained, all) = (adapter.num_parameters(), files.config.num_parameters());
     println!("{trained} parameters are trained over a model of {all}");
@@ -206,7 +206,12 @@ fn main() -> Result<ExitCode> {
     // A spot notice, or Ctrl-C: the trainer writes a checkpoint.
     let runtime = Runtime::new()?;
     let cancel = CancelToken::new();
-    watch_signals(&runtime, cancel.clone())?;
+    let is_worker = Processes::is_one(); // whose parent says what a second one means
+    watch_signals(&runtime, cancel.clone(), move || {
+        if !is_worker {
+            std::process::exit(STOPPED.into());
+        }
+    })?;
 
     // Train, from the newest checkpoint if there is one.
     let store = Store::open(&out)?;
@@ -293,15 +298,16 @@ fn main() -> Result<ExitCode> {
 
 /// Starts this command once for each worker on this machine, and waits for them. SIGTERM and Ctrl-C go on to them.
 fn start(launch: Option<&Launch>, workers: usize) -> Result<ExitCode> {
-    let (runtime, cancel) = (Runtime::new()?, CancelToken::new());
-    watch_signals(&runtime, cancel.clone())?;
+    let (runtime, cancel, at_once) = (Runtime::new()?, CancelToken::new(), CancelToken::new());
+    let second = at_once.clone();
+    watch_signals(&runtime, cancel.clone(), move || second.cancel())?;
     let program = std::env::current_exe()?;
     let worker = || {
         let mut command = Command::new(&program);
         command.args(std::env::args_os().skip(1));
         command
     };
-    match Processes::start(launch, workers, worker)?.wait(&cancel)? {
+    match Processes::start(launch, workers, worker)?.wait(&cancel, &at_once)? {
         Ended::Done => Ok(ExitCode::SUCCESS),
         Ended::Stopped => Ok(ExitCode::from(STOPPED)),
     }
@@ -326,29 +332,34 @@ fn local(variable: &str) -> Option<usize> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// The base on a GPU if the run fits there: `cuda` is the first, or this process's of several; `cuda:1` the second.
+/// With several workers on this machine each takes a GPU of its own.
+fn device(asked: Compute) -> Result<Compute> {
+    asked.check()?;
+    let several = local("LOCAL_WORLD_SIZE").filter(|&count| count > 1);
+    match (asked, several.and_then(|_| local("LOCAL_RANK"))) {
+        (Compute::Cuda(0), Some(rank)) => Ok(Compute::Cuda(rank)),
+        (Compute::Cuda(_), Some(_)) => {
+            anyhow::bail!(
+                "--device {asked} with several workers: say cuda, and each takes a GPU of its own"
+            )
+        }
+        _ => Ok(asked),
+    }
+}
+
+/// The base on a GPU, if the run fits there.
 #[cfg(feature = "cuda")]
 fn load_on_gpu(
-    device: &str,
+    device: Compute,
     files: &ModelFiles,
     lora: &LoraConfig,
     data: &ExamplePlan,
     config: &TrainConfig,
     threads: &Threads,
 ) -> Result<(MemoryEstimate, Decoder)> {
-    let name = device
-        .strip_prefix("cuda")
-        .map(|rest| rest.trim_start_matches(':'));
-    let ordinal = name.and_then(|ordinal| match ordinal {
-        "" => Some(local("LOCAL_RANK").unwrap_or(0)),
-        ordinal => ordinal.parse().ok(),
-    });
-    let ordinal = ordinal.with_context(|| format!("--device {device}: say cpu, cuda or cuda:1"))?;
-    let gpu = updraft::model::Gpu::new(ordinal)?;
-    let (visible, used) = (
-        updraft::model::Gpu::count()?,
-        local("LOCAL_WORLD_SIZE").unwrap_or(1),
-    );
+    let gpu = device.gpu()?.context("the CPU is no GPU")?;
+    let visible = updraft::model::Gpu::count()?;
+    let used = local("LOCAL_WORLD_SIZE").unwrap_or(1);
     if visible > used {
         tracing::warn!(
             "{visible} GPUs are visible and this run uses {used}: start a process for each (--workers {visible}), \
@@ -364,19 +375,23 @@ fn load_on_gpu(
 
 #[cfg(not(feature = "cuda"))]
 fn load_on_gpu(
-    device: &str,
+    device: Compute,
     _: &ModelFiles,
     _: &LoraConfig,
     _: &ExamplePlan,
     _: &TrainConfig,
     _: &Threads,
 ) -> Result<(MemoryEstimate, Decoder)> {
-    anyhow::bail!("--device {device} needs a build with --features cuda (or say cpu)")
+    anyhow::bail!("--device {device} needs a build with --features cuda")
 }
 
 /// SIGTERM and Ctrl-C end the training with a checkpoint, and an export, which begins anew the next time. The second time
-/// they end the program.
-fn watch_signals(runtime: &Runtime, cancel: CancelToken) -> Result<()> {
+/// they end the program, or its workers.
+fn watch_signals(
+    runtime: &Runtime,
+    cancel: CancelToken,
+    second: impl Fn() + Send + 'static,
+) -> Result<()> {
     let _inside = runtime.enter();
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
@@ -386,10 +401,10 @@ fn watch_signals(runtime: &Runtime, cancel: CancelToken) -> Result<()> {
                 _ = terminated.recv() => {}
                 _ = interrupted.recv() => {}
             }
-            if cancel.is_cancelled() {
-                std::process::exit(STOPPED.into());
+            match cancel.is_cancelled() {
+                true => second(),
+                false => cancel.cancel(),
             }
-            cancel.cancel();
         }
     });
     Ok(())

@@ -69,10 +69,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// What a shell says of a program that SIGTERM ended.
+const STOPPED: u8 = 128 + 15;
+
 /// One line that names the thing and the next step.
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
-    ExitCode::FAILURE
+    let cancelled =
+        |error: &updraft::train::Error| matches!(error, updraft::train::Error::Cancelled { .. });
+    match error.is::<work::Stopped>() || error.downcast_ref().is_some_and(cancelled) {
+        true => ExitCode::from(STOPPED),
+        false => ExitCode::FAILURE,
+    }
 }
 
 async fn run(settings: &Settings) -> Result<()> {

@@ -27,7 +27,7 @@ flags:
   --max-steps N     stop after N optimizer steps, whatever the epochs
   --device DEVICE   cpu, cuda or cuda:1, to train and serve on; a GPU needs a build
                     with --features cuda                                       [cpu]
-  --workers N       processes that train together        [one for each GPU, or one]
+  --workers N       processes that train together   [one for each GPU, up to 8, or one]
   --save-steps N    optimizer steps between checkpoints                           [50]
   --report-to NAMES where training's figures go, of jsonl, tensorboard, mlflow, wandb;
                     the last two with the features of their names, and the servers that
@@ -50,6 +50,9 @@ examples:
 
 /// Of the adapter, of the order of the data, and of the questions.
 pub const SEED: u64 = 3407;
+
+/// Conversations of a step, each of which one worker takes.
+const MAX_WORKERS: usize = 8;
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,8 +132,14 @@ impl Settings {
         if settings.logging_dir.contains(char::is_whitespace) {
             bail!("--logging-dir with a space in it; the task file cannot carry it");
         }
+        if settings.workers > 1 && matches!(settings.device, Compute::Cuda(1..)) {
+            bail!(
+                "--device {} with --workers: say cuda, and each takes a GPU of its own",
+                settings.device
+            );
+        }
         if settings.workers == 0 {
-            settings.workers = settings.num_gpus()?.max(1);
+            settings.workers = settings.num_gpus()?.clamp(1, MAX_WORKERS);
         }
         settings.sinks()?; // A wrong name is better known now than in the task.
         Ok(Some(settings))
@@ -209,9 +218,10 @@ impl Settings {
     }
 
     /// The training run: the articles' settings, in the number type that suits the device. A tiny model wants larger steps.
-    /// Every worker gets a share of each step, which stays as large as it is.
-    pub fn training(&self) -> Result<TrainConfig> {
-        let dtype = self.device.training_dtype()?;
+    /// On a GPU every conversation of a step is a micro-batch of its own, which any number of GPUs can share: how many
+    /// there are decides nothing that is written.
+    pub fn training(&self, device: Compute) -> Result<TrainConfig> {
+        let dtype = device.training_dtype()?;
         let articles = TrainConfig {
             bf16: dtype == DType::BF16,
             fp16: dtype == DType::F16,
@@ -236,11 +246,9 @@ impl Settings {
             },
             _ => articles,
         };
-        while (config.gradient_accumulation_steps as usize) < self.workers
-            && config.per_device_train_batch_size.is_multiple_of(2)
-        {
-            config.gradient_accumulation_steps *= 2;
-            config.per_device_train_batch_size /= 2;
+        if device != Compute::Cpu {
+            config.gradient_accumulation_steps *= config.per_device_train_batch_size;
+            config.per_device_train_batch_size = 1;
         }
         Ok(config)
     }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -31,8 +32,12 @@ pub async fn run(settings: &Settings) -> Result<()> {
     let store = Store::open(&settings.store)?;
     let worker = Worker::from_env()?;
     let events = worker.events(false);
-    let cancel = CancelToken::new();
-    cancel_on_signal(cancel.clone())?;
+    let (cancel, second) = (CancelToken::new(), Arc::new(AtomicU8::new(EXIT)));
+    if Processes::is_one() {
+        second.store(NOTHING, Ordering::Relaxed);
+    }
+    let at_once = CancelToken::new();
+    cancel_on_signal(cancel.clone(), second.clone(), at_once.clone())?;
     let (model, dataset) = (settings.model_name(), settings.dataset_name());
 
     // Neither import needs the other.
@@ -54,7 +59,7 @@ pub async fn run(settings: &Settings) -> Result<()> {
         }),
     )?;
 
-    let training = settings.training()?;
+    let training = settings.training(worker.device(settings.device))?;
     let data = stage("pretokenize", &events, async {
         let chat = chat(&base)
             .await
@@ -79,7 +84,8 @@ pub async fn run(settings: &Settings) -> Result<()> {
     .await?;
 
     if settings.workers > 1 && worker.local.is_none() {
-        return train_together(worker.launch, settings.workers, cancel).await;
+        second.store(KILL, Ordering::Relaxed);
+        return train_together(worker.launch, settings.workers, cancel, at_once).await;
     }
     let events = worker.events(true);
     stage("train", &events, async {
@@ -114,6 +120,18 @@ pub async fn run(settings: &Settings) -> Result<()> {
     .await?;
     Ok(())
 }
+
+/// What was asked for. Each worker has said after which step it stopped.
+#[derive(Debug)]
+pub struct Stopped;
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the workers were stopped; run again to continue")
+    }
+}
+
+impl std::error::Error for Stopped {}
 
 /// Which of several processes this one is, as torchrun says it, or [`train_together`].
 struct Worker {
@@ -159,7 +177,12 @@ impl Worker {
 }
 
 /// Starts this command once for each worker, and waits for them.
-async fn train_together(launch: Option<Launch>, workers: usize, cancel: CancelToken) -> Result<()> {
+async fn train_together(
+    launch: Option<Launch>,
+    workers: usize,
+    cancel: CancelToken,
+    at_once: CancelToken,
+) -> Result<()> {
     let ended = tokio::task::spawn_blocking(move || {
         let program = std::env::current_exe()?;
         let worker = || {
@@ -167,7 +190,7 @@ async fn train_together(launch: Option<Launch>, workers: usize, cancel: CancelTo
             command.args(std::env::args_os().skip(1));
             command
         };
-        let ended = Processes::start(launch.as_ref(), workers, worker)?.wait(&cancel)?;
+        let ended = Processes::start(launch.as_ref(), workers, worker)?.wait(&cancel, &at_once)?;
         anyhow::Ok(ended)
     });
     match ended
@@ -175,7 +198,7 @@ async fn train_together(launch: Option<Launch>, workers: usize, cancel: CancelTo
         .context("the thread that waits for the workers")??
     {
         Ended::Done => Ok(()),
-        Ended::Stopped => bail!("cancelled; run again to continue"),
+        Ended::Stopped => Err(Stopped.into()),
     }
 }
 
@@ -250,10 +273,20 @@ async fn dataset_source(
     Ok(resolve_source_with(&settings.dataset, &options, events, cancel).await?)
 }
 
+/// What a second signal does: ends the program; kills its workers, and then it; in a worker nothing, for the first may
+/// come twice.
+const EXIT: u8 = 0;
+const KILL: u8 = 1;
+const NOTHING: u8 = 2;
+
 /// A spot notice or a launcher's cancel: the trainer writes a checkpoint, then the stage ends. A
 /// second one waits for nothing, such as data that does not come; every stage begins again from what
 /// is in the store.
-fn cancel_on_signal(cancel: CancelToken) -> Result<()> {
+fn cancel_on_signal(
+    cancel: CancelToken,
+    second: Arc<AtomicU8>,
+    at_once: CancelToken,
+) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::spawn(async move {
         loop {
@@ -261,10 +294,12 @@ fn cancel_on_signal(cancel: CancelToken) -> Result<()> {
                 _ = terminate.recv() => {}
                 _ = tokio::signal::ctrl_c() => {}
             }
-            if cancel.is_cancelled() {
-                std::process::exit(128 + 15);
+            match (cancel.is_cancelled(), second.load(Ordering::Relaxed)) {
+                (false, _) => cancel.cancel(),
+                (true, EXIT) => std::process::exit(128 + 15),
+                (true, KILL) => at_once.cancel(),
+                (true, _) => {}
             }
-            cancel.cancel();
         }
     });
     Ok(())

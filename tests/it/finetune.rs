@@ -224,6 +224,27 @@ fn when_a_worker_dies_the_command_says_so_and_ends() {
     assert_eq!(child.wait().expect("it ends").code(), Some(143));
 }
 
+/// Nobody trains on when the command itself is killed: its output ends because all of its workers have.
+#[cfg(target_os = "linux")] // which tells a process that its parent is gone
+#[test]
+fn when_the_command_is_killed_its_workers_write_a_checkpoint_and_end() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut command = finetune(dir.path(), "out");
+    command.args(["--max_steps", "100000", "--workers", "2"]);
+    command.args(["--gradient_accumulation_steps", "2"]);
+    let mut child = command.spawn().expect("it starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let third = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains(" 3/100000 ")));
+    assert!(third.is_some(), "it trains");
+    child.kill().expect("SIGKILL");
+    let lines: Vec<String> = lines.map_while(Result::ok).collect();
+    let stopped = lines
+        .iter()
+        .filter(|line| line.contains("the same command goes on from there"));
+    assert_eq!(stopped.count(), 2, "{lines:?}");
+    child.wait().expect("reaped");
+}
+
 /// Other data, and a base that is another model of the same shape: refused, and what is there stays.
 #[test]
 fn another_runs_checkpoint_is_refused_and_stays() {

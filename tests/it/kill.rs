@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde_json::Value;
 use updraft::store::{Manifest, Store};
 
-use crate::pipeline::{dataset, finish, kill_when, train};
+use crate::pipeline::{dataset, finish, kill_when, stop_when, train};
 
 fn finished(stage: &'static str) -> impl Fn(&Value) -> bool {
     move |event| event["event"] == "finished" && event["stage"] == stage
@@ -41,6 +41,37 @@ async fn manifests(root: &Path) -> BTreeMap<String, String> {
         );
     }
     manifests
+}
+
+/// Asked to stop, two workers end with a checkpoint, which the same command with one worker goes on from; the result is
+/// one worker's, but for the last bits.
+#[test]
+fn two_workers_that_are_stopped_go_on_as_one() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let (store, data) = (dir.path().join("store"), dataset(dir.path()));
+    let long = |workers: &str| {
+        let mut command = train(&store, &data);
+        command.args([
+            "--max-steps",
+            "400",
+            "--save-steps",
+            "1000",
+            "--workers",
+            workers,
+        ]);
+        command
+    };
+    let (code, reached) = stop_when(long("2"), trained(3));
+    assert_eq!((code, reached), (Some(143), true));
+    let events = finish(long("1"));
+    let first = events.iter().find(|event| event["stage"] == "train");
+    let step = first
+        .and_then(|event| event["done"].as_u64())
+        .expect("a step");
+    assert!(
+        step > 3,
+        "it went on after the checkpoint, with step {step}"
+    );
 }
 
 fn sha256(bytes: &[u8]) -> String {

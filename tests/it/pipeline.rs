@@ -90,6 +90,24 @@ pub(crate) fn kill_when(mut command: Command, now: impl Fn(&Value) -> bool) -> b
     reached
 }
 
+/// Runs until an event satisfies `now`, then asks it to stop, and waits for that. Returns the exit code, and whether there
+/// was such an event.
+pub(crate) fn stop_when(mut command: Command, now: impl Fn(&Value) -> bool) -> (Option<i32>, bool) {
+    let mut child: Child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the worker starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped"))
+        .lines()
+        .map_while(Result::ok);
+    let reached = lines.any(|line| event(&line).is_some_and(|event| now(&event)));
+    let kill = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(kill.expect("kill is there").success());
+    lines.for_each(drop);
+    (child.wait().expect("it ends").code(), reached)
+}
+
 fn event(line: &str) -> Option<Value> {
     serde_json::from_str(line.strip_prefix("@updraft ")?).ok()
 }

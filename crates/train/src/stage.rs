@@ -117,8 +117,9 @@ struct Inputs<'a> {
 /// # Errors
 /// [`Error::Cancelled`] once `cancel` is, with a checkpoint written: after a step, or, when the training is over, within a
 /// tensor's work or a request to the store, with no manifest written; else as
-/// [`Trainer::run`](crate::Trainer::run), [`Error::Verification`], [`Error::Model`] and
-/// [`Error::Store`].
+/// [`Trainer::run`](crate::Trainer::run), [`Error::OutOfMemory`] before anything is loaded,
+/// [`Error::Rendezvous`], [`Error::Worker`] and [`Error::WorkersDiffer`] where several train,
+/// [`Error::Verification`], [`Error::Model`] and [`Error::Store`].
 pub async fn train_stage(
     store: &Store,
     stage: &TrainStage,
@@ -188,7 +189,10 @@ pub async fn train_stage(
         workers,
     } = work.await.map_err(|error| Error::Thread(error.into()))??;
     let Some(draft) = draft else {
-        meet_again(workers).await?;
+        let met = meet_again(workers).await;
+        // The first one was cancelled as well, and left.
+        Stop::new(std::slice::from_ref(cancel), report.steps).check()?;
+        met?;
         return match open_stage(store, &id, "train", &inputs).await? {
             Opened::Finished(stage) => Ok(Trained {
                 stage,

@@ -268,7 +268,7 @@ impl<'a> Trainer<'a> {
             {
                 match self.next(&steps)? {
                     ControlFlow::Continue(examples) => {
-                        self.decoder.threads().install(|| self.step(&examples))?;
+                        self.step_in_place(&examples)?;
                     }
                     ControlFlow::Break(()) => return self.cancelled(),
                 }
@@ -287,6 +287,14 @@ impl<'a> Trainer<'a> {
             }
         }
         Ok(report)
+    }
+
+    /// On the decoder's threads; on a GPU here, for what waits for one must not hold up a thread that others wait for.
+    fn step_in_place(&mut self, examples: &StepExamples) -> Result<()> {
+        match self.decoder.is_on_gpu() {
+            true => self.step(examples),
+            false => self.decoder.threads().install(|| self.step(examples)),
+        }
     }
 
     /// Workers that train apart from each other would not notice.

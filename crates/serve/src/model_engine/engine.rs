@@ -25,9 +25,9 @@ use crate::scheduler::Scheduler;
 
 /// Batches requests to one decoder, with any number of LoRA adapters over it.
 ///
-/// Requests to the base and to different adapters share each forward pass. Greedy and seeded
-/// answers depend neither on the company in the batch, nor on how a prompt was cut, nor on what of
-/// it was in the cache.
+/// Requests to the base and to different adapters share each forward pass. On the CPU greedy and
+/// seeded answers depend neither on the company in the batch, nor on how a prompt was cut, nor on
+/// what of it was in the cache; on a GPU they may differ by rounding.
 ///
 /// The thread ends when the engine is dropped and the requests under way are done.
 #[derive(Debug)]
@@ -50,10 +50,13 @@ impl ModelEngine {
     pub fn new(model: ServedModel, options: &EngineOptions) -> Result<Self> {
         model.validate()?;
         let config = model.decoder.config().clone();
+        let adapters = model.adapters.iter();
+        let adapter_numbers = adapters.map(|served| served.adapter.num_parameters() as u64);
+        let adapter_numbers = adapter_numbers.sum();
         let CachePlan {
             max_model_len,
             num_blocks,
-        } = options.plan_cache(&model.decoder)?;
+        } = options.plan_cache(&model.decoder, adapter_numbers)?;
         let scheduler = Scheduler::new(options.scheduler(num_blocks))?;
         let failed = |source| Error::Load {
             model: model.root.clone(),

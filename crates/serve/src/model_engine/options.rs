@@ -27,8 +27,8 @@ pub struct EngineOptions {
     pub kv_cache_bytes: Option<u64>,
     /// Tokens per block of it.
     pub block_size: u32,
-    /// Whether prompts share what was computed for the same beginning before. Answers are the same
-    /// either way; off, every prompt is computed whole.
+    /// Whether prompts share what was computed for the same beginning before. On the CPU answers
+    /// are the same either way; off, every prompt is computed whole.
     pub prefix_cache: bool,
     /// As [`SchedulerConfig::max_num_seqs`].
     pub max_num_seqs: usize,
@@ -96,14 +96,24 @@ impl EngineOptions {
     }
 
     /// What is spent on keys and values for this decoder.
-    fn kv_cache_bytes(&self, decoder: &Decoder) -> u64 {
-        self.kv_cache_bytes.unwrap_or_else(|| {
-            let Some(gpu) = decoder.gpu_memory() else {
-                return KV_CACHE_BYTES_ON_CPU;
-            };
-            let left = gpu.available_bytes.saturating_sub(gpu.held_bytes) as f64;
-            let work = self.working_bytes(decoder);
-            ((left * SHARE_OF_GPU) as u64).saturating_sub(work)
+    fn kv_cache_bytes(&self, decoder: &Decoder, adapter_numbers: u64) -> Result<u64> {
+        if let Some(bytes) = self.kv_cache_bytes {
+            return Ok(bytes);
+        }
+        let Some(gpu) = decoder.gpu_memory() else {
+            return Ok(KV_CACHE_BYTES_ON_CPU);
+        };
+        let left = gpu.available_bytes.saturating_sub(gpu.held_bytes);
+        let planned = (left as f64 * SHARE_OF_GPU) as u64;
+        let adapters = adapter_numbers * decoder.dtype().size_in_bytes() as u64;
+        let work = self.working_bytes(decoder) + adapters;
+        planned.checked_sub(work).ok_or_else(|| {
+            Error::Options(format!(
+                "beside the model the GPU has {} MiB left, and a step takes {} MiB; lower max_num_batched_tokens, or \
+                 take a larger GPU",
+                left >> 20,
+                work >> 20
+            ))
         })
     }
 
@@ -115,14 +125,15 @@ impl EngineOptions {
         let attention = 2 * config.q_dim() + 2 * config.kv_dim();
         let mlp = 3 * config.intermediate_size;
         let row = (stream + attention.max(mlp)) * number + 4 * config.q_dim();
-        let logits = LOGIT_ROWS_ON_GPU * config.vocab_size * 4;
+        let logits = 2 * LOGIT_ROWS_ON_GPU * config.vocab_size * 4; // and a copy of those that the host asks for
         (self.max_num_batched_tokens as usize * row + logits) as u64
     }
 
     /// The longest context that model and memory allow, or the one asked for.
-    pub(super) fn plan_cache(&self, decoder: &Decoder) -> Result<CachePlan> {
+    /// `adapter_numbers` are those of all adapters together, which a GPU holds too.
+    pub(super) fn plan_cache(&self, decoder: &Decoder, adapter_numbers: u64) -> Result<CachePlan> {
         let (config, dtype) = (decoder.config(), decoder.dtype());
-        let bytes = self.kv_cache_bytes(decoder);
+        let bytes = self.kv_cache_bytes(decoder, adapter_numbers)?;
         if self.block_size == 0 {
             return Err(Error::Options("block_size must be at least 1".into()));
         }

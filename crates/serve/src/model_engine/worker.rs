@@ -238,6 +238,10 @@ impl Worker {
     /// A panic may have left pages half written, or their locks poisoned.
     fn clear_cache(&mut self) {
         self.scheduler.restart();
+        // The old pages go first: on a GPU they take most of what there is.
+        if let Ok(least) = self.decoder.new_pages(1, self.kv.block_size()) {
+            self.kv = least;
+        }
         match pages(&self.decoder, &self.scheduler) {
             Ok(kv) => self.kv = kv,
             Err(error) => {

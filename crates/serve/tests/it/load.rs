@@ -179,7 +179,7 @@ pub(crate) async fn serve(engine: ModelEngine) -> Server {
 }
 
 /// The same folder on a GPU answers the same, log-probabilities or not, and says what it does not do.
-#[cfg(feature = "cuda-emulator")] // which `cuda` names where there is no GPU
+#[cfg(all(feature = "cuda-emulator", not(feature = "cuda")))] // then `cuda` names the emulator
 #[tokio::test]
 async fn a_gpu_serves_a_folder() {
     let folder = tempfile::tempdir().expect("a temporary folder");

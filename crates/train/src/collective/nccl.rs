@@ -20,14 +20,15 @@ impl<C: Collective> NcclCollective<C> {
     /// [`Error::Model`](crate::Error::Model) where there is no NCCL, or in its words;
     /// [`Error::Worker`](crate::Error::Worker) names a worker that is gone.
     pub fn join(mut host: C, gpu: &Gpu) -> Result<Self> {
-        let own = match host.rank() {
-            0 => UniqueId::new()
-                .map_err(ModelError::from)?
-                .to_bytes()
-                .to_vec(),
-            _ => Vec::new(),
-        };
-        let all = host.exchange(&own)?;
+        // Each one makes an id, which shows that its NCCL is there: whoever waits for one that has none waits for ever.
+        let own = UniqueId::new();
+        let told = own.as_ref().map_or(Vec::new(), |id| id.to_bytes().to_vec());
+        let all = host.exchange(&told)?;
+        own.map_err(ModelError::from)?;
+        if let Some(rank) = all.iter().position(Vec::is_empty) {
+            let source = std::io::Error::other("its NCCL does not start");
+            return Err(Error::Worker { rank, source });
+        }
         let id = all[0][..].try_into().map_err(|_| Error::Worker {
             rank: 0,
             source: std::io::Error::other("it sent no id of NCCL's"),

@@ -5,7 +5,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpid, getppid, kill_process};
 use updraft_store::CancelToken;
 
 use super::Launch;
@@ -16,6 +16,9 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// What a program says that ended because SIGTERM asked it to, as a shell says of one that did not listen.
 const STOPPED: i32 = 128 + 15;
+
+/// Tells a process who started it as a worker.
+const PARENT: &str = "UPDRAFT_WORKER_OF";
 
 /// Running processes; those that still run when this is dropped are killed.
 #[derive(Debug)]
@@ -74,6 +77,7 @@ impl Processes {
                 .env("LOCAL_WORLD_SIZE", num_local.to_string())
                 .env("MASTER_ADDR", host)
                 .env("MASTER_PORT", port)
+                .env(PARENT, std::process::id().to_string())
                 .env_remove("TORCHELASTIC_USE_AGENT_STORE");
             let child = command.spawn().map_err(|source| failed(rank, source))?;
             started.running.push((rank, child));
@@ -81,13 +85,36 @@ impl Processes {
         Ok(started)
     }
 
-    /// Waits until all have ended. Once `cancel` is, they are sent SIGTERM, and may take as long as they need.
+    /// Whether this process is one of them. Then it gets SIGTERM when whoever started it is gone (on Linux), so that no
+    /// worker goes on beside those of a next run; and a second SIGTERM, which may be that one or another's, says no more
+    /// than the first: who wants it to end at once has its parent kill it.
+    pub fn is_one() -> bool {
+        let Ok(parent) = std::env::var(PARENT) else {
+            return false;
+        };
+        #[cfg(target_os = "linux")]
+        if let Err(error) = rustix::process::set_parent_process_death_signal(Some(Signal::TERM)) {
+            tracing::warn!(%error, "this worker will not notice when its parent ends");
+        }
+        let is_there = getppid().is_some_and(|own| own.as_raw_pid().to_string() == parent);
+        if !is_there {
+            // It was gone before the system was asked to tell.
+            let _ = kill_process(getpid(), Signal::TERM);
+        }
+        true
+    }
+
+    /// Waits until all have ended. Once `cancel` is, they are sent SIGTERM, and may take as long as they need, unless
+    /// `at_once` is cancelled too: then they are killed.
     ///
     /// # Errors
     /// [`Error::Process`] names the first that failed; the others are killed.
-    pub fn wait(mut self, cancel: &CancelToken) -> Result<Ended> {
+    pub fn wait(mut self, cancel: &CancelToken, at_once: &CancelToken) -> Result<Ended> {
         let (mut ended, mut asked) = (Ended::Done, false);
         while !self.running.is_empty() {
+            if at_once.is_cancelled() {
+                return Ok(Ended::Stopped);
+            }
             if cancel.is_cancelled() && !asked {
                 asked = true;
                 for (_, child) in &self.running {
@@ -168,7 +195,8 @@ mod tests {
     }
 
     fn wait(launch: Option<&Launch>, count: usize, script: &'static str) -> Result<Ended> {
-        Processes::start(launch, count, shell(script))?.wait(&CancelToken::new())
+        let never = CancelToken::new();
+        Processes::start(launch, count, shell(script))?.wait(&never, &never)
     }
 
     #[test]
@@ -218,7 +246,21 @@ mod tests {
             std::io::Read::read_exact(said, &mut [0]).expect("a line");
         }
         cancel.cancel();
-        assert_eq!(processes.wait(&cancel).expect("they stop"), Ended::Stopped);
+        let ended = processes.wait(&cancel, &CancelToken::new());
+        assert_eq!(ended.expect("they stop"), Ended::Stopped);
+    }
+
+    /// They listen to nothing, and would have slept for a minute.
+    #[test]
+    fn who_does_not_listen_is_killed_when_asked_again() {
+        let began = std::time::Instant::now();
+        let script = "trap '' TERM; sleep 60 & wait; sleep 60";
+        let processes = Processes::start(None, 2, shell(script)).expect("they start");
+        let cancel = CancelToken::new();
+        cancel.cancel();
+        let ended = processes.wait(&cancel, &cancel);
+        assert_eq!(ended.expect("they are ended"), Ended::Stopped);
+        assert!(began.elapsed() < Duration::from_secs(50));
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use self::link::TcpLink;
+use updraft_store::CancelToken;
+
 use super::mesh::Mesh;
 use super::{Collective, Launch, MAX_MESSAGE};
 use crate::{Error, Result};
@@ -57,10 +59,27 @@ impl TcpCollective {
     /// # Errors
     /// [`Error::Rendezvous`] names the workers that did not come, or says what they do not agree on.
     pub fn join(launch: &Launch, timeout: Duration) -> Result<Self> {
-        Self::join_with(launch, timeout, SILENCE)
+        Self::join_unless(launch, timeout, &[])
     }
 
-    fn join_with(launch: &Launch, timeout: Duration, silence: Duration) -> Result<Self> {
+    /// [`join`](Self::join), which ends when any of these is cancelled.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_unless(
+        launch: &Launch,
+        timeout: Duration,
+        cancels: &[CancelToken],
+    ) -> Result<Self> {
+        Self::join_with(launch, timeout, SILENCE, cancels)
+    }
+
+    fn join_with(
+        launch: &Launch,
+        timeout: Duration,
+        silence: Duration,
+        cancels: &[CancelToken],
+    ) -> Result<Self> {
         let Launch {
             rank,
             num_workers,
@@ -70,6 +89,7 @@ impl TcpCollective {
             rank: *rank,
             num_workers: *num_workers,
             deadline: Instant::now() + timeout,
+            cancels: cancels.to_vec(),
         };
         let links = match meeting.rank {
             0 => meeting.host(master),
@@ -107,6 +127,7 @@ struct Meeting {
     rank: usize,
     num_workers: usize,
     deadline: Instant,
+    cancels: Vec<CancelToken>,
 }
 
 type Links = Vec<Option<TcpStream>>;
@@ -200,6 +221,14 @@ impl Meeting {
         }
     }
 
+    /// Whether somebody waits for this to end.
+    fn check(&self) -> io::Result<()> {
+        match self.cancels.iter().any(CancelToken::is_cancelled) {
+            true => Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled")),
+            false => Ok(()),
+        }
+    }
+
     fn time_left(&self) -> io::Result<Duration> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::Error::new(io::ErrorKind::TimedOut, "out of time")),
@@ -219,6 +248,7 @@ impl Meeting {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
+            self.check()?;
             if self.time_left().is_err() {
                 let missing = |rank: &usize| *rank > self.rank && links[*rank].is_none();
                 let missing: Vec<usize> = (0..links.len()).filter(missing).collect();
@@ -235,6 +265,7 @@ impl Meeting {
             match TcpStream::connect(&address) {
                 Ok(stream) => return Ok(stream),
                 Err(error) => {
+                    self.check()?;
                     if self.time_left().is_err() {
                         return Err(error);
                     }
@@ -317,7 +348,7 @@ mod tests {
             let joining: Vec<_> = (0..num_workers)
                 .map(|rank| {
                     let launch = launch(rank, num_workers, &master);
-                    scope.spawn(move || TcpCollective::join_with(&launch, TIMEOUT, silence))
+                    scope.spawn(move || TcpCollective::join_with(&launch, TIMEOUT, silence, &[]))
                 })
                 .collect();
             let joined = joining
@@ -375,11 +406,12 @@ mod tests {
                     rank: 0,
                     num_workers: 2,
                     deadline: Instant::now() + TIMEOUT,
+                    cancels: Vec::new(),
                 };
                 meeting.host(&first.master)
             });
             let mut worker =
-                TcpCollective::join_with(&second, TIMEOUT, silence).expect("both came");
+                TcpCollective::join_with(&second, TIMEOUT, silence, &[]).expect("both came");
             let still = still.join().expect("no panic").expect("both came");
             // As many bytes as no connection holds for one that does not read.
             let error = worker
@@ -426,6 +458,7 @@ mod tests {
                 rank: 1,
                 num_workers: 2,
                 deadline: Instant::now() + TIMEOUT,
+                cancels: Vec::new(),
             };
             let mut stranger = meeting.connect(&*master).expect("it listens");
             stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("sent");

@@ -98,7 +98,9 @@ impl Work {
         let Some(launch) = &self.stage.launch else {
             return Ok(None);
         };
-        let workers = TcpCollective::join(launch, MEETING)?;
+        let workers = TcpCollective::join_unless(launch, MEETING, &self.cancel);
+        Stop::new(&self.cancel, 0).check()?;
+        let workers = workers?;
         #[cfg(feature = "nccl")]
         if let Place::Gpu(gpu) = &self.place {
             let workers = crate::collective::NcclCollective::join(workers, gpu)?;
