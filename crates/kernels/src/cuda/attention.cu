@@ -13,7 +13,9 @@ constexpr int OTHER = D == 64 ? 64 : 32;
 // The softmax's gradient, `p ⊙ (dp − delta)`, in the place of `dp`.
 template <int N>
 __device__ inline void scores_backward(const float (&p)[N][4], float (&dp)[N][4], float upper, float lower) {
+#pragma unroll
     for (int n = 0; n < N; ++n) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             dp[n][i] = p[n][i] * (dp[n][i] - (i < 2 ? upper : lower));
         }
@@ -102,6 +104,7 @@ __device__ void backward_queries(
     const float to_log2 = scale * LOG2_E;
     const int own = tile.first + warp * 16 + lane / 4;
     float row_lse[2], row_delta[2];
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         const long long row = static_cast<long long>(min(own + half * 8, tile.end - 1)) * heads + head;
         row_lse[half] = lse[row] * LOG2_E;

@@ -64,7 +64,9 @@ __device__ inline void load_b_transposed(unsigned (&b)[4], const T* tile, int ro
 // `c = a·bᵀ`: sixteen rows of one tile against all `N` rows of another.
 template <typename T, int D, int N>
 __device__ inline void rows_by_rows(float (&c)[N / 8][4], const T* a_tile, int a_row, const T* b_tile) {
+#pragma unroll
     for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             c[n][i] = 0.0f;
         }
@@ -104,7 +106,9 @@ __device__ inline void add_product(float (&c)[D / 8][4], const float (&p)[N / 8]
 
 template <int N>
 __device__ inline void clear(float (&c)[N][4]) {
+#pragma unroll
     for (int n = 0; n < N; ++n) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             c[n][i] = 0.0f;
         }
@@ -199,7 +203,9 @@ __device__ inline void attend(
         commit_copies();
 
         if (key + KEYS > tile.first) {  // the diagonal runs through, or the sequence ends here
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     if (key + n * 8 + lane % 4 * 2 + i % 2 > own + i / 2 * 8) {
                         s[n][i] = -INFINITY;
@@ -210,6 +216,7 @@ __device__ inline void attend(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float high = top[half];
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
                 high = fmaxf(high, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
             }
@@ -217,13 +224,16 @@ __device__ inline void attend(
             const float fade = exp2f((top[half] - high) * to_log2);
             top[half] = high;
             float more = 0.0f;
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
                     s[n][i] = exp2f((s[n][i] - high) * to_log2);
                     more += s[n][i];
                 }
             }
             total[half] = total[half] * fade + more;
+#pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 sum[n][half * 2] *= fade;
                 sum[n][half * 2 + 1] *= fade;
@@ -244,6 +254,7 @@ __device__ inline void attend(
     const float all[2] = {row_sum(total[0]), row_sum(total[1])};
     store_rows<T, D>(
         sum, 1.0f / all[0], 1.0f / all[1], out + head * D, out_stride, tile.first + warp * 16, tile.end);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (lse && lane % 4 == 0 && own + half * 8 < tile.end) {
             lse[static_cast<long long>(own + half * 8) * heads + head] = top[half] * scale + logf(all[half]);
