@@ -34,8 +34,8 @@ __device__ void backward_keys(
     T* const v_tile = k_tile + OWN * WIDTH<D>;
     T* const q_tile = v_tile + OWN * WIDTH<D>;
     T* const dout_tile = q_tile + QUERIES * WIDTH<D>;
-    const Tile tile = tiles[blockIdx.x];
-    const int kv_head = blockIdx.y;
+    const Tile tile = own_tile(tiles, heads / group);
+    const int kv_head = own_head(heads / group);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     k.at += kv_head * D;
     v.at += kv_head * D;
@@ -89,8 +89,8 @@ __device__ void backward_queries(
     T* const dout_tile = q_tile + OWN * WIDTH<D>;
     T* const k_tile = dout_tile + OWN * WIDTH<D>;
     T* const v_tile = k_tile + KEYS * WIDTH<D>;
-    const Tile tile = tiles[blockIdx.x];
-    const int head = blockIdx.y, kv_head = head / group;
+    const Tile tile = own_tile(tiles, heads);
+    const int head = own_head(heads), kv_head = head / group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     q.at += head * D;
     dout.at += head * D;
@@ -139,8 +139,8 @@ __device__ void backward_queries(
     BOUNDED_KERNEL(attention_forward_##suffix, THREADS, 1,                                                           \
                    (const T* q, const T* k, const T* v, long long q_stride, long long kv_stride, const Tile* tiles,  \
                     int heads, int group, float scale, T* out, long long out_stride, float* lse)) {                  \
-        attend<T, D>(Rows<T>{q, q_stride}, Rows<T>{k, kv_stride}, Rows<T>{v, kv_stride}, tiles[blockIdx.x], heads,   \
-                     group, scale, out, out_stride, lse);                                                            \
+        attend<T, D>(Rows<T>{q, q_stride}, Rows<T>{k, kv_stride}, Rows<T>{v, kv_stride}, own_tile(tiles, heads),     \
+                     heads, group, scale, out, out_stride, lse);                                                     \
     }                                                                                                                \
     BOUNDED_KERNEL(attention_backward_keys_##suffix, THREADS, 1,                                                     \
                    (const T* q, const T* k, const T* v, long long q_stride, long long kv_stride, const T* dout,      \

@@ -9,6 +9,10 @@ struct Tile {
     int start, end, first;
 };
 
+// A block's tile, and which of the heads: these go round first, so that the longest tiles of all heads start first.
+__device__ inline Tile own_tile(const Tile* tiles, int heads) { return tiles[blockIdx.x / heads]; }
+__device__ inline int own_head(int heads) { return blockIdx.x % heads; }
+
 // Rows of the batch, some columns of each.
 template <typename T>
 struct Rows {
@@ -154,7 +158,7 @@ __device__ inline void attend(
     constexpr int KEYS = 64;
     __shared__ __align__(16) T k_tile[KEYS * WIDTH<D>];
     __shared__ __align__(16) T v_tile[KEYS * WIDTH<D>];
-    const int head = blockIdx.y, kv_head = head / group;
+    const int head = own_head(heads), kv_head = head / group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     q.at += head * D;
     k.at += kv_head * D;
