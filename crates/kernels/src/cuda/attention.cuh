@@ -28,6 +28,16 @@ constexpr int THREADS = WARPS * 32;
 constexpr int OWN = WARPS * 16;
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// 2^x, and 0 where that is no normal number.
+__device__ inline float power_of_2(float x) {
+#ifdef __CUDACC__
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+#else
+    return exp2f(x);
+#endif
+}
+
 // A row of a tile in shared memory is wider by 16 bytes, so that eight rows lie in different banks.
 template <int D>
 constexpr int WIDTH = D + 8;
@@ -224,15 +234,17 @@ __device__ inline void attend(
             for (int n = 0; n < KEYS / 8; ++n) {
                 high = fmaxf(high, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
             }
-            high = row_max(high);  // finite: every row sees its sequence's first key
-            const float fade = exp2f((top[half] - high) * to_log2);
+            high = row_max(high);
+            // Where every score so far is −∞, what is masked must be 0 still, and not ∞ − ∞.
+            const float shift = high == -INFINITY ? 0.0f : -high * to_log2;
+            const float fade = power_of_2(fmaf(top[half], to_log2, shift));
             top[half] = high;
             float more = 0.0f;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    s[n][i] = exp2f((s[n][i] - high) * to_log2);
+                    s[n][i] = power_of_2(fmaf(s[n][i], to_log2, shift));
                     more += s[n][i];
                 }
             }

@@ -211,7 +211,7 @@ pub fn backward<T: Number>(
             .int(heads.group());
         path.head_dim(arguments, heads).float(heads.scale)
     };
-    let shared = path.shared::<T>(heads);
+    let shared = path.shared::<T>(gpu, heads);
     let kernel = path.kernel::<T>(heads, "backward_keys").shared(shared);
     let grid = [sequences.num_tiles() * heads.num_kv_heads, 1, 1];
     let arguments = inputs(Walk::On).out_mat(dk).out_mat(dv).long(dk.stride());
@@ -271,11 +271,14 @@ impl Path {
         }
     }
 
-    /// Bytes of the backward pass's four tiles: two of the block's own rows, two of the other side's.
-    fn shared<T: Number>(self, heads: &Heads<f32>) -> usize {
+    /// Bytes of shared memory in the backward pass: two matrices' tiles of the block's own rows and, once or twice, of the
+    /// other side's, these with two more numbers in f32 for each row.
+    fn shared<T: Number>(self, gpu: &Gpu, heads: &Heads<f32>) -> usize {
+        let row = (heads.head_dim + 8) * size_of::<T>();
         let other = if heads.head_dim == 64 { 64 } else { 32 };
+        let stages = if gpu.has_async_copies() { 2 } else { 1 };
         match self {
-            Self::TensorCores => 2 * (TILE + other) * (heads.head_dim + 8) * size_of::<T>(),
+            Self::TensorCores => 2 * TILE * row + stages * 2 * other * (row + size_of::<f32>()),
             Self::Simple => 0,
         }
     }
@@ -341,6 +344,28 @@ mod tests {
         let back = [at(242), at(178), at(114), one, long];
         let on = [long, at(114), at(178), one, at(242)];
         assert_eq!(tiles(&[0, 50, 50, 250]), [back, on].concat());
+    }
+
+    /// Two blocks on a multiprocessor of `sm_80`, with the kilobyte that each takes besides; one of `sm_75`.
+    #[test]
+    fn shared_memory_is_no_more_than_there_is() {
+        for (capability, head_dim, most) in [
+            (75, 64, 64 << 10),
+            (75, 128, 64 << 10),
+            (80, 64, (164 << 10) / 2 - 1024),
+            (80, 128, (164 << 10) / 2 - 1024),
+        ] {
+            let heads = Heads {
+                num_heads: 1,
+                num_kv_heads: 1,
+                head_dim,
+                scale: 1.0,
+            };
+            let gpu = Gpu::emulated_as(capability);
+            let shared = Path::TensorCores.shared::<f16>(&gpu, &heads);
+            assert!(shared <= most, "{shared} bytes of {most}");
+            assert_eq!(Path::Simple.shared::<f16>(&gpu, &heads), 0);
+        }
     }
 
     #[test]
