@@ -9,6 +9,10 @@ struct Tile {
     int start, end, first;
 };
 
+// A block's tile, and which of the heads: these go round first, so that the longest tiles of all heads start first.
+__device__ inline Tile own_tile(const Tile* tiles, int heads) { return tiles[blockIdx.x / heads]; }
+__device__ inline int own_head(int heads) { return blockIdx.x % heads; }
+
 // Rows of the batch, some columns of each.
 template <typename T>
 struct Rows {
@@ -23,6 +27,16 @@ constexpr int THREADS = WARPS * 32;
 // Rows of the tile that a block owns: sixteen for each warp.
 constexpr int OWN = WARPS * 16;
 constexpr float LOG2_E = 1.4426950408889634f;
+
+// 2^x, and 0 where that is no normal number.
+__device__ inline float power_of_2(float x) {
+#ifdef __CUDACC__
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+#else
+    return exp2f(x);
+#endif
+}
 
 // A row of a tile in shared memory is wider by 16 bytes, so that eight rows lie in different banks.
 template <int D>
@@ -64,7 +78,9 @@ __device__ inline void load_b_transposed(unsigned (&b)[4], const T* tile, int ro
 // `c = a·bᵀ`: sixteen rows of one tile against all `N` rows of another.
 template <typename T, int D, int N>
 __device__ inline void rows_by_rows(float (&c)[N / 8][4], const T* a_tile, int a_row, const T* b_tile) {
+#pragma unroll
     for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             c[n][i] = 0.0f;
         }
@@ -104,7 +120,9 @@ __device__ inline void add_product(float (&c)[D / 8][4], const float (&p)[N / 8]
 
 template <int N>
 __device__ inline void clear(float (&c)[N][4]) {
+#pragma unroll
     for (int n = 0; n < N; ++n) {
+#pragma unroll
         for (int i = 0; i < 4; ++i) {
             c[n][i] = 0.0f;
         }
@@ -150,7 +168,7 @@ __device__ inline void attend(
     constexpr int KEYS = 64;
     __shared__ __align__(16) T k_tile[KEYS * WIDTH<D>];
     __shared__ __align__(16) T v_tile[KEYS * WIDTH<D>];
-    const int head = blockIdx.y, kv_head = head / group;
+    const int head = own_head(heads), kv_head = head / group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     q.at += head * D;
     k.at += kv_head * D;
@@ -199,7 +217,9 @@ __device__ inline void attend(
         commit_copies();
 
         if (key + KEYS > tile.first) {  // the diagonal runs through, or the sequence ends here
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     if (key + n * 8 + lane % 4 * 2 + i % 2 > own + i / 2 * 8) {
                         s[n][i] = -INFINITY;
@@ -210,20 +230,26 @@ __device__ inline void attend(
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float high = top[half];
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
                 high = fmaxf(high, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
             }
-            high = row_max(high);  // finite: every row sees its sequence's first key
-            const float fade = exp2f((top[half] - high) * to_log2);
+            high = row_max(high);
+            // Where every score so far is −∞, what is masked must be 0 still, and not ∞ − ∞.
+            const float shift = high == -INFINITY ? 0.0f : -high * to_log2;
+            const float fade = power_of_2(fmaf(top[half], to_log2, shift));
             top[half] = high;
             float more = 0.0f;
+#pragma unroll
             for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
                 for (int i = half * 2; i < half * 2 + 2; ++i) {
-                    s[n][i] = exp2f((s[n][i] - high) * to_log2);
+                    s[n][i] = power_of_2(fmaf(s[n][i], to_log2, shift));
                     more += s[n][i];
                 }
             }
             total[half] = total[half] * fade + more;
+#pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 sum[n][half * 2] *= fade;
                 sum[n][half * 2 + 1] *= fade;
@@ -244,6 +270,7 @@ __device__ inline void attend(
     const float all[2] = {row_sum(total[0]), row_sum(total[1])};
     store_rows<T, D>(
         sum, 1.0f / all[0], 1.0f / all[1], out + head * D, out_stride, tile.first + warp * 16, tile.end);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (lse && lane % 4 == 0 && own + half * 8 < tile.end) {
             lse[static_cast<long long>(own + half * 8) * heads + head] = top[half] * scale + logf(all[half]);

@@ -3,6 +3,8 @@
 //! Head dims 64 and 128 go to tensor cores, in f16 on `sm_75` and later, in bf16 on `sm_80` and later; everything else takes
 //! a simpler way.
 
+use std::cmp::Reverse;
+
 use super::launch::{Arguments, Kernel};
 use super::memory::Number;
 use super::{Buffer, Gpu, Mat, MatMut, Result, View, ViewMut};
@@ -18,14 +20,15 @@ const MAX_HEAD_DIM: usize = 256;
 /// The sequences of a packed batch on the device, cut into tiles.
 #[derive(Debug)]
 pub struct Sequences {
-    /// A tile's sequence and its first row: start, end, first.
+    /// A tile's sequence and its first row: start, end, first. Once for what walks back from a tile, over the keys that
+    /// its queries see, and once for what walks on, over the queries that see its keys: each time the longest walks
+    /// first, so that none of them starts when all others have ended.
     tiles: Buffer<[i32; 3]>,
     num_tokens: usize,
 }
 
 impl Sequences {
-    /// Sequence `s` is the tokens `seq_starts[s]..seq_starts[s + 1]`. The longest tiles' walks come first, so that none
-    /// of them starts when all others have ended.
+    /// Sequence `s` is the tokens `seq_starts[s]..seq_starts[s + 1]`.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](super::Error::OutOfMemory), [`Error::Driver`](super::Error::Driver).
@@ -38,20 +41,50 @@ impl Sequences {
             Some(&0),
             "the first sequence starts at 0"
         );
-        let number = |row: usize| i32::try_from(row).expect("fewer than 2³¹ tokens");
-        let mut tiles = Vec::new();
-        for ends in seq_starts.windows(2) {
-            let (start, end) = (ends[0] as usize, ends[1] as usize);
-            assert!(start <= end, "sequences follow each other");
-            let firsts = (start..end).step_by(TILE);
-            tiles.extend(firsts.map(|first| [number(start), number(end), number(first)]));
-        }
-        tiles.sort_by_key(|&[start, _, first]| std::cmp::Reverse(first - start)); // stable: the same every time
         Ok(Self {
-            tiles: gpu.upload(&tiles)?,
+            tiles: gpu.upload(&tiles(seq_starts))?,
             num_tokens: seq_starts[seq_starts.len() - 1] as usize,
         })
     }
+
+    fn num_tiles(&self) -> usize {
+        self.tiles.len() / 2
+    }
+
+    fn tiles(&self, walk: Walk) -> View<'_, [i32; 3]> {
+        let first = match walk {
+            Walk::Back => 0,
+            Walk::On => self.num_tiles(),
+        };
+        self.tiles.view().part(first..first + self.num_tiles())
+    }
+}
+
+/// Which way a tile's block goes through its sequence.
+#[derive(Clone, Copy, Debug)]
+enum Walk {
+    /// From the sequence's start to the tile.
+    Back,
+    /// From the tile to the sequence's end.
+    On,
+}
+
+/// The list for [`Walk::Back`], behind it that for [`Walk::On`].
+fn tiles(seq_starts: &[u32]) -> Vec<[i32; 3]> {
+    let number = |row: usize| i32::try_from(row).expect("fewer than 2³¹ tokens");
+    let mut back = Vec::new();
+    for ends in seq_starts.windows(2) {
+        let (start, end) = (ends[0] as usize, ends[1] as usize);
+        assert!(start <= end, "sequences follow each other");
+        let firsts = (start..end).step_by(TILE);
+        back.extend(firsts.map(|first| [number(start), number(end), number(first)]));
+    }
+    let mut on = back.clone();
+    // Stable: the same every time.
+    back.sort_by_key(|&[start, _, first]| Reverse(first - start));
+    on.sort_by_key(|&[_, end, first]| Reverse(end - first));
+    back.append(&mut on);
+    back
 }
 
 /// What attention reads, after the rotary embedding; see [`crate::attention::Qkv`].
@@ -107,7 +140,7 @@ pub fn forward<T: Number>(
     let path = Path::of(gpu, heads, &qkv, &[out.as_mat()]);
     let kernel = path.kernel::<T>(heads, "forward");
     let arguments = inputs(&qkv)
-        .view(sequences.tiles.view())
+        .view(sequences.tiles(Walk::Back))
         .int(heads.num_heads)
         .int(heads.group());
     let arguments = path
@@ -116,7 +149,7 @@ pub fn forward<T: Number>(
         .out_mat(out)
         .long(out.stride())
         .out(lse);
-    let grid = [sequences.tiles.len(), heads.num_heads, 1];
+    let grid = [sequences.num_tiles() * heads.num_heads, 1, 1];
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments) }
 }
@@ -167,26 +200,26 @@ pub fn backward<T: Number>(
 
     let outputs = [dout, dq.as_mat(), dk.as_mat(), dv.as_mat()];
     let path = Path::of(gpu, heads, &qkv, &outputs);
-    let inputs = || {
+    let inputs = |walk: Walk| {
         let arguments = inputs(&qkv)
             .mat(dout)
             .long(dout.stride())
             .view(saved.lse)
             .view(delta.view())
-            .view(sequences.tiles.view())
+            .view(sequences.tiles(walk))
             .int(num_heads)
             .int(heads.group());
         path.head_dim(arguments, heads).float(heads.scale)
     };
-    let shared = path.shared::<T>(heads);
+    let shared = path.shared::<T>(gpu, heads);
     let kernel = path.kernel::<T>(heads, "backward_keys").shared(shared);
-    let grid = [sequences.tiles.len(), heads.num_kv_heads, 1];
-    let arguments = inputs().out_mat(dk).out_mat(dv).long(dk.stride());
+    let grid = [sequences.num_tiles() * heads.num_kv_heads, 1, 1];
+    let arguments = inputs(Walk::On).out_mat(dk).out_mat(dv).long(dk.stride());
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments)? };
     let kernel = path.kernel::<T>(heads, "backward_queries").shared(shared);
-    let grid = [sequences.tiles.len(), num_heads, 1];
-    let arguments = inputs().out_mat(dq).long(dq.stride());
+    let grid = [sequences.num_tiles() * num_heads, 1, 1];
+    let arguments = inputs(Walk::Back).out_mat(dq).long(dq.stride());
     // SAFETY: the kernel's parameters, with the shapes just compared.
     unsafe { gpu.launch(&kernel.grid(grid, THREADS), arguments) }
 }
@@ -238,11 +271,14 @@ impl Path {
         }
     }
 
-    /// Bytes of the backward pass's four tiles: two of the block's own rows, two of the other side's.
-    fn shared<T: Number>(self, heads: &Heads<f32>) -> usize {
+    /// Bytes of shared memory in the backward pass: two matrices' tiles of the block's own rows and, once or twice, of the
+    /// other side's, these with two more numbers in f32 for each row.
+    fn shared<T: Number>(self, gpu: &Gpu, heads: &Heads<f32>) -> usize {
+        let row = (heads.head_dim + 8) * size_of::<T>();
         let other = if heads.head_dim == 64 { 64 } else { 32 };
+        let stages = if gpu.has_async_copies() { 2 } else { 1 };
         match self {
-            Self::TensorCores => 2 * (TILE + other) * (heads.head_dim + 8) * size_of::<T>(),
+            Self::TensorCores => 2 * TILE * row + stages * 2 * other * (row + size_of::<f32>()),
             Self::Simple => 0,
         }
     }
@@ -300,6 +336,37 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
+
+    #[test]
+    fn the_longest_walks_come_first_whichever_way_they_go() {
+        let [one, long] = [[0, 50, 0], [50, 250, 50]];
+        let at = |first: i32| [50, 250, first];
+        let back = [at(242), at(178), at(114), one, long];
+        let on = [long, at(114), at(178), one, at(242)];
+        assert_eq!(tiles(&[0, 50, 50, 250]), [back, on].concat());
+    }
+
+    /// Two blocks on a multiprocessor of `sm_80`, with the kilobyte that each takes besides; one of `sm_75`.
+    #[test]
+    fn shared_memory_is_no_more_than_there_is() {
+        for (capability, head_dim, most) in [
+            (75, 64, 64 << 10),
+            (75, 128, 64 << 10),
+            (80, 64, (164 << 10) / 2 - 1024),
+            (80, 128, (164 << 10) / 2 - 1024),
+        ] {
+            let heads = Heads {
+                num_heads: 1,
+                num_kv_heads: 1,
+                head_dim,
+                scale: 1.0,
+            };
+            let gpu = Gpu::emulated_as(capability);
+            let shared = Path::TensorCores.shared::<f16>(&gpu, &heads);
+            assert!(shared <= most, "{shared} bytes of {most}");
+            assert_eq!(Path::Simple.shared::<f16>(&gpu, &heads), 0);
+        }
+    }
 
     #[test]
     fn tensor_cores_are_taken_where_they_know_the_numbers() {

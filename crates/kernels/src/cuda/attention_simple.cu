@@ -1,6 +1,7 @@
 // Causal attention for every number type and head dim up to 256, without tensor cores: f32, small models, and
 // bf16 before sm_80. A warp takes a row, 32 rows of the other side at a time: first each lane scores one of them, then
-// all lanes add them up, each its share of the columns. Also what attention.cu's backward pass begins with.
+// all lanes add them up, each its share of the columns. Blocks are tiles times heads, these going round first. Also what
+// attention.cu's backward pass begins with.
 #include "common.cuh"
 
 struct Tile {
@@ -63,8 +64,8 @@ __device__ void forward(
     Rows<T> q, Rows<T> k, Rows<T> v, const Tile* tiles, int heads, int group, int head_dim, float scale, T* out,
     long long out_stride, float* lse) {
     __shared__ float kept[WARPS][MAX_HEAD_DIM];
-    const Tile tile = tiles[blockIdx.x];
-    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Tile tile = tiles[blockIdx.x / heads];
+    const int head = blockIdx.x % heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     k.at += head / group * head_dim;
     v.at += head / group * head_dim;
     for (int row = tile.first + warp; row < min(tile.first + OWN, tile.end); row += WARPS) {
@@ -114,8 +115,8 @@ __device__ void backward_queries(
     Rows<T> q, Rows<T> k, Rows<T> v, Rows<T> dout, const float* lse, const float* delta, const Tile* tiles, int heads,
     int group, int head_dim, float scale, T* dq, long long stride) {
     __shared__ float kept[WARPS][2][MAX_HEAD_DIM];
-    const Tile tile = tiles[blockIdx.x];
-    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Tile tile = tiles[blockIdx.x / heads];
+    const int head = blockIdx.x % heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     k.at += head / group * head_dim;
     v.at += head / group * head_dim;
     for (int row = tile.first + warp; row < min(tile.first + OWN, tile.end); row += WARPS) {
@@ -144,8 +145,9 @@ __device__ void backward_keys(
     Rows<T> q, Rows<T> k, Rows<T> v, Rows<T> dout, const float* lse, const float* delta, const Tile* tiles, int heads,
     int group, int head_dim, float scale, T* dk, T* dv, long long stride) {
     __shared__ float kept[WARPS][2][MAX_HEAD_DIM];
-    const Tile tile = tiles[blockIdx.x];
-    const int kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int kv_heads = heads / group;
+    const Tile tile = tiles[blockIdx.x / kv_heads];
+    const int kv_head = blockIdx.x % kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int row = tile.first + warp; row < min(tile.first + OWN, tile.end); row += WARPS) {
         keep_row(k.at + row * k.stride + kv_head * head_dim, head_dim, kept[warp][0]);
         keep_row(v.at + row * v.stride + kv_head * head_dim, head_dim, kept[warp][1]);

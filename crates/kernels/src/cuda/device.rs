@@ -363,16 +363,26 @@ impl Gpu {
 
     /// Whether tensor cores multiply such numbers: f16 since `sm_75`, bf16 since `sm_80`, f32 not as exactly as it must be.
     pub(super) fn has_tensor_cores_for<T: Number>(&self) -> bool {
-        let capability = match &self.backend {
-            #[cfg(feature = "cuda")]
-            Backend::Driver(driver) => driver.capability(),
-            #[cfg(feature = "cuda-emulator")]
-            Backend::Emulator(emulator) => emulator.capability(),
-        };
+        let capability = self.kernels_capability();
         match T::NAME {
             "f16" => capability >= 75,
             "bf16" => capability >= 80,
             _ => false,
+        }
+    }
+
+    /// Whether kernels copy to shared memory while they compute: those for `sm_80` and later.
+    pub(super) fn has_async_copies(&self) -> bool {
+        self.kernels_capability() >= 80
+    }
+
+    /// The capability that kernels are compiled for.
+    fn kernels_capability(&self) -> u32 {
+        match &self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(driver) => driver.capability(),
+            #[cfg(feature = "cuda-emulator")]
+            Backend::Emulator(emulator) => emulator.capability(),
         }
     }
 

@@ -20,6 +20,8 @@ pub(super) struct Kernel {
     pub(super) shared: u32,
 }
 
+/// Blocks that the x dimension of a grid may have.
+const MAX_GRID_X: usize = (1 << 31) - 1;
 /// Blocks that the y and z dimensions of a grid may have.
 const MAX_GRID_YZ: usize = 65_535;
 
@@ -61,7 +63,7 @@ impl Kernel {
 
     pub(super) fn grid(mut self, grid: [usize; 3], threads: u32) -> Self {
         assert!(
-            grid[1] <= MAX_GRID_YZ && grid[2] <= MAX_GRID_YZ,
+            grid[0] <= MAX_GRID_X && grid[1] <= MAX_GRID_YZ && grid[2] <= MAX_GRID_YZ,
             "the grid is too large"
         );
         self.grid = grid;
@@ -212,6 +214,12 @@ mod tests {
     #[should_panic(expected = "the grid is too large")]
     fn a_grid_that_no_gpu_takes_is_refused() {
         let _ = Kernel::of::<f32>("columns", "columns_sum").grid([1, 65_536, 1], 128);
+    }
+
+    #[test]
+    #[should_panic(expected = "the grid is too large")]
+    fn so_is_one_with_as_many_blocks_as_31_bits_do_not_count() {
+        let _ = Kernel::of::<f32>("columns", "columns_sum").grid([1 << 31, 1, 1], 128);
     }
 
     #[test]

@@ -261,7 +261,7 @@ impl<T: Number> Call<'_, T> {
             .out_mat(self.out)
             .long(self.out.stride());
         let name = format!("paged_prefill_{}_d{}", T::NAME, heads.head_dim);
-        let grid = [self.sequences.num_tiles, heads.num_heads, 1];
+        let grid = [self.sequences.num_tiles * heads.num_heads, 1, 1];
         let kernel = Kernel::named("paged_prefill", name).grid(grid, THREADS);
         // SAFETY: the kernel's parameters, with the shapes just compared.
         unsafe { self.gpu.launch(&kernel, arguments) }

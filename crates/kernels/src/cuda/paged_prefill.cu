@@ -27,7 +27,7 @@ template <typename T, int D>
 __device__ void prefill(
     const T* q, long long q_stride, const T* keys, const T* values, const unsigned* tables, const Chunk* chunks,
     int block_shift, int heads, int group, float scale, T* out, long long out_stride) {
-    const Chunk chunk = chunks[blockIdx.x];
+    const Chunk chunk = chunks[blockIdx.x / heads];
     const long long width = heads / group * D;
     const unsigned* const table = tables + chunk.first_block;
     const Tile tile = {0, static_cast<int>(chunk.end), static_cast<int>(chunk.position)};

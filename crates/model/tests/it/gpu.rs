@@ -187,7 +187,7 @@ fn nothing_is_copied_twice() {
     let sum = |of: fn(&Part) -> usize| parts.iter().map(of).sum::<usize>();
     let (tokens, labels) = (sum(|part| part.batch.num_tokens()), sum(Part::num_labels));
     let tiles = 3; // a sequence of up to 64 tokens is one
-    let batch_up = 4 * (2 * tokens + 2 * labels + 3 * tiles);
+    let batch_up = 4 * (2 * tokens + 2 * labels + 2 * 3 * tiles); // in two orders
     let bytes = 4 * adapter.num_parameters();
     // Where something is dropped, a key for each row, whatever the number of layers and maps.
     let dropping = world.adapter(
