@@ -189,10 +189,11 @@ pub async fn train_stage(
         workers,
     } = work.await.map_err(|error| Error::Thread(error.into()))??;
     let Some(draft) = draft else {
-        let met = meet_again(workers).await;
-        // The first one was cancelled as well, and left.
-        Stop::new(std::slice::from_ref(cancel), report.steps).check()?;
-        met?;
+        if let Err(error) = meet_again(workers).await {
+            // If this one is cancelled so is the first one, and has left.
+            Stop::new(std::slice::from_ref(cancel), report.steps).check()?;
+            return Err(error);
+        }
         return match open_stage(store, &id, "train", &inputs).await? {
             Opened::Finished(stage) => Ok(Trained {
                 stage,

@@ -140,6 +140,68 @@ async fn workers_train_a_stage_together() {
     );
 }
 
+/// Cancelled at any call that the first worker makes to the store, be it in training or while it exports, both say so and
+/// nothing is committed; or it was too late, and both have the result.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn workers_that_are_cancelled_say_so_together() {
+    let (mut cancelled, mut at) = (0, 1);
+    loop {
+        let (store, stage) = world().await;
+        let cancel = CancelToken::new();
+        let called = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let (switch, reached) = (cancel.clone(), called.clone());
+        let watched = updraft_store::faults::watch(&store, move |call| {
+            if call == at {
+                reached.store(true, std::sync::atomic::Ordering::Relaxed);
+                switch.cancel();
+            }
+        });
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let master = free.local_addr().expect("bound").to_string();
+        drop(free);
+        let worker = |rank, store: Store| {
+            let (stage, cancel) = (stage.clone(), cancel.clone());
+            let launch = Launch {
+                rank,
+                num_workers: 2,
+                master: master.clone(),
+            };
+            tokio::spawn(async move {
+                let stage = TrainStage {
+                    config: TrainConfig {
+                        gradient_accumulation_steps: 2,
+                        ..stage.config
+                    },
+                    launch: Some(launch),
+                    threads: Threads::single(),
+                    ..stage
+                };
+                train_stage(&store, &stage, open_source(), &NoProgress, &cancel).await
+            })
+        };
+        let (first, second) = (worker(0, watched), worker(1, store.clone()));
+        let ends = (
+            first.await.expect("no panic"),
+            second.await.expect("no panic"),
+        );
+        match ends {
+            (Ok(first), Ok(second)) => assert_eq!(first.stage.dir(), second.stage.dir()),
+            (Err(Error::Cancelled { .. }), Err(Error::Cancelled { .. })) => {
+                cancelled += 1;
+                let id = StageId::done("tiny", "world").expect("a name");
+                let found = updraft_store::current(&store, &id).await.expect("a look");
+                assert!(found.is_none(), "cancelled at call {at}, and committed");
+            }
+            (first, second) => panic!("at call {at}: {:?}, {:?}", first.err(), second.err()),
+        }
+        if !called.load(std::sync::atomic::Ordering::Relaxed) {
+            break;
+        }
+        at += 4;
+    }
+    assert!(cancelled > 5, "{cancelled} of {at} calls");
+}
+
 /// Trained in f16 on a GPU, whatever verifies it computes on the CPU.
 #[cfg(all(feature = "cuda-emulator", not(feature = "cuda")))] // then `cuda` names the emulator
 #[tokio::test(flavor = "multi_thread")]
