@@ -226,7 +226,7 @@ fn only_batches_go_there_and_losses_and_norms_come_back() {
     let source = of_one_length();
     let (rows, micro_batches) = (3, 2);
     // Ids, positions, rows and labels, and the borders of each sequence; as `nothing_is_copied_twice` in `model` counts.
-    let batch = |tokens: u64, labels: u64| 4 * (2 * tokens + 2 * labels + 3 * rows);
+    let batch = |tokens: u64, labels: u64| 4 * (2 * tokens + 2 * labels + 6 * rows);
     let (up, down) = (
         micro_batches * batch(9 * rows, 5 * rows),
         micro_batches * 4 * 5 * rows + 16,
