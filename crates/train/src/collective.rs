@@ -85,45 +85,31 @@ impl Collective for Alone {
     }
 }
 
-/// Lent, so that it outlives who asks.
-impl<C: Collective + ?Sized> Collective for &mut C {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-    fn num_workers(&self) -> usize {
-        (**self).num_workers()
-    }
-    fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        (**self).exchange(mine)
-    }
-    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        (**self).sum(values)
-    }
-    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
-        (**self).on_gpu()
-    }
+/// Lent, so that it outlives who asks, or of whatever kind.
+macro_rules! forward {
+    ($pointer:ty) => {
+        impl<C: Collective + ?Sized> Collective for $pointer {
+            fn rank(&self) -> usize {
+                (**self).rank()
+            }
+            fn num_workers(&self) -> usize {
+                (**self).num_workers()
+            }
+            fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+                (**self).exchange(mine)
+            }
+            fn sum(&mut self, values: &mut [f32]) -> Result<()> {
+                (**self).sum(values)
+            }
+            #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
+            fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
+                (**self).on_gpu()
+            }
+        }
+    };
 }
-
-/// Of whatever kind.
-impl<C: Collective + ?Sized> Collective for Box<C> {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-    fn num_workers(&self) -> usize {
-        (**self).num_workers()
-    }
-    fn exchange(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        (**self).exchange(mine)
-    }
-    fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        (**self).sum(values)
-    }
-    #[cfg(any(feature = "cuda", feature = "cuda-emulator"))]
-    fn on_gpu(&mut self) -> Option<&mut dyn GpuCollective> {
-        (**self).on_gpu()
-    }
-}
+forward!(&mut C);
+forward!(Box<C>);
 
 /// What a trainer asks of its workers.
 impl dyn Collective + '_ {
